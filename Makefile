@@ -1,0 +1,26 @@
+# `make demo` and `make test` need git and Python only; both set up .venv on their first call.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test docs clean
+
+demo: $(READY)
+	$(BIN)/python examples/flux_removal/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "moe_lora needs Python 3.10 or newer; name one with make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[flux,dev,docs]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) outputs docs/_build dist

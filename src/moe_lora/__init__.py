@@ -1,0 +1,78 @@
+"""Mask-aware mixtures of LoRA experts for diffusion models.
+
+Importing the package registers the PEFT method `"MOE_LORA"` and does nothing else.
+"""
+
+from moe_lora import flow, losses, masks
+from moe_lora.config import MoELoraConfig
+from moe_lora.export import save_experts
+from moe_lora.layer import MoELoraLinear, mixture
+from moe_lora.losses import RemovalLoss, compute_removal_task_loss
+from moe_lora.masks import MaskInfo, extract_mask_info_from_batch
+from moe_lora.merging import merge, unmerge
+from moe_lora.model import MoELoraModel
+from moe_lora.registration import register
+from moe_lora.routing import (
+    FixedRouter,
+    MaskAwareFeatureExtractor,
+    Router,
+    RouterInputs,
+    RoutingDecision,
+    RoutingStats,
+    ThreeExpertRemovalRouter,
+    UniformRouter,
+    attach_router,
+    current_routing,
+    load_balancing_loss,
+    register_router,
+    route,
+    routed_checkpoint,
+    router_names,
+    router_z_loss,
+    routing_mode_for,
+    routing_stats,
+    set_router_inputs,
+    set_routing_mode,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FixedRouter",
+    "MaskAwareFeatureExtractor",
+    "MaskInfo",
+    "MoELoraConfig",
+    "MoELoraLinear",
+    "MoELoraModel",
+    "RemovalLoss",
+    "Router",
+    "RouterInputs",
+    "RoutingDecision",
+    "RoutingStats",
+    "ThreeExpertRemovalRouter",
+    "UniformRouter",
+    "attach_router",
+    "compute_removal_task_loss",
+    "current_routing",
+    "extract_mask_info_from_batch",
+    "flow",
+    "load_balancing_loss",
+    "losses",
+    "masks",
+    "merge",
+    "mixture",
+    "register",
+    "register_router",
+    "route",
+    "routed_checkpoint",
+    "router_names",
+    "router_z_loss",
+    "routing_mode_for",
+    "routing_stats",
+    "save_experts",
+    "set_router_inputs",
+    "set_routing_mode",
+    "unmerge",
+]
+
+register()

@@ -1,0 +1,162 @@
+"""The configuration of a mixture of LoRA experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from moe_lora.routing.gating import check_gate
+
+DEFAULT_EXPERT_NAMES = ("removal_expert", "background_expert", "completion_expert")
+
+
+class MoELoraType(str):
+    """Stand where PEFT expects a member of its closed `PeftType` enumeration.
+
+    A plain string key works in all of PEFT's mappings; in a few places PEFT also reads `.value`.
+    """
+
+    @property
+    def value(self) -> str:
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
+
+    __repr__ = __str__
+
+
+PEFT_TYPE = MoELoraType("MOE_LORA")
+
+
+@dataclass
+class MoELoraConfig(PeftConfig):
+    """Configure `MoELoraModel`; `MoELoraConfig(target_modules=...)` alone works on any model.
+
+    Without `router` the experts are mixed uniformly until `moe_lora.route` or
+    `moe_lora.attach_router` says otherwise.
+
+    Raises:
+        ValueError: for a rank, an expert list or a gate that cannot be honoured.
+
+    Example:
+        >>> config = MoELoraConfig(target_modules=["to_q"], num_experts=2)
+        >>> config.expert_names
+        ('expert_0', 'expert_1')
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of each expert; >= 1."})
+    lora_alpha: float = field(
+        default=8, metadata={"help": "The experts' output is scaled by lora_alpha / r."}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the input of the experts, in [0, 1)."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": 'Linear layers to adapt: name endings, a regex, or "all-linear".'},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Layers to leave out: name endings or a regex."}
+    )
+    num_experts: int | None = field(
+        default=None,
+        metadata={"help": "Number of experts E; follows from expert_names when it is not given."},
+    )
+    expert_names: tuple[str, ...] | None = field(
+        default=None,
+        metadata={"help": "The experts in order; removal, background, completion by default."},
+    )
+    router: str | None = field(
+        default=None, metadata={"help": "Name of a registered router; None mixes uniformly."}
+    )
+    router_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Arguments of the router's constructor."}
+    )
+    routing_strategy: Literal["soft", "hard", "topk"] = field(
+        default="soft", metadata={"help": "How logits become weights: soft, hard or topk."}
+    )
+    routing_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the router's logits; > 0."}
+    )
+    top_k: int | None = field(
+        default=None, metadata={"help": "Experts that stay under topk, in [1, num_experts]."}
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (arXiv 2312.03732)."}
+    )
+    init_lora_weights: bool | Literal["kaiming", "gaussian"] = field(
+        default=True,
+        metadata={
+            "help": "lora_A: kaiming uniform (True) or gaussian of deviation 1/r; lora_B: zero, "
+            "so that the adapted model starts as the base model. False draws lora_B too (tests)."
+        },
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Ranks of single layers: name or regex to r."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "As rank_pattern, for lora_alpha."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save whole."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt; all by default."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the block list that layers_to_transform counts."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.target_modules, list | tuple):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "Expected `target_modules` to be a list when `layers_to_transform` is given, but "
+                f"got {self.target_modules!r}."
+            )
+        self._settle_experts()
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if rank < 1:
+                raise ValueError(f"Expected the rank of `{name}` to be >= 1, but got {rank}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"Expected `lora_dropout` to be in [0, 1), but got {self.lora_dropout}."
+            )
+        if self.init_lora_weights not in (True, False, "kaiming", "gaussian"):
+            raise ValueError(
+                'Expected `init_lora_weights` to be True, False, "kaiming" or "gaussian", but got '
+                f"{self.init_lora_weights!r}."
+            )
+        check_gate(self.routing_strategy, self.routing_temperature, self.top_k, len(self.experts))
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Return the expert names, which are settled once the config exists."""
+        assert self.expert_names is not None
+        return self.expert_names
+
+    def _settle_experts(self) -> None:
+        if self.num_experts is not None and self.num_experts < 1:
+            raise ValueError(f"Expected `num_experts` to be >= 1, but got {self.num_experts}.")
+        if self.expert_names is not None:
+            names = tuple(self.expert_names)
+        elif self.num_experts in (None, len(DEFAULT_EXPERT_NAMES)):
+            names = DEFAULT_EXPERT_NAMES
+        else:
+            names = tuple(f"expert_{i}" for i in range(self.num_experts or 0))
+        if len(set(names)) != len(names) or not names:
+            raise ValueError(f"Expected distinct `expert_names`, but got {list(names)}.")
+        if self.num_experts is not None and self.num_experts != len(names):
+            raise ValueError(
+                f"Expected `num_experts` to be the number of `expert_names` ({len(names)}), but "
+                f"got {self.num_experts}."
+            )
+        self.expert_names, self.num_experts = names, len(names)

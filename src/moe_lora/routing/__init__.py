@@ -1,0 +1,47 @@
+"""Routers, what they read and return, and the hand-over of their weights to the layers."""
+
+from moe_lora.routing.balance import load_balancing_loss, router_z_loss
+from moe_lora.routing.control import (
+    attach_router,
+    current_routing,
+    route,
+    routed_checkpoint,
+    routing_mode_for,
+    routing_stats,
+    set_router_inputs,
+    set_routing_mode,
+)
+from moe_lora.routing.features import MaskAwareFeatureExtractor
+from moe_lora.routing.gating import HINT_BIAS, gate, task_hints
+from moe_lora.routing.inputs import RouterInputs
+from moe_lora.routing.registry import register_router, router_names
+from moe_lora.routing.router import Router, RoutingDecision
+from moe_lora.routing.simple import FixedRouter, UniformRouter
+from moe_lora.routing.statistics import RoutingStats
+from moe_lora.routing.three_expert import ThreeExpertRemovalRouter
+
+__all__ = [
+    "HINT_BIAS",
+    "FixedRouter",
+    "MaskAwareFeatureExtractor",
+    "Router",
+    "RouterInputs",
+    "RoutingDecision",
+    "RoutingStats",
+    "ThreeExpertRemovalRouter",
+    "UniformRouter",
+    "attach_router",
+    "current_routing",
+    "gate",
+    "load_balancing_loss",
+    "register_router",
+    "route",
+    "routed_checkpoint",
+    "router_names",
+    "router_z_loss",
+    "routing_mode_for",
+    "routing_stats",
+    "set_router_inputs",
+    "set_routing_mode",
+    "task_hints",
+]

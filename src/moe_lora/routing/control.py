@@ -1,0 +1,206 @@
+"""What a training loop calls to steer the routing of an adapted model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from moe_lora.checkpointing import RoutedCheckpoint
+from moe_lora.masks import MaskInfo, analyze
+from moe_lora.routing.router import Router, RoutingDecision
+from moe_lora.routing.state import GivenInputs, RoutingMode, RoutingState
+from moe_lora.routing.statistics import RoutingStats
+
+ROUTER_ATTRIBUTE = "moe_router"
+
+
+class HasSpecialisedLosses(Protocol):
+    """Describe a loss that knows whether any of its specialised components is on."""
+
+    @property
+    def specialised(self) -> bool: ...
+
+
+def routed_module(model: nn.Module) -> nn.Module:
+    """Find the module that an adapter was injected into, inside any wrappers.
+
+    Raises:
+        ValueError: when the model has no moe_lora adapter.
+    """
+    for module in model.modules():
+        if ROUTER_ATTRIBUTE in module._modules:
+            return module
+    raise ValueError(
+        f"Expected a model with a moe_lora adapter, but {type(model).__name__} has none. Inject "
+        "one with model.add_adapter(MoELoraConfig(...)) or peft.get_peft_model."
+    )
+
+
+def routing_state(model: nn.Module) -> RoutingState:
+    """Return the routing state of an adapted model; see `routed_module` for what is raised."""
+    return cast(RoutingState, getattr(routed_module(model), ROUTER_ATTRIBUTE).state)
+
+
+@contextmanager
+def route(model: nn.Module, weights: Tensor) -> Iterator[None]:
+    """Use given routing weights for every call of the model inside the context.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+        weights: `(E,)`, `(B, E)` or `(B, T, E)`; rows should sum to 1. Gradients reach them.
+
+    Raises:
+        TypeError: for weights that are not a floating-point tensor.
+        ValueError: for weights of another shape, or a model without an adapter.
+    """
+    state = routing_state(model)
+    previous = state.override
+    state.set_override(weights)
+    try:
+        yield
+    finally:
+        state.set_override(previous)
+
+
+def set_routing_mode(model: nn.Module, mode: RoutingMode) -> None:
+    """Choose between the router's weights and fixed uniform ones.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+        mode: "routed", or "uniform" for 1/E without a router call and without a gate product.
+
+    Raises:
+        ValueError: for an unknown mode, or for "routed" on a model without a router.
+    """
+    routing_state(model).set_mode(mode)
+
+
+def routing_mode_for(losses: HasSpecialisedLosses) -> RoutingMode:
+    """Return the mode that suits a loss: routed when a specialised component is on, else uniform.
+
+    Args:
+        losses: a `RemovalLoss`, or anything with a property `specialised`.
+    """
+    return "routed" if losses.specialised else "uniform"
+
+
+def set_router_inputs(
+    model: nn.Module,
+    *,
+    mask: Tensor | None = None,
+    image: Tensor | None = None,
+    mask_info: MaskInfo | None = None,
+    task_hint: str | None = None,
+    grid_size: tuple[int, int] | None = None,
+) -> None:
+    """Give the router what the model's own inputs do not carry, until the next call of this.
+
+    What is left out is forgotten: `set_router_inputs(model)` clears all.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+        mask: `(B, 1, H, W)` or `(1, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
+        image: `(B, 3, H, W)`, in [0, 1]; with it the mask's `detail_complexity` is known.
+        mask_info: an already analysed mask, instead of `mask` and `image`.
+        task_hint: `<expert>_focus` or `<expert>_only`, for example "removal_focus".
+        grid_size: `(rows, columns)` of the model's image tokens.
+
+    Raises:
+        ValueError: for a mask given twice, an image without a mask, or an unknown hint.
+    """
+    if mask is not None and mask_info is not None:
+        raise ValueError("Expected one of `mask` and `mask_info`, but got both.")
+    if image is not None and mask is None:
+        raise ValueError("Expected `mask` together with `image`, but got none.")
+    state = routing_state(model)
+    state.check_hint(task_hint)
+    if mask is not None:
+        mask_info = analyze(mask, image)
+    state.given = GivenInputs(mask_info, task_hint, grid_size)
+
+
+def attach_router(model: nn.Module, router: Router, adapter_name: str = "default") -> None:
+    """Put a router into an adapted model, in the place of any other.
+
+    The adapter's strategy, temperature and `top_k` apply. Build the optimizer afterwards: the
+    router's parameters are new to it.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+        router: any `Router`.
+        adapter_name: whose router it becomes.
+
+    Raises:
+        TypeError: when `router` is no `Router`, or was built with arguments that no checkpoint can
+            hold.
+        ValueError: when the adapter does not exist.
+    """
+    if not isinstance(router, Router):
+        raise TypeError(f"Expected `router` to be a moe_lora.Router, but got {type(router)}.")
+    try:
+        json.dumps(router.init_kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"Expected {type(router).__name__} to be built with JSON values, which a checkpoint "
+            f"can hold, but got {router.init_kwargs}."
+        ) from error
+    module = routed_module(model)
+    router.train(module.training)
+    getattr(module, ROUTER_ATTRIBUTE).attach(adapter_name, router)
+
+
+def routing_stats(model: nn.Module, adapter_name: str = "default") -> RoutingStats:
+    """Return what an adapter's router decided since the statistics were last reset.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+        adapter_name: whose router.
+
+    Raises:
+        ValueError: when the adapter does not exist.
+    """
+    return _of(routing_state(model).stats, adapter_name)
+
+
+def current_routing(model: nn.Module, adapter_name: str = "default") -> RoutingDecision | None:
+    """Return weights and logits of the last forward pass, with gradient, for auxiliary losses.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+        adapter_name: whose router.
+
+    Returns:
+        The decision, or `None` when the last pass asked no router.
+    """
+    return routing_state(model).decisions.get(adapter_name)
+
+
+def routed_checkpoint(
+    model: nn.Module, checkpoint: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Make an activation-checkpointing function that recomputes with the right routing.
+
+    Models of diffusers and transformers need no call of this: what their
+    `enable_gradient_checkpointing` sets is wrapped by itself.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+        checkpoint: the function to wrap; `torch.utils.checkpoint.checkpoint` by default, whose
+            keyword arguments (`use_reentrant=False`) are the caller's to give.
+    """
+    if checkpoint is None:
+        checkpoint = torch.utils.checkpoint.checkpoint
+    return RoutedCheckpoint(checkpoint, routing_state(model))
+
+
+def _of(known: dict[str, RoutingStats], adapter_name: str) -> RoutingStats:
+    if adapter_name not in known:
+        raise ValueError(
+            f"Expected `adapter_name` to be one of {sorted(known)}, but got {adapter_name!r}."
+        )
+    return known[adapter_name]

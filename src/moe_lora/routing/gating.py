@@ -1,0 +1,128 @@
+"""From logits to routing weights: strategies, temperature and task hints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+RoutingStrategy = Literal["soft", "hard", "topk"]
+
+HINT_BIAS = 2.0
+"""What `<expert>_focus` adds to that expert's logit: odds times e² = 7.4 at temperature 1."""
+
+
+def check_gate(
+    strategy: str, temperature: float, top_k: int | None, num_experts: int | None = None
+) -> None:
+    """Raise unless the settings describe a gate.
+
+    Raises:
+        ValueError: for an unknown strategy, a temperature that is not positive, `top_k` missing
+            for `"topk"`, given for another strategy, or outside [1, num_experts].
+    """
+    if strategy not in get_args(RoutingStrategy):
+        raise ValueError(
+            f"Expected `routing_strategy` to be one of {list(get_args(RoutingStrategy))}, "
+            f"but got {strategy!r}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"Expected `routing_temperature` to be > 0, but got {temperature}.")
+    if strategy == "topk" and top_k is None:
+        raise ValueError('Expected `top_k` to be given with `routing_strategy="topk"`.')
+    if strategy != "topk" and top_k is not None:
+        raise ValueError(
+            f'Expected `top_k` only with `routing_strategy="topk"`, but got top_k={top_k} with '
+            f"{strategy!r}."
+        )
+    if top_k is not None and (top_k < 1 or (num_experts is not None and top_k > num_experts)):
+        upper = "num_experts" if num_experts is None else f"num_experts={num_experts}"
+        raise ValueError(f"Expected `top_k` to be in [1, {upper}], but got {top_k}.")
+
+
+def gate(
+    logits: Tensor,
+    strategy: RoutingStrategy = "soft",
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> Tensor:
+    """Turn logits into routing weights.
+
+    `soft`: softmax(logits / temperature). `topk`: the same after every logit but the `top_k`
+    largest became -inf, so that the others are exactly 0. `hard`: one-hot at the largest logit,
+    with the gradient of `soft` (straight-through).
+
+    Args:
+        logits: `(..., E)`, any real values.
+        strategy: "soft", "hard" or "topk".
+        temperature: divides the logits; > 0.
+        top_k: how many experts stay, in [1, E]; only with "topk".
+
+    Returns:
+        `(..., E)` in float32 (float64 for float64 logits); rows sum to 1.
+
+    Raises:
+        ValueError: as `check_gate` does.
+
+    Example:
+        >>> gate(torch.tensor([2.0, 1.0, -1.0]), "topk", top_k=2).round(decimals=3)
+        tensor([0.7310, 0.2690, 0.0000])
+    """
+    check_gate(strategy, temperature, top_k, logits.shape[-1])
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    logits = logits / temperature
+    if strategy == "topk":
+        assert top_k is not None
+        keep = torch.zeros_like(logits, dtype=torch.bool)
+        keep.scatter_(-1, logits.topk(top_k, dim=-1).indices, True)
+        logits = logits.masked_fill(~keep, float("-inf"))
+    weights = logits.softmax(dim=-1)
+    if strategy == "hard":
+        one_hot = torch.zeros_like(weights)
+        one_hot.scatter_(-1, weights.argmax(dim=-1, keepdim=True), 1.0)
+        weights = one_hot + (weights - weights.detach())
+    return weights
+
+
+def task_hints(expert_names: Sequence[str]) -> tuple[str, ...]:
+    """List the hints that a set of experts understands.
+
+    Example:
+        >>> task_hints(["removal_expert", "background_expert"])
+        ('removal_focus', 'removal_only', 'background_focus', 'background_only')
+    """
+    stems = [name.removesuffix("_expert") for name in expert_names]
+    return tuple(f"{stem}_{kind}" for stem in stems for kind in ("focus", "only"))
+
+
+def apply_task_hint(logits: Tensor, hint: str | None, expert_names: Sequence[str]) -> Tensor:
+    """Bias logits by a task hint.
+
+    `<stem>_focus` adds `HINT_BIAS` to the expert's logit, `<stem>_only` leaves that expert alone
+    (every other logit becomes -inf), where the stem is the expert's name without `_expert`.
+
+    Args:
+        logits: `(..., E)`.
+        hint: one of `task_hints(expert_names)`, or `None` for no change.
+        expert_names: the `E` names, in the order of the logits.
+
+    Returns:
+        `(..., E)`, the biased logits.
+
+    Raises:
+        ValueError: for a hint that no expert answers to.
+    """
+    if hint is None:
+        return logits
+    hints = task_hints(expert_names)
+    if hint not in hints:
+        raise ValueError(f"Expected `task_hint` to be one of {list(hints)}, but got {hint!r}.")
+    index, kind = divmod(hints.index(hint), 2)
+    chosen = torch.arange(len(expert_names), device=logits.device) == index
+    if kind == 0:
+        return logits + HINT_BIAS * chosen.to(logits.dtype)
+    return logits.masked_fill(~chosen, float("-inf"))

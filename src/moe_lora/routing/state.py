@@ -1,0 +1,172 @@
+"""How a model routes: its mode, what the caller gave, and the weights of the current pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from moe_lora.handover import WeightSlot
+from moe_lora.masks import MaskInfo
+from moe_lora.routing.gating import task_hints
+from moe_lora.routing.inputs import RouterInputs
+from moe_lora.routing.readers import read_arguments, read_inputs
+from moe_lora.routing.router import Router, RoutingDecision
+from moe_lora.routing.statistics import RoutingStats
+
+RoutingMode = Literal["routed", "uniform"]
+
+
+@dataclass(frozen=True)
+class GivenInputs:
+    """Hold what the caller gave for the router to read; see `set_router_inputs`."""
+
+    mask_info: MaskInfo | None = None
+    task_hint: str | None = None
+    grid_size: tuple[int, int] | None = None
+
+
+class RoutingState(WeightSlot):
+    """Decide the weights of every forward pass of one model.
+
+    What is set most narrowly wins: weights handed over by `route`, then the mode, then the router.
+
+    Attributes:
+        routers: the model's routers by adapter name.
+        expert_names: the experts of every adapter.
+        stats: what the router of every adapter decided so far.
+        decisions: weights and logits of the last pass, with gradient.
+    """
+
+    def __init__(self, routers: nn.ModuleDict) -> None:
+        super().__init__()
+        self.routers = routers
+        self.mode: RoutingMode = "routed"
+        self.override: Tensor | None = None
+        self.given = GivenInputs()
+        self.expert_names: dict[str, tuple[str, ...]] = {}
+        self.stats: dict[str, RoutingStats] = {}
+        self.decisions: dict[str, RoutingDecision] = {}
+
+    def add_adapter(self, adapter_name: str, expert_names: tuple[str, ...]) -> None:
+        """Make room for an adapter."""
+        self.expert_names[adapter_name] = expert_names
+        self.stats[adapter_name] = RoutingStats(expert_names)
+
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter."""
+        for known in (self.expert_names, self.stats, self.decisions):
+            known.pop(adapter_name, None)
+
+    def route(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        adapter_names: Iterable[str],
+    ) -> None:
+        """Put the weights for `model(*args, **kwargs)` into the slot."""
+        self.decisions = {}
+        if self.override is not None:
+            self.put(self._override_for(adapter_names))
+            return
+        routed = [name for name in adapter_names if name in self.routers]
+        if self.mode == "uniform" or not routed:
+            self.put({})
+            return
+        self.decisions = self._ask(routed, model, args, kwargs)
+        self.put({name: decision.weights for name, decision in self.decisions.items()})
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _ask(
+        self, names: list[str], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, RoutingDecision]:
+        inputs = read_inputs(
+            model,
+            read_arguments(model, args, kwargs),
+            mask_info=self.given.mask_info,
+            task_hint=self.given.task_hint,
+            grid_size=self.given.grid_size,
+        )
+        decisions = {name: _decide(self.routers[name], inputs) for name in names}
+        for name, decision in decisions.items():
+            self.stats[name].update(decision.weights.detach())
+        return decisions
+
+    def set_override(self, weights: Tensor | None) -> None:
+        """Set weights that win over mode and router, or take them back with `None`."""
+        if weights is not None:
+            self._check_override(weights)
+        self.override = weights
+        if weights is not None:
+            self.put(self._override_for(self.expert_names))
+
+    def set_mode(self, mode: RoutingMode) -> None:
+        """Set the mode, "routed" or "uniform"."""
+        if mode not in get_args(RoutingMode):
+            raise ValueError(
+                f"Expected `mode` to be one of {list(get_args(RoutingMode))}, but got {mode!r}."
+            )
+        if mode == "routed" and not self.routers:
+            raise ValueError(
+                'Expected a router for mode "routed", but the model has none. Name one with '
+                "MoELoraConfig(router=...) or attach one with moe_lora.attach_router."
+            )
+        self.mode = mode
+
+    def check_hint(self, hint: str | None) -> None:
+        """Raise unless an expert of some adapter answers to the hint."""
+        known = [hint for names in self.expert_names.values() for hint in task_hints(names)]
+        if hint is not None and hint not in known:
+            raise ValueError(f"Expected `task_hint` to be one of {known}, but got {hint!r}.")
+
+    def fixed_weights(self, adapter_name: str) -> Tensor | None:
+        if self.override is not None and self.override.ndim == 1:
+            return self.override
+        if self.mode == "uniform" or adapter_name not in self.routers:
+            return None
+        router = self.routers[adapter_name]
+        assert isinstance(router, Router)
+        weights = router.fixed_weights()
+        if weights is None:
+            raise ValueError(
+                f"Expected fixed routing weights to merge adapter {adapter_name!r}, but its "
+                f"{type(router).__name__} chooses them for every input. Merge a mixture of your "
+                "choice with moe_lora.merge(model, weights=...), or the uniform one after "
+                'moe_lora.set_routing_mode(model, "uniform").'
+            )
+        return weights
+
+    def _check_override(self, weights: Tensor) -> None:
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            raise TypeError(
+                f"Expected `weights` to be a floating-point tensor, but got {type(weights)}."
+            )
+        experts = {len(names) for names in self.expert_names.values()}
+        if weights.ndim not in (1, 2, 3) or experts != {weights.shape[-1]}:
+            raise ValueError(
+                "Expected `weights` to have shape (E,), (batch, E) or (batch, tokens, E) with "
+                f"E in {sorted(experts)}, but got {tuple(weights.shape)}."
+            )
+
+    def _override_for(self, adapter_names: Iterable[str]) -> dict[str, Tensor]:
+        assert self.override is not None
+        return {name: self.override for name in adapter_names if name in self.expert_names}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "override": None, "decisions": {}}
+
+
+def _decide(router: nn.Module, inputs: RouterInputs) -> RoutingDecision:
+    # An offloading hook brings a router's weights from the meta device by itself; weights that a
+    # whole-model offload has left elsewhere are used where they are.
+    home = next((p.device for p in router.parameters()), inputs.hidden_states.device)
+    here = inputs.hidden_states.device
+    if home.type == "meta" or home == here:
+        decision: RoutingDecision = router(inputs)
+        return RoutingDecision(decision.weights.to(here), decision.logits.to(here))
+    decision = router(inputs.to(home))
+    return RoutingDecision(decision.weights.to(here), decision.logits.to(here))

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import moe_lora
+from moe_lora import MoELoraConfig, RemovalLoss
+
+
+@moe_lora.register_router("reads_mean")
+class ReadsMean(moe_lora.Router):
+    """Route by the mean of the first channel; a router as a user would write one."""
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain))
+
+    def logits(self, inputs):
+        signal = inputs.hidden_states[..., 0].mean(1, keepdim=True)
+        return self.gain * torch.cat([signal, -signal, torch.zeros_like(signal)], dim=1)
+
+
+@pytest.fixture
+def model(make_mlp):
+    config = MoELoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False)
+    return get_peft_model(make_mlp(), config)
+
+
+X = torch.linspace(-1, 1, 48).view(2, 4, 6)
+ONE_HOT = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+
+
+def test_precedence_is_route_then_mode_then_router(model):
+    uniform = model(X)
+    moe_lora.attach_router(model, ReadsMean())
+    routed = model(X)
+    assert not torch.allclose(routed, uniform)
+    with moe_lora.route(model, ONE_HOT):
+        handed = model(X)
+        moe_lora.set_routing_mode(model, "uniform")
+        assert torch.equal(model(X), handed)
+    assert torch.equal(model(X), uniform)
+    moe_lora.set_routing_mode(model, "routed")
+    assert torch.equal(model(X), routed)
+
+
+def test_routes_nest_and_end_with_an_error_too(model):
+    uniform = model(X)
+    with moe_lora.route(model, ONE_HOT):
+        outer = model(X)
+        with moe_lora.route(model, ONE_HOT.flip(0)):
+            assert not torch.allclose(model(X), outer)
+        assert torch.equal(model(X), outer)
+    with pytest.raises(KeyError), moe_lora.route(model, ONE_HOT):
+        raise KeyError
+    assert torch.equal(model(X), uniform)
+
+
+def test_a_submodule_called_by_itself_is_routed_inside_the_context(model):
+    layer = model.base_model.model.first
+    with moe_lora.route(model, ONE_HOT):
+        inside = layer(X)
+    experts = layer.moe_lora_experts["default"]
+    expected = layer.base_layer(X) + moe_lora.mixture(
+        X, experts.lora_A, experts.lora_B, ONE_HOT[:, None], experts.scaling
+    )
+    torch.testing.assert_close(inside, expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (torch.rand(2, 2), ValueError, r"E in \[3\], but got \(2, 2\)"),
+        (torch.rand(1, 2, 4, 3), ValueError, "shape"),
+        (torch.ones(2, 3, dtype=torch.long), TypeError, "floating-point"),
+        ([1.0, 0.0, 0.0], TypeError, "floating-point tensor"),
+    ],
+)
+def test_weights_that_cannot_be_used_raise(model, weights, error, message):
+    with pytest.raises(error, match=message), moe_lora.route(model, weights):
+        pass
+
+
+def test_weights_for_another_batch_raise_in_the_layer(model):
+    with (
+        moe_lora.route(model, ONE_HOT),
+        pytest.raises(ValueError, match="for the 3 samples"),
+    ):
+        model(torch.rand(3, 4, 6))
+
+
+def test_modes_are_checked(model):
+    with pytest.raises(ValueError, match="attach_router"):
+        moe_lora.set_routing_mode(model, "routed")
+    with pytest.raises(ValueError, match=r"\['routed', 'uniform'\], but got 'soft'"):
+        moe_lora.set_routing_mode(model, "soft")
+
+
+def test_the_mode_for_losses_is_that_of_the_document():
+    assert moe_lora.routing_mode_for(RemovalLoss(boundary=0, consistency=0, detail=0)) == "uniform"
+    for name in ("boundary", "consistency", "detail"):
+        weights = {"boundary": 0.0, "consistency": 0.0, "detail": 0.0, name: 0.5}
+        loss = RemovalLoss(**weights, decoder=lambda latents: latents)
+        assert moe_lora.routing_mode_for(loss) == "routed"
+
+
+def test_an_attached_router_routes_learns_saves_and_loads(model, make_mlp, tmp_path):
+    from peft import PeftModel
+
+    moe_lora.attach_router(model, ReadsMean(gain=2.0))
+    expected = model(X)
+    expected.square().sum().backward()
+    (gain,) = model.base_model.model.moe_router.parameters()
+    assert gain.requires_grad
+    assert gain.grad.abs() > 0
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_mlp(), tmp_path)
+    assert loaded.peft_config["default"].router == "reads_mean"
+    assert loaded.peft_config["default"].router_kwargs == {"gain": 2.0}
+    assert torch.equal(loaded(X), expected)
+
+
+def test_what_cannot_be_attached_raises(model):
+    with pytest.raises(TypeError, match=r"moe_lora\.Router"):
+        moe_lora.attach_router(model, torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="JSON"):
+        moe_lora.attach_router(model, ReadsMean(gain=torch.ones(())))
+    with pytest.raises(ValueError, match="'other'"):
+        moe_lora.attach_router(model, ReadsMean(), adapter_name="other")
+
+
+def test_router_inputs_are_given_and_forgotten(model):
+    moe_lora.attach_router(model, ReadsMean())
+    plain = model(X)
+    moe_lora.set_router_inputs(model, task_hint="background_only")
+    model(X)
+    assert torch.equal(
+        moe_lora.current_routing(model).weights, torch.tensor([0.0, 1.0, 0.0]).expand(2, 3)
+    )
+    moe_lora.set_router_inputs(model)
+    assert torch.equal(model(X), plain)
+    with pytest.raises(ValueError, match="removal_focus"):
+        moe_lora.set_router_inputs(model, task_hint="sky_focus")
+    mask = torch.ones(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="got both"):
+        moe_lora.set_router_inputs(model, mask=mask, mask_info=moe_lora.masks.analyze(mask))
+    with pytest.raises(ValueError, match="`mask` together with `image`"):
+        moe_lora.set_router_inputs(model, image=torch.ones(1, 3, 8, 8))
+
+
+def test_statistics_and_current_routing_follow_the_forward_passes(model):
+    moe_lora.attach_router(model, ReadsMean())
+    stats = moe_lora.routing_stats(model)
+    for _ in range(3):
+        model(X)
+    decision = moe_lora.current_routing(model)
+    assert decision.weights.requires_grad
+    assert sum(stats.usage) == 6
+    torch.testing.assert_close(
+        torch.tensor(stats.mean_weights), decision.weights.detach().mean(0), rtol=1e-5, atol=1e-6
+    )
+    moe_lora.set_routing_mode(model, "uniform")
+    model(X)
+    assert moe_lora.current_routing(model) is None
+    assert sum(stats.usage) == 6
+    with pytest.raises(ValueError, match="'other'"):
+        moe_lora.routing_stats(model, "other")
+
+
+def test_auxiliary_losses_reach_the_router(model):
+    moe_lora.attach_router(model, ReadsMean())
+    model(X)
+    decision = moe_lora.current_routing(model)
+    loss = moe_lora.load_balancing_loss(decision.weights) + moe_lora.router_z_loss(decision.logits)
+    loss.backward()
+    (gain,) = model.base_model.model.moe_router.parameters()
+    assert gain.grad.abs() > 0
+
+
+def test_a_model_without_an_adapter_is_named(mlp):
+    with pytest.raises(ValueError, match="MLP has none"):
+        moe_lora.set_routing_mode(mlp, "uniform")
+
+
+def test_wrappers_are_looked_through(model):
+    wrapped = torch.nn.Sequential(torch.nn.Identity(), model)
+    moe_lora.set_routing_mode(wrapped, "uniform")
+    assert moe_lora.routing.control.routing_state(model).mode == "uniform"

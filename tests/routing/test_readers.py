@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from moe_lora.masks import analyze
+from moe_lora.routing.readers import read_arguments, read_inputs, visual_channels
+
+
+class Model(nn.Module):
+    def __init__(self, in_channels=None):
+        super().__init__()
+        if in_channels is not None:
+            self.config = SimpleNamespace(in_channels=in_channels)
+
+    def forward(self, hidden_states=None, timestep=None, img_ids=None, *, sample=None, **extra):
+        return hidden_states
+
+
+def grid(rows, columns):
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] += torch.arange(rows)[:, None]
+    ids[..., 2] += torch.arange(columns)[None]
+    return ids.view(-1, 3)
+
+
+def fill_tokens(mask, channels=128):
+    """Pack a mask as the pipeline does: 8 x 8 pixels to channels, then 2 x 2 latents to a token."""
+    from diffusers import FluxFillPipeline
+
+    batch, _, height, width = mask.shape
+    h, w = height // 8, width // 8
+    unshuffled = mask[:, 0].view(batch, h, 8, w, 8).permute(0, 2, 4, 1, 3).reshape(batch, 64, h, w)
+    packed = FluxFillPipeline._pack_latents(unshuffled, batch, 64, h, w)
+    return torch.cat([torch.randn(batch, packed.shape[1], channels), packed], dim=-1)
+
+
+def test_arguments_are_found_by_name_however_they_are_given():
+    found = read_arguments(Model(), (1, 2), {"sample": 3, "more": 4})
+    assert found == {"hidden_states": 1, "timestep": 2, "sample": 3, "more": 4}
+
+
+def test_flux_fill_inputs_give_their_mask_exactly_and_the_visual_channels():
+    mask = (torch.rand(2, 1, 64, 96) > 0.5).float()
+    hidden = fill_tokens(mask)
+    inputs = read_inputs(
+        Model(384),
+        {"hidden_states": hidden, "img_ids": grid(4, 6), "timestep": torch.tensor([0.1, 0.2])},
+    )
+    assert torch.equal(inputs.mask_info.mask, mask)
+    assert torch.equal(inputs.hidden_states, hidden[..., :128])
+    assert inputs.grid_size == (4, 6)
+    assert inputs.timestep.tolist() == pytest.approx([0.1, 0.2])
+
+
+def test_an_inpainting_unet_gives_its_mask_channel():
+    sample = torch.randn(2, 9, 8, 12)
+    sample[:, 4] = (torch.rand(2, 8, 12) > 0.5).float()
+    inputs = read_inputs(Model(9), {"sample": sample, "timestep": 7})
+    assert torch.equal(inputs.mask_info.mask, sample[:, 4:5])
+    assert inputs.hidden_states.shape == (2, 96, 8)
+    assert torch.equal(inputs.hidden_states[0, 13], sample[0, [0, 1, 2, 3, 5, 6, 7, 8], 1, 1])
+    assert inputs.grid_size == (8, 12)
+    assert inputs.timestep.tolist() == [7, 7]
+
+
+def test_what_the_caller_gives_wins():
+    given = analyze(torch.ones(1, 1, 64, 96))
+    hidden = fill_tokens(torch.zeros(2, 1, 64, 96))
+    inputs = read_inputs(
+        Model(384), {"hidden_states": hidden, "img_ids": grid(4, 6)}, mask_info=given
+    )
+    assert inputs.mask_info.area_ratio.tolist() == [1.0, 1.0]
+
+
+def test_other_models_give_tokens_without_a_mask():
+    inputs = read_inputs(Model(), {"hidden_states": torch.randn(2, 5, 7)})
+    assert inputs.mask_info is None
+    assert inputs.grid_size is None
+    assert read_inputs(Model(), {"x": torch.randn(2, 7)}).hidden_states.shape == (2, 1, 7)
+
+
+def test_contradictions_raise():
+    hidden = fill_tokens(torch.zeros(1, 1, 64, 96))
+    with pytest.raises(ValueError, match=r"`img_ids` to number the 24 .* 4 rows of 5"):
+        read_inputs(Model(384), {"hidden_states": hidden, "img_ids": grid(4, 5)})
+    with pytest.raises(ValueError, match=r"grid_size=\(rows, columns\)"):
+        read_inputs(Model(384), {"hidden_states": hidden})
+    with pytest.raises(ValueError, match=r"for 2 samples .* got a mask for 3"):
+        read_inputs(
+            Model(),
+            {"hidden_states": torch.randn(2, 5, 7)},
+            mask_info=analyze(torch.ones(3, 1, 16, 16)),
+        )
+    with pytest.raises(ValueError, match="floating-point tensor"):
+        read_inputs(Model(), {"hidden_states": torch.zeros(2, 3, dtype=torch.long)})
+
+
+def test_visual_channels_leave_the_mask_out():
+    assert [visual_channels(Model(c)) for c in (384, 9, 64, None)] == [128, 8, 64, None]

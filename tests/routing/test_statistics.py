@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+
+from moe_lora.routing.statistics import RoutingStats
+
+NAMES = ("removal_expert", "background_expert", "completion_expert")
+
+
+def test_counts_means_and_entropy_equal_the_loop():
+    torch.manual_seed(0)
+    batches = [torch.randn(b, 3).softmax(-1) for b in (1, 4, 3)]
+    stats = RoutingStats(NAMES)
+    for batch in batches:
+        stats.update(batch)
+    rows = [row for batch in batches for row in batch.tolist()]
+    counts = [sum(row.index(max(row)) == e for row in rows) for e in range(3)]
+    means = [sum(row[e] for row in rows) / len(rows) for e in range(3)]
+    entropies = [-sum(w * math.log(w) for w in row) / math.log(3) for row in rows]
+    assert stats.usage == counts
+    assert stats.mean_weights == pytest.approx(means, rel=1e-5)
+    assert stats.entropy == pytest.approx(sum(entropies) / len(rows), rel=1e-5)
+    assert stats.current_weights == pytest.approx(batches[-1].mean(0).tolist(), rel=1e-6)
+
+
+def test_as_dict_has_the_documented_keys():
+    stats = RoutingStats(NAMES)
+    stats.update(torch.tensor([[0.25, 0.55, 0.20], [0.75, 0.05, 0.20]]))
+    values = stats.as_dict()
+    assert list(values) == ["expert_0_usage", "expert_1_usage", "expert_2_usage", "current_weights"]
+    assert [values[f"expert_{i}_usage"] for i in range(3)] == [1, 1, 0]
+    assert all(type(values[f"expert_{i}_usage"]) is int for i in range(3))
+    assert values["current_weights"] == pytest.approx([0.5, 0.3, 0.2])
+
+
+def test_log_line_shows_the_running_mean():
+    stats = RoutingStats(NAMES)
+    stats.update(torch.tensor([[0.5, 0.3, 0.2]]))
+    stats.update(torch.tensor([[0.4, 0.4, 0.2]]))
+    assert stats.log_line() == "Expert Usage: removal=0.45, background=0.35, completion=0.20"
+
+
+def test_token_weights_count_as_sample_means():
+    torch.manual_seed(1)
+    weights = torch.randn(3, 7, 3).softmax(-1)
+    by_token, by_sample = RoutingStats(NAMES), RoutingStats(NAMES)
+    by_token.update(weights)
+    by_sample.update(weights.mean(1))
+    assert by_token.as_dict() == by_sample.as_dict()
+    assert by_token.entropy == by_sample.entropy
+    assert sum(by_token.usage) == 3
+
+
+def test_entropy_limits():
+    stats = RoutingStats(NAMES)
+    stats.update(torch.eye(3))
+    assert stats.entropy == 0.0
+    stats.reset()
+    stats.update(torch.full((2, 3), 1 / 3))
+    assert stats.entropy == pytest.approx(1.0)
+    single = RoutingStats(["only"])
+    single.update(torch.ones(2, 1))
+    assert single.entropy == 0.0
+
+
+def test_nothing_seen_is_nan_and_not_uniform():
+    stats = RoutingStats(NAMES)
+    assert stats.usage == [0, 0, 0]
+    assert all(math.isnan(weight) for weight in stats.mean_weights + stats.current_weights)
+    assert math.isnan(stats.entropy)
+    assert stats.log_line() == "Expert Usage: removal=nan, background=nan, completion=nan"
+    assert not stats.is_collapsed()
+    stats.update(torch.zeros(0, 3))
+    assert stats.usage == [0, 0, 0]
+
+
+def test_reset_forgets():
+    stats = RoutingStats(NAMES)
+    stats.update(torch.eye(3))
+    stats.reset()
+    stats.update(torch.tensor([[0.0, 1.0, 0.0]]))
+    assert stats.usage == [0, 1, 0]
+    assert stats.mean_weights == [0.0, 1.0, 0.0]
+
+
+def test_collapse_is_reported_once_until_reset():
+    stats = RoutingStats(NAMES)
+    stats.update(torch.eye(3))
+    assert not stats.is_collapsed()
+    assert stats.collapse_warning() is None
+    stats.reset()
+    for _ in range(2):
+        stats.update(torch.tensor([[0.02, 0.95, 0.03]]))
+        assert stats.is_collapsed()
+    assert not stats.is_collapsed(threshold=0.96)
+    warning = stats.collapse_warning()
+    assert warning is not None
+    assert "background_expert takes 95% of the weight over the last 2 samples" in warning
+    assert stats.collapse_warning() is None
+    stats.reset()
+    stats.update(torch.tensor([[0.02, 0.95, 0.03]]))
+    assert stats.collapse_warning() is not None
+
+
+def test_balanced_hard_routing_is_no_collapse():
+    stats = RoutingStats(NAMES)
+    for index in range(3):
+        stats.update(torch.eye(3)[[index]])
+    assert stats.mean_weights == pytest.approx([1 / 3] * 3)
+    assert not stats.is_collapsed()
+
+
+def test_the_graph_is_not_kept():
+    weights = torch.randn(2, 3, requires_grad=True).softmax(-1)
+    stats = RoutingStats(NAMES)
+    stats.update(weights)
+    held = [value for value in vars(stats).values() if isinstance(value, torch.Tensor)]
+    assert held
+    assert not any(value.requires_grad for value in held)
+
+
+def test_update_does_not_read_values():
+    # A meta tensor has none: any wait for the device would raise.
+    RoutingStats(NAMES).update(torch.empty(2, 4, 3, device="meta"))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_count_for_themselves(clone):
+    stats = RoutingStats(NAMES)
+    stats.update(torch.eye(3))
+    twin = clone(stats)
+    assert twin.as_dict() == stats.as_dict()
+    twin.update(torch.eye(3))
+    assert (stats.usage, twin.usage) == ([1, 1, 1], [2, 2, 2])
+
+
+def test_bfloat16_weights_are_averaged_in_float32():
+    stats = RoutingStats(NAMES)
+    for _ in range(300):
+        stats.update(torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.bfloat16))
+    assert stats.mean_weights == pytest.approx([0.5, 0.25, 0.25], rel=1e-6)
+    assert stats.usage == [300, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2), (2, 4, 2), (1, 2, 2, 3)])
+def test_other_shapes_raise(shape):
+    with pytest.raises(ValueError, match=r"Expected `weights` to have shape \(B, 3\)"):
+        RoutingStats(NAMES).update(torch.zeros(shape))

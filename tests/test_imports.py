@@ -1,0 +1,68 @@
+"""masks, losses and flow are tensor functions that any codebase can take: read their imports."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "moe_lora"
+PURE = ("moe_lora.masks", "moe_lora.losses", "moe_lora.flow")
+FORBIDDEN = ("peft", "diffusers", "transformers", "accelerate")
+FILES = sorted([SOURCE / "flow.py", *SOURCE.glob("masks/**/*.py"), *SOURCE.glob("losses/**/*.py")])
+
+
+def imported_modules(code: str, package: str) -> set[str]:
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - (node.level - 1)]
+            base = ".".join(parents if node.level else []) + ("." if node.level else "")
+            module = (base + (node.module or "")).strip(".")
+            modules |= {f"{module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def is_within(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def wrong_imports(code: str, package: str) -> set[str]:
+    return {
+        module
+        for module in imported_modules(code, package)
+        if is_within(module, FORBIDDEN)
+        or (is_within(module, ("moe_lora",)) and not is_within(module, PURE))
+    }
+
+
+def test_there_are_files_to_read() -> None:
+    assert {file.parent.name for file in FILES} == {"moe_lora", "masks", "losses"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_pure_modules_import_neither_peft_nor_diffusers_nor_the_tuner(file: Path) -> None:
+    package = ".".join(file.relative_to(SOURCE.parent).parent.parts)
+    assert wrong_imports(file.read_text(encoding="utf-8"), package) == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("import peft.tuners", {"peft.tuners"}),
+        ("from diffusers import AutoencoderKL", {"diffusers.AutoencoderKL"}),
+        ("from moe_lora import MoELoraConfig", {"moe_lora.MoELoraConfig"}),
+        ("from ..layer import MoELoraLinear", {"moe_lora.layer.MoELoraLinear"}),
+        ("from .. import routing", {"moe_lora.routing"}),
+        ("def late():\n    import peft", {"peft"}),
+        ("from moe_lora import flow", set()),
+        ("from . import base", set()),
+        ("from ..masks import check_mask", set()),
+        ("import torch", set()),
+    ],
+)
+def test_the_reader_sees_every_kind_of_import(code: str, wrong: set[str]) -> None:
+    assert wrong_imports(code, "moe_lora.losses") == wrong
