@@ -1,0 +1,31 @@
+"""Losses that remove objects, each a function and a thin Module, and all together."""
+
+from __future__ import annotations
+
+from moe_lora.losses.base import BaseLoss, Weighting, base_loss, sigma_weight
+from moe_lora.losses.boundary import BoundaryLoss, boundary_loss, default_band_width
+from moe_lora.losses.combined import RemovalLoss, RemovalLossOutput
+from moe_lora.losses.consistency import ConsistencyLoss, consistency_loss
+from moe_lora.losses.decode import LatentDecoder
+from moe_lora.losses.detail import DetailLoss, detail_loss
+from moe_lora.losses.reduction import Reduction
+from moe_lora.losses.task import compute_removal_task_loss
+
+__all__ = [
+    "BaseLoss",
+    "BoundaryLoss",
+    "ConsistencyLoss",
+    "DetailLoss",
+    "LatentDecoder",
+    "Reduction",
+    "RemovalLoss",
+    "RemovalLossOutput",
+    "Weighting",
+    "base_loss",
+    "boundary_loss",
+    "compute_removal_task_loss",
+    "consistency_loss",
+    "default_band_width",
+    "detail_loss",
+    "sigma_weight",
+]

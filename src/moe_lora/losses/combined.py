@@ -1,0 +1,243 @@
+"""The removal loss: base, boundary, consistency and detail together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_lora.flow import check_sigma, unpack_latents, velocity_to_x0
+from moe_lora.losses.base import Weighting, base_loss, check_weighting
+from moe_lora.losses.boundary import boundary_loss
+from moe_lora.losses.consistency import consistency_loss
+from moe_lora.losses.detail import detail_loss
+from moe_lora.losses.reduction import at_least_float32
+
+Decoder = Callable[[Tensor], Tensor]
+
+DEFAULT_MAX_SIGMA = 0.7
+
+IMAGE_TOLERANCE = 1e-3
+"""Rounding, in half precision or in a resize, may leave [0, 1] by this much."""
+
+
+class RemovalLossOutput(NamedTuple):
+    """Pair the loss with what it is made of.
+
+    Attributes:
+        total: scalar, the weighted sum.
+        components: scalars by name, before weighting; only those that are on.
+    """
+
+    total: Tensor
+    components: dict[str, Tensor]
+
+
+class RemovalLoss(nn.Module):
+    """Combine the four losses of object removal.
+
+    total = base * L_base + boundary * L_boundary + consistency * L_consistency + detail * L_detail
+
+    `L_base` compares velocities in latent space. The other three, the specialised ones, compare
+    pixels: x0 = x_t - sigma * velocity is decoded with gradient. At a high sigma x0 is a guess too
+    vague for pixels, hence a hard gate: samples with sigma > `max_sigma` are not decoded, and are
+    left out of the mean of the specialised losses. Where no sample passes, nothing is decoded and
+    each of these losses is 0.
+
+    Args:
+        base: weight, >= 0; 0 or `None` switches the component off, and nothing of it is computed.
+        boundary: weight, likewise.
+        consistency: weight, likewise.
+        detail: weight, likewise.
+        decoder: from latents `(B, C, h, w)` to images in [0, 1], e.g. a `LatentDecoder`; needed in
+            `forward` when a specialised loss is on.
+        weighting: of noise levels in the base loss, see `sigma_weight`.
+        max_sigma: the gate, in (0, 1]; 1 lets every sample pass.
+        boundary_width: of the band on each side of the edge, in pixels; `None` for
+            `default_band_width(H, W)`.
+
+    Raises:
+        ValueError: for a weight that is negative or not finite, four switched-off components, an
+            unknown weighting, or a `max_sigma` outside (0, 1].
+
+    Example:
+        >>> loss = RemovalLoss(boundary=0, detail=0, decoder=lambda latents: latents)
+        >>> loss.enabled
+        ('base', 'consistency')
+        >>> noisy = torch.full((1, 3, 8, 8), 0.5)
+        >>> total, components = loss(
+        ...     torch.ones_like(noisy),
+        ...     torch.zeros_like(noisy),
+        ...     x_t=noisy,
+        ...     sigma=torch.tensor([0.2]),
+        ...     mask=torch.zeros(1, 1, 8, 8),
+        ...     target=noisy,
+        ... )
+        >>> {name: round(value.item(), 3) for name, value in components.items()}
+        {'base': 1.0, 'consistency': 0.199}
+        >>> round(total.item(), 3)
+        1.1
+    """
+
+    def __init__(
+        self,
+        base: float | None = 1.0,
+        boundary: float | None = 0.3,
+        consistency: float | None = 0.5,
+        detail: float | None = 0.2,
+        *,
+        decoder: Decoder | None = None,
+        weighting: Weighting = "none",
+        max_sigma: float = DEFAULT_MAX_SIGMA,
+        boundary_width: int | None = None,
+    ) -> None:
+        super().__init__()
+        given = {"base": base, "boundary": boundary, "consistency": consistency, "detail": detail}
+        for name, weight in given.items():
+            if weight is not None and not (weight >= 0 and math.isfinite(weight)):
+                raise ValueError(f"Expected `{name}` to be finite and >= 0, but got {weight}.")
+        self.weights = {name: float(weight) for name, weight in given.items() if weight}
+        if not self.weights:
+            raise ValueError("Expected at least one loss weight to be > 0, but all are off.")
+        if not 0 < max_sigma <= 1:
+            raise ValueError(f"Expected `max_sigma` to be in (0, 1], but got {max_sigma}.")
+        check_weighting(weighting)
+        self.decoder = decoder
+        self.weighting = weighting
+        self.max_sigma = max_sigma
+        self.boundary_width = boundary_width
+
+    @property
+    def enabled(self) -> tuple[str, ...]:
+        """Name the components that are on, in the order of the arguments."""
+        return tuple(self.weights)
+
+    @property
+    def specialised(self) -> bool:
+        """Tell whether a loss is on that tells the experts apart: any but the base loss."""
+        return any(name != "base" for name in self.weights)
+
+    def forward(
+        self,
+        velocity: Tensor,
+        target_velocity: Tensor,
+        *,
+        x_t: Tensor | None = None,
+        sigma: Tensor | None = None,
+        mask: Tensor | None = None,
+        target: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> RemovalLossOutput:
+        """Compute the components that are on and their weighted sum.
+
+        Args:
+            velocity: `(B, C, h, w)` or packed `(B, (h/2)*(w/2), 4C)`, predicted.
+            target_velocity: the shape of `velocity`; noise - x0.
+            x_t: the shape of `velocity`; what the transformer saw.
+            sigma: `(B,)`, in [0, 1].
+            mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
+            target: `(B, 3, H, W)`, the wanted result, image in [0, 1].
+            height: of the latents, not of the image; required with packed ones.
+            width: of the latents, likewise.
+
+        Returns:
+            The total and the components, scalars in float32 or wider, all with a graph.
+
+        Raises:
+            ValueError: when a specialised loss is on and the decoder, `x_t`, `sigma`, `mask` or
+                `target` is missing, or sizes are missing for packed latents; when shapes do not
+                fit; for a sigma, mask or target outside [0, 1].
+        """
+        components: dict[str, Tensor] = {}
+        if "base" in self.weights:
+            components["base"] = base_loss(
+                velocity, target_velocity, sigma=sigma, weighting=self.weighting
+            )
+        if self.specialised:
+            inputs = self._complete(
+                velocity=velocity, x_t=x_t, sigma=sigma, mask=mask, target=target
+            )
+            components |= self._specialised_losses(inputs, height, width)
+        total = torch.zeros((), device=velocity.device)
+        for name, value in components.items():
+            total = total + self.weights[name] * value
+        return RemovalLossOutput(total, components)
+
+    def _complete(self, **inputs: Tensor | None) -> _PixelInputs:
+        missing = [name for name, value in inputs.items() if value is None]
+        if self.decoder is None:
+            missing.insert(0, "decoder")
+        if missing:
+            names = ", ".join(f"`{name}`" for name in missing)
+            on = [name for name in self.weights if name != "base"]
+            raise ValueError(f"Expected {names} to be given for the losses {on}, but got None.")
+        given = _PixelInputs(**{name: value for name, value in inputs.items() if value is not None})
+        _check_inputs(given)
+        return given
+
+    def _specialised_losses(
+        self, inputs: _PixelInputs, height: int | None, width: int | None
+    ) -> dict[str, Tensor]:
+        passed = (inputs.sigma <= self.max_sigma).nonzero().flatten()
+        if len(passed) == 0:
+            zero = at_least_float32(inputs.velocity[:0]).sum()
+            return {name: zero for name in self.weights if name != "base"}
+        velocity, x_t, sigma, mask, target = (tensor[passed] for tensor in inputs)
+        x0 = velocity_to_x0(at_least_float32(x_t), at_least_float32(velocity), sigma)
+        assert self.decoder is not None
+        prediction = self.decoder(_unpacked(x0, height, width))
+        losses: dict[str, Tensor] = {}
+        if "boundary" in self.weights:
+            losses["boundary"] = boundary_loss(prediction, target, mask, width=self.boundary_width)
+        if "consistency" in self.weights:
+            losses["consistency"] = consistency_loss(prediction, target, mask)
+        if "detail" in self.weights:
+            losses["detail"] = detail_loss(prediction, target, mask)
+        return losses
+
+
+class _PixelInputs(NamedTuple):
+    velocity: Tensor
+    x_t: Tensor
+    sigma: Tensor
+    mask: Tensor
+    target: Tensor
+
+
+def _unpacked(x0: Tensor, height: int | None, width: int | None) -> Tensor:
+    if x0.ndim == 3:
+        if height is None or width is None:
+            raise ValueError(
+                "Expected latent `height` and `width` to be given with packed latents, "
+                f"but got {height} and {width}."
+            )
+        return unpack_latents(x0, height, width)
+    given = (height or x0.shape[-2], width or x0.shape[-1])
+    if given != tuple(x0.shape[-2:]):
+        raise ValueError(
+            f"Expected `height` and `width` to be those of the latents, {tuple(x0.shape[-2:])}, "
+            f"but got {height} and {width}."
+        )
+    return x0
+
+
+def _check_inputs(inputs: _PixelInputs) -> None:
+    batch = inputs.velocity.shape[0]
+    for name, tensor in inputs._asdict().items():
+        if tensor.shape[:1] != (batch,) or (name == "sigma" and tensor.ndim != 1):
+            shape = "(B,)" if name == "sigma" else "(B, ...)"
+            raise ValueError(
+                f"Expected `{name}` to have shape {shape} with B = {batch} as `velocity` has, "
+                f"but got {tuple(tensor.shape)}."
+            )
+    check_sigma(inputs.sigma)
+    low, high = inputs.target.min().item(), inputs.target.max().item()
+    if not (low >= -IMAGE_TOLERANCE and high <= 1 + IMAGE_TOLERANCE):
+        raise ValueError(
+            f"Expected `target` to be an image in [0, 1], but got values from {low:g} to "
+            f"{high:g}. Images in [-1, 1] become so by (x + 1) / 2."
+        )
