@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from moe_lora.checkpointing import RoutedCheckpoint
 from moe_lora.masks import MaskInfo, analyze
@@ -193,9 +193,7 @@ def routed_checkpoint(
         checkpoint: the function to wrap; `torch.utils.checkpoint.checkpoint` by default, whose
             keyword arguments (`use_reentrant=False`) are the caller's to give.
     """
-    if checkpoint is None:
-        checkpoint = torch.utils.checkpoint.checkpoint
-    return RoutedCheckpoint(checkpoint, routing_state(model))
+    return RoutedCheckpoint(checkpoint or torch_checkpoint, routing_state(model))
 
 
 def _of(known: dict[str, RoutingStats], adapter_name: str) -> RoutingStats:
