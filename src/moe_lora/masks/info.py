@@ -1,0 +1,88 @@
+"""What is known about a batch of masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class MaskInfo:
+    """Hold the results of `analyze`, one entry per sample.
+
+    Args:
+        mask: `(B, 1, H, W)`, float32 in [0, 1], pixel space; 1 = remove.
+        mask_latent: `(B, 1, h, w)`, float32 in [0, 1], the mask's area average per latent pixel.
+        area_ratio: `(B,)`, float32 in [0, 1], the masked share of the image.
+        edge_complexity: `(B,)`, float32 in [0, 1]; 0 for a disk, towards 1 for ragged contours.
+        boundary_smoothness: `(B,)`, float32 in [0, 1]; 1 for contours that turn slowly.
+        has_occlusion: `(B,)`, bool; holes or several parts.
+        bbox: `(B, 4)`, int64, `(x0, y0, x1, y1)` in pixels, the end exclusive; zeros if empty.
+        detail_complexity: `(B,)`, float32 in [0, 1], or None where no image was given.
+
+    Example:
+        >>> from moe_lora.masks import analyze
+        >>> mask = torch.zeros(2, 1, 64, 64)
+        >>> mask[1, :, 8:24, 16:48] = 1
+        >>> info = analyze(mask)
+        >>> info.bbox.tolist()
+        [[0, 0, 0, 0], [16, 8, 48, 24]]
+        >>> info.features().shape
+        torch.Size([2, 5])
+    """
+
+    mask: Tensor
+    mask_latent: Tensor
+    area_ratio: Tensor
+    edge_complexity: Tensor
+    boundary_smoothness: Tensor
+    has_occlusion: Tensor
+    bbox: Tensor
+    detail_complexity: Tensor | None = None
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MaskInfo:
+        """Copy every tensor to a device.
+
+        Args:
+            device: where to.
+            non_blocking: as for `torch.Tensor.to`.
+
+        Returns:
+            A new `MaskInfo`; tensors already on `device` are shared with this one.
+
+        Example:
+            >>> from moe_lora.masks import analyze
+            >>> analyze(torch.ones(1, 1, 16, 16)).to("meta").area_ratio.device.type
+            'meta'
+        """
+        moved: dict[str, Tensor | None] = {}
+        for field in fields(self):
+            value: Tensor | None = getattr(self, field.name)
+            moved[field.name] = (
+                None if value is None else value.to(device, non_blocking=non_blocking)
+            )
+        return MaskInfo(**moved)  # type: ignore[arg-type]
+
+    def features(self) -> Tensor:
+        """Stack the numbers that a router reads.
+
+        Returns:
+            `(B, 5)`, float32 in [0, 1]: area_ratio, edge_complexity, boundary_smoothness,
+            has_occlusion as 0.0/1.0, and detail_complexity, 0.0 where no image was given.
+
+        Example:
+            >>> from moe_lora.masks import analyze
+            >>> analyze(torch.ones(1, 1, 16, 16)).features().tolist()
+            [[1.0, 0.0, 1.0, 0.0, 0.0]]
+        """
+        detail = self.detail_complexity
+        numbers = (
+            self.area_ratio,
+            self.edge_complexity,
+            self.boundary_smoothness,
+            self.has_occlusion,
+            torch.zeros_like(self.area_ratio) if detail is None else detail,
+        )
+        return torch.stack([number.float() for number in numbers], dim=1)

@@ -1,0 +1,97 @@
+"""Where a mask lies: its boundary band, and its share of latent pixels and tokens."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_lora.masks.validation import check_mask, check_size
+
+
+def boundary_band(mask: Tensor, width: int) -> Tensor:
+    """Mark the pixels near a mask's edge, on both sides of it.
+
+    With `m = [mask >= 0.5]`, `band = dilate(m, width) - erode(m, width)`, both with a square of
+    side `2 * width + 1`: outside the mask the pixels at Chebyshev distance up to `width` from it,
+    inside it those at distance up to `width` from the outside. The border of the image is no
+    edge. An empty and a full mask have no band.
+
+    Args:
+        mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
+        width: pixels on each side, an integer >= 1.
+
+    Returns:
+        `(B, 1, H, W)`, float32, 0.0 or 1.0, without gradient.
+
+    Raises:
+        TypeError, ValueError: `mask` is no mask, see `check_mask`.
+        ValueError: `width` is not an integer >= 1.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.zeros(1, 1, 1, 8)
+        >>> mask[..., 4:] = 1
+        >>> boundary_band(mask, 1)[0, 0].tolist()
+        [[0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0]]
+    """
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"Expected `width` to be an integer >= 1, but got {width!r}.")
+    inside = (check_mask(mask).detach() >= 0.5).float()
+    eroded = 1 - _dilate(1 - inside, width)
+    return _dilate(inside, width) - eroded
+
+
+def to_latent(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average a mask over the area of each latent pixel.
+
+    Args:
+        mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
+        size: `(h, w)` of the latents.
+
+    Returns:
+        `(B, 1, h, w)`, float32 in [0, 1]. Where `h` divides `H` and `w` divides `W` its mean is
+        the mask's; elsewhere the cells overlap by up to a pixel (adaptive average pooling).
+
+    Raises:
+        TypeError, ValueError: `mask` is no mask, see `check_mask`.
+        ValueError: `size` is not two integers >= 1.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.zeros(1, 1, 4, 8)
+        >>> mask[..., 2:6] = 1
+        >>> to_latent(mask, (1, 2)).tolist()
+        [[[[0.5, 0.5]]]]
+    """
+    return F.adaptive_avg_pool2d(check_mask(mask), check_size(size, "size"))
+
+
+def to_tokens(mask: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Average a mask over the area of each token.
+
+    Args:
+        mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
+        grid_size: `(rows, columns)` of the token grid; for Flux `(H // 16, W // 16)`.
+
+    Returns:
+        `(B, rows * columns)`, float32 in [0, 1], row by row, the order of packed Flux latents.
+
+    Raises:
+        TypeError, ValueError: `mask` is no mask, see `check_mask`.
+        ValueError: `grid_size` is not two integers >= 1.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.zeros(1, 1, 32, 32)
+        >>> mask[..., :16, 16:] = 1
+        >>> to_tokens(mask, (2, 2)).tolist()
+        [[0.0, 1.0, 0.0, 0.0]]
+    """
+    rows, columns = check_size(grid_size, "grid_size")
+    return F.adaptive_avg_pool2d(check_mask(mask), (rows, columns)).flatten(1)
+
+
+def _dilate(inside: Tensor, width: int) -> Tensor:
+    side = 2 * width + 1
+    rows_done = F.max_pool2d(inside, (side, 1), stride=1, padding=(width, 0))
+    return F.max_pool2d(rows_done, (1, side), stride=1, padding=(0, width))

@@ -1,0 +1,146 @@
+"""What every function of this package asks of its input."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_ROUNDING = 1e-5
+"""How far a resampled float mask may overshoot [0, 1] and still count as inside."""
+
+
+def check_mask(mask: Tensor) -> Tensor:
+    """Check that a mask is one, and return it in float32.
+
+    Values are read only outside `torch.compile`; on CUDA that reading waits for the device once.
+    A resized mask may overshoot by rounding: up to 1e-5 outside [0, 1] passes.
+
+    Args:
+        mask: `(B, 1, H, W)`, floating point, in [0, 1], pixel space; 1 = remove.
+
+    Returns:
+        The same values in float32, `(B, 1, H, W)`, with the graph of `mask`.
+
+    Raises:
+        TypeError: `mask` is no tensor, or bool, integer or complex.
+        ValueError: the shape is another, the mask has no elements, or a value is NaN or outside
+            [0, 1].
+
+    Example:
+        >>> check_mask(torch.full((1, 1, 2, 2), 255.0))
+        Traceback (most recent call last):
+        ValueError: Expected `mask` to have values in [0, 1], but got values in [255, 255]; \
+divide by 255.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"Expected `mask` to be a torch.Tensor, but got {type(mask).__name__}.")
+    if mask.ndim != 4 or mask.shape[1] != 1:
+        raise ValueError(
+            f"Expected `mask` to have shape (B, 1, H, W), but got {tuple(mask.shape)}."
+        )
+    if 0 in mask.shape:
+        raise ValueError(f"Expected `mask` to have elements, but got {tuple(mask.shape)}.")
+    if not mask.is_floating_point():
+        raise TypeError(_dtype_message(mask))
+    low, high = _value_range(mask, "mask")
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise ValueError(_range_message("mask", low, high))
+    return mask.float()
+
+
+def check_image(image: Tensor, mask: Tensor) -> Tensor:
+    """Check that an image belongs to a mask, and return it in float32.
+
+    Args:
+        image: `(B, 3, H, W)`, floating point, in [0, 1].
+        mask: `(B, 1, H, W)`, already checked.
+
+    Returns:
+        The same values in float32, `(B, 3, H, W)`, with the graph of `image`.
+
+    Raises:
+        TypeError: `image` is no tensor or not floating point.
+        ValueError: the shape does not fit the mask's, or a value is NaN or outside [0, 1].
+
+    Example:
+        >>> check_image(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 4, 4))
+        Traceback (most recent call last):
+        ValueError: Expected `image` to have shape (1, 3, 4, 4), but got (1, 3, 8, 8).
+    """
+    if not isinstance(image, Tensor):
+        raise TypeError(f"Expected `image` to be a torch.Tensor, but got {type(image).__name__}.")
+    expected = (mask.shape[0], 3, *mask.shape[2:])
+    if tuple(image.shape) != expected:
+        raise ValueError(
+            f"Expected `image` to have shape {expected}, but got {tuple(image.shape)}."
+        )
+    if not image.is_floating_point():
+        raise TypeError(
+            f"Expected `image` to be floating point, but got {image.dtype}; "
+            "convert with image.float() / 255."
+        )
+    low, high = _value_range(image, "image")
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise ValueError(_range_message("image", low, high))
+    return image.float()
+
+
+def check_size(size: tuple[int, int], name: str) -> tuple[int, int]:
+    """Check a pair of sizes (rows, columns), and return it as a tuple of ints.
+
+    Args:
+        size: two integers, each at least 1.
+        name: the argument's name in the message.
+
+    Returns:
+        `(rows, columns)`.
+
+    Raises:
+        ValueError: `size` is not two integers of at least 1.
+
+    Example:
+        >>> check_size((4, 0), "grid_size")
+        Traceback (most recent call last):
+        ValueError: Expected `grid_size` to be two integers >= 1 (rows, columns), but got (4, 0).
+    """
+    wrong = not isinstance(size, tuple | list) or len(size) != 2
+    if wrong or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
+        raise ValueError(
+            f"Expected `{name}` to be two integers >= 1 (rows, columns), but got {size}."
+        )
+    return size[0], size[1]
+
+
+def _value_range(values: Tensor, name: str) -> tuple[float, float]:
+    """Return the least and the greatest value in one reading; (0, 1) where none can be read."""
+    if torch.compiler.is_compiling() or values.is_meta:
+        return 0.0, 1.0
+    least, greatest = torch.aminmax(values.detach())
+    low, high = torch.stack([least.float(), greatest.float()]).tolist()
+    if math.isnan(low):
+        raise ValueError(f"Expected `{name}` to be free of NaN, but got NaN values.")
+    return low, high
+
+
+def _dtype_message(mask: Tensor) -> str:
+    expected = f"Expected `mask` to be floating point in [0, 1], but got {mask.dtype}; "
+    if mask.dtype == torch.bool:
+        return expected + "convert with mask.float()."
+    if mask.is_complex():
+        return expected + "convert with mask.real."
+    return expected + "convert with mask.float() / 255 for values 0/255, or mask.float() for 0/1."
+
+
+def _range_message(name: str, low: float, high: float) -> str:
+    if low >= 0 and high > 2:
+        advice = "divide by 255"
+    elif low >= -1 - _ROUNDING and high <= 1 + _ROUNDING:
+        advice = f"map [-1, 1] to [0, 1] with ({name} + 1) / 2"
+    else:
+        advice = f"limit it with {name}.clamp(0, 1) if that is what it means"
+    return (
+        f"Expected `{name}` to have values in [0, 1], but got values in [{low:g}, {high:g}]; "
+        f"{advice}."
+    )
