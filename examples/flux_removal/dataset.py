@@ -1,0 +1,110 @@
+"""Read removal triplets from a folder of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class RemovalDataset(Dataset[dict[str, Tensor]]):
+    """Read the layout `folder/{src,mask,result,ref}/STEM.{png,jpg,jpeg,webp}`.
+
+    The four files of a sample share their stem; their suffixes may differ. Without a folder `ref`
+    the source stands in for the reference. All pictures of a sample have the same size, and its
+    sides are multiples of 16.
+
+    Args:
+        folder: holds the folders `src`, `mask`, `result` and, if wanted, `ref`.
+        size: `(height, width)` in pixels, or one number for a square, that every sample must have;
+            None accepts any.
+
+    Raises:
+        FileNotFoundError: a folder, or a file of a sample, is missing.
+        ValueError: two files claim to be the same one, or `size` is not made of multiples of 16.
+            Reading a sample raises it for a file that is unreadable or of the wrong size.
+
+    An item is a dict of float tensors in [0, 1]: `src`, `result`, `ref` `(3, H, W)` and
+    `mask` `(1, H, W)`, 1 = remove.
+    """
+
+    def __init__(self, folder: str | Path, size: int | tuple[int, int] | None = None) -> None:
+        self.folder = Path(folder)
+        self.size = (size, size) if isinstance(size, int) else size
+        if self.size is not None and any(side < 16 or side % 16 for side in self.size):
+            raise ValueError(f"Expected `size` to be made of multiples of 16, but got {size}.")
+        self.parts = ("src", "mask", "result")
+        if (self.folder / "ref").is_dir():
+            self.parts += ("ref",)
+        self.files = {part: self._list(part) for part in self.parts}
+        self.stems = sorted({stem for found in self.files.values() for stem in found})
+        if not self.stems:
+            raise FileNotFoundError(
+                f"Expected images ({', '.join(SUFFIXES)}) in {self.folder / 'src'}, but got none."
+            )
+        for stem in self.stems:
+            for part in self.parts:
+                if stem not in self.files[part]:
+                    other = next(p for p in self.parts if stem in self.files[p])
+                    raise FileNotFoundError(
+                        f"Sample {stem!r} has no `{part}`: expected {self.folder / part / stem}.* "
+                        f"({', '.join(SUFFIXES)}) beside {self.files[other][stem]}."
+                    )
+
+    def _list(self, part: str) -> dict[str, Path]:
+        directory = self.folder / part
+        if not directory.is_dir():
+            raise FileNotFoundError(f"Expected a folder {directory}, but there is none.")
+        found: dict[str, Path] = {}
+        for path in sorted(directory.iterdir()):
+            if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+                continue
+            if path.stem in found:
+                raise ValueError(
+                    f"Sample {path.stem!r} has two files for `{part}`: "
+                    f"{found[path.stem]} and {path}."
+                )
+            found[path.stem] = path
+        return found
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        stem = self.stems[index]
+        item = {part: self._read(part, stem) for part in self.parts}
+        height, width = self.size or item["src"].shape[-2:]
+        for part in self.parts:
+            got = tuple(item[part].shape[-2:])
+            if got != (height, width):
+                whose = "of `size`" if self.size else f"of {self.files['src'][stem]}"
+                raise ValueError(
+                    f"Expected `{part}` of sample {stem!r} to be {height}x{width} (height x width "
+                    f"{whose}), but {self.files[part][stem]} is {got[0]}x{got[1]}."
+                )
+        if height % 16 or width % 16:
+            raise ValueError(
+                f"Expected the sides of sample {stem!r} to be multiples of 16, but "
+                f"{self.files['src'][stem]} is {height}x{width} (height x width)."
+            )
+        item.setdefault("ref", item["src"].clone())
+        return item
+
+    def _read(self, part: str, stem: str) -> Tensor:
+        path = self.files[part][stem]
+        try:
+            with Image.open(path) as picture:
+                array = np.array(picture.convert("L" if part == "mask" else "RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(
+                f"Expected `{part}` of sample {stem!r} to be an image, but {path} cannot be read: "
+                f"{error}"
+            ) from error
+        tensor = torch.from_numpy(array).float() / 255
+        return tensor[None] if part == "mask" else tensor.permute(2, 0, 1).contiguous()

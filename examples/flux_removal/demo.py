@@ -1,0 +1,172 @@
+"""Remove objects from real photographs: data, training, evaluation and pictures in a few minutes.
+
+Everything is left in outputs/demo/: checkpoint/ (each expert also by itself), logs/, metrics.json,
+contact_sheet.png, routing_over_training.png and routing_by_mask_size.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+
+from checkpoints import step_of
+from dataset import RemovalDataset
+from evaluation import Results, measure, regions, run_pipeline, table
+from make_data import make_data
+from models import Conditioner, load_checkpoint, load_pipeline
+from moe_lora import routing_stats
+from options import TrainOptions, parse_options
+from pictures import (
+    contact_sheet,
+    plot_routing_by_mask_size,
+    plot_routing_over_training,
+    show_mask,
+)
+from train import train
+
+CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+ROWS = 8
+QUICK_FLAGS = ["--max_train_steps", "6", "--uniform_steps", "3", "--logging_steps", "1"]
+
+
+class Clock:
+    """Measure the phases of the demo, and say that they begin."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since, self._phase = time.monotonic(), ""
+
+    def begin(self, phase: str, told: str) -> None:
+        """End the last phase and begin another."""
+        self.end()
+        self._phase, self._since = phase, time.monotonic()
+        print(f"[{phase}] {told}", flush=True)
+
+    def end(self) -> None:
+        """End the last phase."""
+        if self._phase:
+            self.seconds[self._phase] = round(time.monotonic() - self._since, 1)
+
+
+def evaluate(
+    options: TrainOptions, checkpoint: Path, dataset: RemovalDataset, steps: int
+) -> tuple[Results, Results, list[str]]:
+    """Run base model and checkpoint with the same noise, through the stock pipeline.
+
+    Returns:
+        What the base model made, what the checkpoint made, and the experts' names.
+    """
+    pipe = load_pipeline(options.flux_fill_id)
+    conditioner = Conditioner(pipe)
+    base = run_pipeline(pipe, conditioner, dataset, steps=steps)
+    load_checkpoint(pipe, checkpoint)
+    ours = run_pipeline(pipe, conditioner, dataset, steps=steps)
+    return base, ours, list(routing_stats(pipe.transformer).expert_names)
+
+
+def draw(
+    output: Path, dataset: RemovalDataset, base: Results, ours: Results, experts: list[str]
+) -> None:
+    """Write the three pictures; the sheet's samples run from small masks to large ones."""
+    items = [dataset[index] for index in range(len(dataset))]
+    areas = [float(item["mask"].mean()) for item in items]
+    order = sorted(range(len(items)), key=areas.__getitem__)
+    shown = [
+        order[round(i)] for i in torch.linspace(0, len(order) - 1, min(ROWS, len(order))).tolist()
+    ]
+    rows = [
+        {
+            "source": items[i]["src"],
+            "mask": show_mask(items[i]["src"], items[i]["mask"]),
+            "base model": base.images[i],
+            "ours": ours.images[i],
+            "truth": items[i]["result"],
+        }
+        for i in shown
+    ]
+    contact_sheet(rows, output / "contact_sheet.png")
+    plot_routing_over_training(
+        output / "logs" / "metrics.jsonl", output / "routing_over_training.png"
+    )
+    plot_routing_by_mask_size(areas, ours.weights, experts, output / "routing_by_mask_size.png")
+
+
+def write_metrics(
+    output: Path,
+    options: TrainOptions,
+    dataset: RemovalDataset,
+    results: dict[str, dict[str, float]],
+    seconds: dict[str, float],
+) -> None:
+    """Write `metrics.json`."""
+    shadowed = sum(bool(regions(dataset[i])["shadow"].any()) for i in range(len(dataset)))
+    entries = {
+        "psnr": results,
+        "samples": len(dataset),
+        "samples_with_shadow": shadowed,
+        "seconds": seconds,
+        "train_steps": options.max_train_steps,
+        "uniform_steps": options.uniform_steps,
+    }
+    (output / "metrics.json").write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, help="outputs/demo by default")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="options of train.py")
+    parser.add_argument("--steps", type=int, default=12, help="denoising steps in the evaluation")
+    parser.add_argument("--quick", action="store_true", help="a few samples and steps, for CI")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as a program."""
+    args = build_parser().parse_args(arguments)
+    output: Path = args.output_dir or Path("outputs") / ("demo_quick" if args.quick else "demo")
+    output.mkdir(parents=True, exist_ok=True)
+    diffusers_logging.disable_progress_bar()
+    clock = Clock()
+
+    clock.begin("data", f"writing triplets of real photographs to {output / 'data'}")
+    counts = {"train_count": 24, "test_count": 6} if args.quick else {}
+    make_data(output / "data", **counts)
+
+    flags = [str(args.config), "--train_data_dir", str(output / "data" / "train")]
+    flags += ["--output_dir", str(output / "training"), "--logging_dir", str(output / "logs")]
+    options = parse_options(flags + (QUICK_FLAGS if args.quick else []))
+    for stale in ("training", "logs", "checkpoint"):
+        shutil.rmtree(output / stale, ignore_errors=True)
+    clock.begin("training", f"{options.max_train_steps} steps on {options.flux_fill_id}")
+    trained = train(options)
+    if step_of(trained) != options.max_train_steps:
+        print(f"The demo was stopped; {trained} is left.")
+        return 1
+    checkpoint = trained.rename(output / "checkpoint")
+    shutil.rmtree(output / "training")
+
+    dataset = RemovalDataset(output / "data" / "test")
+    clock.begin("evaluation", f"{len(dataset)} photographs that training has not seen")
+    base, ours, experts = evaluate(options, checkpoint, dataset, 3 if args.quick else args.steps)
+    results = {"base": measure(base.images, dataset), "ours": measure(ours.images, dataset)}
+    clock.begin("pictures", f"drawing into {output}")
+    draw(output, dataset, base, ours, experts)
+    clock.end()
+    write_metrics(output, options, dataset, results, clock.seconds)
+    print(f"\n{table(results)}\n")
+    print("seconds:", ", ".join(f"{name} {value:.0f}" for name, value in clock.seconds.items()))
+    print(f"Look at {output / 'contact_sheet.png'}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

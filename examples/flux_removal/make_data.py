@@ -1,0 +1,90 @@
+"""Write removal triplets made of real photographs as image files.
+
+The layout is OUT/{train,test}/{src,mask,result,ref}/NNNN.png, beside a metadata.jsonl for each
+split. Train and test use different photographs. The same seeds give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from scenes import MASK_KINDS, Array, Scene, random_scene
+
+SEEDS = {"train": 11, "test": 12}
+FOLDERS = ("src", "mask", "result", "ref")
+
+
+def save_picture(path: Path, array: Array) -> None:
+    """Write `(H, W)` or `(H, W, 3)`, in [0, 1], as a PNG file."""
+    picture = Image.fromarray(np.round(array * 255).astype(np.uint8))
+    picture.save(path, compress_level=1)
+
+
+def describe(scene: Scene, stem: str) -> dict[str, str | float]:
+    """Return what the metadata says of a scene."""
+    return {
+        "stem": stem,
+        "photograph": scene.photograph,
+        "object": scene.object_kind,
+        "mask": scene.mask_kind,
+        "area": round(float(scene.mask.mean()), 4),
+    }
+
+
+def write_split(folder: Path, split: str, count: int, size: int) -> None:
+    """Write `count` scenes of a split; the mask kinds take turns."""
+    for name in FOLDERS:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for stale in (folder / name).glob("*.png"):
+            if int(stale.stem) >= count:
+                stale.unlink()
+    lines = []
+    for index in range(count):
+        rng = np.random.default_rng((SEEDS[split], index))
+        scene = random_scene(rng, split, size, mask_kind=MASK_KINDS[index % len(MASK_KINDS)])
+        stem = f"{index:04d}"
+        for name in FOLDERS:
+            save_picture(folder / name / f"{stem}.png", getattr(scene, name))
+        lines.append(json.dumps(describe(scene, stem)))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def make_data(
+    output: Path, *, train_count: int = 480, test_count: int = 48, size: int = 128
+) -> None:
+    """Write both splits, unless the folder already holds exactly them."""
+    wanted = {"train": train_count, "test": test_count, "size": size, "seeds": SEEDS}
+    stamp = output / "complete.json"
+    if stamp.exists() and json.loads(stamp.read_text()) == wanted:
+        return
+    stamp.unlink(missing_ok=True)
+    write_split(output / "train", "train", train_count, size)
+    write_split(output / "test", "test", test_count, size)
+    stamp.write_text(json.dumps(wanted))
+
+
+def main() -> None:
+    """Write the data that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--train_count", type=int, default=480)
+    parser.add_argument("--test_count", type=int, default=48)
+    parser.add_argument("--size", type=int, default=128, help="side in pixels, a multiple of 16")
+    args = parser.parse_args()
+    if args.size < 32 or args.size % 16:
+        parser.error(f"Expected --size to be a multiple of 16 from 32 up, but got {args.size}.")
+    make_data(
+        args.output_dir,
+        train_count=args.train_count,
+        test_count=args.test_count,
+        size=args.size,
+    )
+
+
+if __name__ == "__main__":
+    main()

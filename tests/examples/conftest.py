@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
+    FluxTransformer2DModel,
+)
+from PIL import Image
+
+
+def build_random_pipeline(*, guidance_embeds: bool = False) -> FluxFillPipeline:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=16,
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=64,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    )
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=384,
+        out_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return FluxFillPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Forget the settings of the last run, which accelerate keeps for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def random_flux_fill(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("random_flux_fill")
+    build_random_pipeline().save_pretrained(folder)
+    return folder
+
+
+def write_triplets(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    rng = np.random.default_rng(0)
+    for index, (height, width) in enumerate(sizes):
+        mask = np.zeros((height, width), dtype=np.uint8)
+        mask[8 : 24 + 4 * (index % 4), 16:40] = 255
+        for name in ("src", "result", "ref"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(folder / name / f"{index:03d}.png")
+        (folder / "mask").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(folder / "mask" / f"{index:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def guided_flux_fill(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("guided_flux_fill")
+    build_random_pipeline(guidance_embeds=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def triplets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("triplets")
+    return write_triplets(folder, [(64, 64), (64, 96), (64, 64), (64, 64), (64, 96)])
+
+
+@pytest.fixture
+def arguments(random_flux_fill: Path, triplets: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Return a function that makes the flags of a short run; keyword arguments win."""
+
+    def make(**changed: object) -> list[str]:
+        entries: dict[str, object] = {
+            "flux_fill_id": random_flux_fill,
+            "train_data_dir": triplets,
+            "output_dir": tmp_path / "out",
+            "logging_dir": tmp_path / "logs",
+            "report_to": "none",
+            "max_train_steps": 2,
+            "logging_steps": 1,
+            "lora_r": 2,
+            "lora_alpha": 2,
+            "learning_rate": 0.01,
+        } | changed
+        return [word for name, value in entries.items() for word in (f"--{name}", str(value))]
+
+    return make
+
+
+ALL_LOSSES = {
+    "enable_boundary_loss": True,
+    "enable_consistency_loss": True,
+    "enable_detail_loss": True,
+    "enable_mask_info": True,
+    "max_sigma": 1.0,
+}
+
+
+@pytest.fixture
+def all_losses() -> dict[str, object]:
+    return dict(ALL_LOSSES)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import get_peft_model
+from torch import nn
+
+import moe_lora
+from moe_lora import RemovalLoss
+from moe_lora.losses import RemovalLossOutput
+from options import parse_options
+from reporting import LossWindow, Reporter
+
+
+def output(**components: float) -> RemovalLossOutput:
+    return RemovalLossOutput(torch.tensor(0.0), {k: torch.tensor(v) for k, v in components.items()})
+
+
+def test_means_run_over_the_samples_that_passed_the_gate() -> None:
+    loss = RemovalLoss(1.0, None, 0.5, None, max_sigma=0.5)
+    window, accelerator = LossWindow(), Accelerator(cpu=True)
+    window.add(loss, output(base=1.0, consistency=0.4), torch.tensor(1.2), torch.tensor([0.1, 0.9]))
+    window.add(loss, output(base=3.0, consistency=0.0), torch.tensor(3.0), torch.tensor([0.8, 0.9]))
+    found = window.means(accelerator)
+    assert found["total"] == pytest.approx(2.1)
+    assert found["loss/base"] == pytest.approx(2.0)
+    assert found["loss/consistency"] == pytest.approx(0.4)
+    assert found["contribution/consistency"] == pytest.approx(0.5 * 0.4 / 2)
+    assert found["contribution/base"] + found["contribution/consistency"] == pytest.approx(2.1)
+    window.add(loss, output(base=5.0, consistency=0.0), torch.tensor(5.0), torch.tensor([0.9]))
+    later = window.means(accelerator)
+    assert later["loss/base"] == pytest.approx(5.0)
+    assert math.isnan(later["loss/consistency"])
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(in_channels=4)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden_states)
+
+
+def make_reporter(tmp_path: Path) -> Reporter:
+    flags = ["--train_data_dir", "d", "--report_to", "none", "--logging_dir", str(tmp_path)]
+    flags += ["--enable_detail_loss", "--enable_mask_info"]
+    accelerator = Accelerator(cpu=True)
+    return Reporter(accelerator, parse_options(flags), total_steps=10, steps_per_epoch=5)
+
+
+def make_model(weights: list[float]) -> nn.Module:
+    config = moe_lora.MoELoraConfig(
+        target_modules=["linear"], router="fixed", router_kwargs={"weights": weights}
+    )
+    return get_peft_model(Tokens(), config)
+
+
+def report(reporter: Reporter, model: nn.Module, step: int) -> None:
+    loss = RemovalLoss(1.0, None, None, None)
+    model(torch.zeros(2, 3, 4))
+    reporter.window.add(loss, output(base=1.0), torch.tensor(1.0), torch.tensor([0.5]))
+    reporter.entry(step, model, "routed", {})
+
+
+def test_a_collapse_is_told_once_until_it_is_over(tmp_path: Path) -> None:
+    reporter, collapsed = make_reporter(tmp_path), make_model([0.97, 0.02, 0.01])
+    for step, model in enumerate([collapsed, collapsed, make_model([0.4, 0.3, 0.3]), collapsed]):
+        report(reporter, model, step + 1)
+    warnings = [
+        line
+        for line in (tmp_path / "training.log").read_text().splitlines()
+        if line.startswith("WARNING - The router has collapsed: removal_expert takes 97%")
+    ]
+    assert len(warnings) == 2
+
+
+def test_statistics_start_anew_with_every_entry(tmp_path: Path) -> None:
+    reporter, model = make_reporter(tmp_path), make_model([0.45, 0.35, 0.20])
+    for step in (1, 2):
+        report(reporter, model, step)
+    log = (tmp_path / "training.log").read_text()
+    assert log.count("INFO - Expert Usage: removal=0.45, background=0.35, completion=0.20") == 2
+    assert "INFO - Epoch 1/2, Step 2/10" in log
+    assert moe_lora.routing_stats(model).usage == [0, 0, 0]
