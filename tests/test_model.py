@@ -123,6 +123,12 @@ class TestInjection:
         with pytest.raises(ValueError, match="register_router"):
             get_peft_model(mlp, MoELoraConfig(target_modules=["first"], router="nobody"))
 
+    def test_a_sequential_model_still_calls_its_layers_in_turn(self):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+        x = torch.rand(2, 4)
+        expected = model(x)
+        assert torch.equal(get_peft_model(model, MoELoraConfig(target_modules=["0"]))(x), expected)
+
     def test_a_router_needs_no_model_config_when_its_width_is_given(self, make_mlp):
         kwargs = {"target_modules": ["first"], "router": "three_expert_removal"}
         with pytest.raises(ValueError, match="input_dim"):

@@ -67,6 +67,10 @@ class AdapterRouters(nn.Module, MoELoraLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`: an adapted `nn.Sequential` calls this, its last child, like the others."""
+        return x
+
     def attach(self, adapter_name: str, router: Router) -> None:
         """Make `router` the router of an adapter, and note it in the adapter's configuration."""
         if adapter_name not in self.configs:
