@@ -168,16 +168,22 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
     Args:
         dataset: read once.
         encoder: used once per sample.
+        batch_size: samples that are encoded at a time.
     """
 
-    def __init__(self, dataset: RemovalDataset, encoder: LatentEncoder) -> None:
-        self.items = []
-        for index in range(len(dataset)):
-            item = dataset[index]
-            item["mask"] = (item["mask"] >= 0.5).float()
-            batch = {name: value[None] for name, value in item.items()}
+    def __init__(
+        self, dataset: RemovalDataset, encoder: LatentEncoder, *, batch_size: int = 16
+    ) -> None:
+        found: dict[int, dict[str, Tensor]] = {}
+        for indices in BucketBatches(picture_sizes(dataset), batch_size, seed=0).epoch(0):
+            items = [dataset[index] for index in indices]
+            for item in items:
+                item["mask"] = (item["mask"] >= 0.5).float()
+            batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
             moments = encoder.batch_moments(batch)
-            self.items.append(item | {name: value[0].cpu() for name, value in moments.items()})
+            for row, (index, item) in enumerate(zip(indices, items, strict=True)):
+                found[index] = item | {name: value[row].cpu() for name, value in moments.items()}
+        self.items = [found[index] for index in range(len(found))]
 
     def __len__(self) -> int:
         return len(self.items)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,16 @@ def describe(scene: Scene, stem: str) -> dict[str, str | float]:
     }
 
 
+def write_scene(folder: Path, split: str, size: int, index: int) -> str:
+    """Write the files of one scene, which depends on nothing but its index; return its metadata."""
+    rng = np.random.default_rng((SEEDS[split], index))
+    scene = random_scene(rng, split, size, mask_kind=MASK_KINDS[index % len(MASK_KINDS)])
+    stem = f"{index:04d}"
+    for name in FOLDERS:
+        save_picture(folder / name / f"{stem}.png", getattr(scene, name))
+    return json.dumps(describe(scene, stem))
+
+
 def write_split(folder: Path, split: str, count: int, size: int) -> None:
     """Write `count` scenes of a split; the mask kinds take turns."""
     for name in FOLDERS:
@@ -43,14 +55,8 @@ def write_split(folder: Path, split: str, count: int, size: int) -> None:
         for stale in (folder / name).glob("*.png"):
             if int(stale.stem) >= count:
                 stale.unlink()
-    lines = []
-    for index in range(count):
-        rng = np.random.default_rng((SEEDS[split], index))
-        scene = random_scene(rng, split, size, mask_kind=MASK_KINDS[index % len(MASK_KINDS)])
-        stem = f"{index:04d}"
-        for name in FOLDERS:
-            save_picture(folder / name / f"{stem}.png", getattr(scene, name))
-        lines.append(json.dumps(describe(scene, stem)))
+    with ThreadPoolExecutor() as threads:
+        lines = list(threads.map(partial(write_scene, folder, split, size), range(count)))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 

@@ -1,6 +1,24 @@
-"""Train the tiny Flux Fill that ships with the example.
+"""Train the tiny Flux Fill that ships with the example, from photographs in installed packages.
 
-Stage `ae` trains an `AutoencoderKL`, stage `base` a `FluxTransformer2DModel` on its latents.
+    python make_tiny_flux_fill.py --stage all --work_dir WORK [--resume]
+
+Stage `ae` trains an `AutoencoderKL` (2.3 M parameters), stage `base` a `FluxTransformer2DModel`
+(3.5 M) on its latents, by flow matching. The base is a generic inpainter for 128 x 128 pixels: it
+fills masks and keeps all else, shadows included. Its text inputs are zeros, `(B, 1, 64)` and pooled
+`(B, 64)`. The folder is written in fp16, 11.6 MB, anew every ten minutes. There are no text
+encoders in it, and stock diffusers wants to be told so:
+
+    FluxFillPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None,
+                                     text_encoder_2=None, tokenizer_2=None)
+
+What it cost and reached, on two CPU cores that did other work, too, with bf16 for convolutions:
+
+- ae: 49 minutes, about 8000 steps (the term for coarse colours joined at step 4000). PSNR of
+  reconstructions of test photographs 26.0 dB (coffee 27.8, chelsea 28.9, china 21.7).
+- base: 60 minutes, about 10 200 steps of 32; loss 0.115. Against test photographs without the
+  object but with its shadow, in 10 steps: 16.3 dB inside the mask, 26.6 dB outside, 27.7 dB in the
+  shadow. Fewer steps fill more smoothly: 16.9 dB in 4 steps, 17.7 dB in 1. On training
+  photographs: 17.9 dB inside in 10 steps. Fills follow colours and fur, not edges.
 """
 
 from __future__ import annotations
@@ -20,17 +38,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from scenes import (
-    MASK_KINDS,
-    TRAIN_WEIGHTS,
-    cover,
-    jitter_colours,
-    load_photograph,
-    photographs,
-    random_crop,
-    random_mask,
-    random_scene,
-)
+from latent_pool import LatentPool, draw_picture, to_tensor
+from scenes import random_scene
 from timed_run import TimedRun
 
 HERE = Path(__file__).parent
@@ -54,21 +63,6 @@ def build_autoencoder() -> AutoencoderKL:
         use_post_quant_conv=False,
         sample_size=128,
     )
-
-
-def to_tensor(images: list[np.ndarray]) -> Tensor:
-    """Stack `(H, W, C)` images in [0, 1] into `(B, C, H, W)`."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
-
-
-def draw_picture(rng: np.random.Generator, split: str) -> np.ndarray:
-    """Draw a 128 x 128 picture: a plain crop, or at times a scene with an object."""
-    if rng.random() < 0.25:
-        return random_scene(rng, split).src
-    names = photographs(split)
-    weights = np.array([TRAIN_WEIGHTS.get(name, 1.0) for name in names])
-    crop = random_crop(rng, load_photograph(str(rng.choice(names, p=weights / weights.sum()))), 128)
-    return jitter_colours(rng, crop) if split == "train" and rng.random() < 0.7 else crop
 
 
 def autoencoder_loss(vae: AutoencoderKL, x: Tensor) -> Tensor:
@@ -189,67 +183,6 @@ def load_autoencoder(work: Path) -> AutoencoderKL:
     return vae
 
 
-def pack(x: Tensor) -> Tensor:
-    """Pack `(B, C, h, w)` into tokens `(B, (h/2)(w/2), 4C)` as Flux does."""
-    return FluxFillPipeline._pack_latents(x, *x.shape)
-
-
-def pack_mask(mask: Tensor) -> Tensor:
-    """Pack a pixel mask `(B, 1, H, W)` into the 256 mask channels `(B, (H/16)(W/16), 256)`."""
-    return pack(torch.nn.functional.pixel_unshuffle(mask, 8))
-
-
-def draw_examples(rng: np.random.Generator, split: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one scene and make five inpainting examples of it.
-
-    Two masks cover the object: it is gone in the target, *its shadow stays*. One mask lies anywhere
-    in the composite, and two anywhere in plain crops: there the target is the picture itself.
-
-    Returns:
-        Pictures to mask, targets `(5, 3, 128, 128)` in [-1, 1], and masks `(5, 1, 128, 128)`.
-    """
-    scene = random_scene(rng, split)
-    crop = draw_picture(rng, split)
-    kinds = rng.choice(MASK_KINDS, 4)
-    free = [random_mask(rng, 128, str(kind)) for kind in kinds[:3]]
-    masks = [scene.mask, cover(rng, scene.alpha, str(kinds[3])), *free]
-    seen = to_tensor([scene.src, scene.src, scene.src, scene.result, crop])
-    wanted = to_tensor([scene.shadowed, scene.shadowed, scene.src, scene.result, crop])
-    return seen * 2 - 1, wanted * 2 - 1, torch.from_numpy(np.stack(masks))[:, None]
-
-
-class LatentPool:
-    """Hold encoded examples: packed targets, packed masked pictures (mean, std), packed masks."""
-
-    def __init__(self, vae: AutoencoderKL, size: int) -> None:
-        self.vae, self.count = vae, 0
-        self.latents = torch.empty(3, size, 64, 64, dtype=torch.float16)
-        self.masks = torch.empty(size, 64, 256, dtype=torch.uint8)
-
-    @torch.no_grad()
-    def add(self, rng: np.random.Generator, split: str) -> None:
-        """Draw five examples of a scene and encode them; the oldest give way."""
-        seen, wanted, mask = draw_examples(rng, split)
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = self.vae.encode(torch.cat([wanted, seen * (1 - mask)])).latent_dist
-        shift, scale = self.vae.config.shift_factor, self.vae.config.scaling_factor
-        mean, std = (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
-        start = self.count % (len(self.masks) - len(mask) + 1)
-        rows = slice(start, start + len(mask))
-        self.latents[0, rows] = pack(mean[: len(mask)]).half()
-        self.latents[1, rows] = pack(mean[len(mask) :]).half()
-        self.latents[2, rows] = pack(std[len(mask) :]).half()
-        self.masks[rows] = pack_mask(mask).to(torch.uint8)
-        self.count += len(mask)
-
-    def draw(self, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor]:
-        """Return targets `(B, 64, 64)` and conditions `(B, 64, 64 + 256)`."""
-        rows = torch.from_numpy(rng.integers(0, min(self.count, len(self.masks) - 4), batch))
-        target, mean, std = self.latents[:, rows].float()
-        mask = self.masks[rows].float()
-        return target, torch.cat([mean + std * torch.randn_like(std), mask], dim=2)
-
-
 def base_loss(base: FluxTransformer2DModel, target: Tensor, condition: Tensor) -> Tensor:
     """Return the flow-matching loss, with masked tokens counted up to three times."""
     batch = len(target)
@@ -355,10 +288,12 @@ def train_base(work: Path, output: Path, minutes: float, resume: bool) -> None:
 
 def main() -> None:
     """Train the stages that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", choices=("ae", "base", "all"), default="all")
-    parser.add_argument("--ae_minutes", type=float, default=40)
-    parser.add_argument("--base_minutes", type=float, default=70)
+    parser.add_argument("--ae_minutes", type=float, default=49)
+    parser.add_argument("--base_minutes", type=float, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work_dir", type=Path, default=Path("tiny_flux_fill_work"))
     parser.add_argument("--output_dir", type=Path, default=HERE / "tiny_flux_fill")

@@ -1,28 +1,33 @@
 #!/usr/bin/env bash
 # Train in routing mode: all four losses, three experts and their router.
 #
-#   bash train_moe.sh DATA_DIR [further flags of train.py]
+#   bash train_moe.sh [flags of train.py]
 #
-# Without further settings it trains the bundled tiny model. For FLUX.1 Fill:
+# By itself it trains the bundled tiny model on triplets that make_data.py writes. For FLUX.1 Fill:
 #
 #   FLUX_FILL_ID=black-forest-labs/FLUX.1-Fill-dev \
 #   FLUX_REDUX_ID=black-forest-labs/FLUX.1-Redux-dev \
-#   MIXED_PRECISION=bf16 bash train_moe.sh DATA_DIR --gradient_checkpointing --vae_checkpointing
+#   TRAIN_DATA_DIR=my_triplets MIXED_PRECISION=bf16 \
+#   bash train_moe.sh --gradient_checkpointing --vae_checkpointing
 #
-# DATA_DIR holds the folders src, mask, result and ref; make_data.py writes such a folder.
+# TRAIN_DATA_DIR holds the folders src, mask, result and, if wanted, ref.
 set -euo pipefail
-cd "$(dirname "$0")"
 
-data_dir=${1:?"usage: bash train_moe.sh DATA_DIR [flags of train.py]"}
-shift
+here=$(cd "$(dirname "$0")" && pwd)
+data=${TRAIN_DATA_DIR:-}
+if [[ -z $data ]]; then
+  python "$here/make_data.py" --output_dir outputs/data
+  data=outputs/data/train
+fi
 models=()
 [[ -n ${FLUX_FILL_ID:-} ]] && models+=(--flux_fill_id "$FLUX_FILL_ID")
 [[ -n ${FLUX_REDUX_ID:-} ]] && models+=(--flux_redux_id "$FLUX_REDUX_ID")
 
-accelerate launch ${ACCELERATE_FLAGS:-} train.py \
-  "${models[@]}" \
-  --train_data_dir "$data_dir" \
-  --output_dir "${OUTPUT_DIR:-outputs}" \
+# shellcheck disable=SC2086  # ACCELERATE_FLAGS is a list, for example "--num_processes 4"
+accelerate launch ${ACCELERATE_FLAGS:-} "$here/train.py" \
+  ${models[@]+"${models[@]}"} \
+  --train_data_dir "$data" \
+  --output_dir "${OUTPUT_DIR:-outputs/flux_removal}" \
   --logging_dir "${LOGGING_DIR:-./logs}" --report_to tensorboard \
   --mixed_precision "${MIXED_PRECISION:-no}" \
   --use_lora --num_experts 3 \

@@ -117,7 +117,7 @@ class RemovalLoss(nn.Module):
 
     @property
     def specialised(self) -> bool:
-        """Tell whether a loss is on that tells the experts apart: any but the base loss."""
+        """Tell whether a loss is on that tells the experts apart, that is any but the base loss."""
         return any(name != "base" for name in self.weights)
 
     def forward(
