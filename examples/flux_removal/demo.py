@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, help="outputs/demo by default")
     parser.add_argument("--config", type=Path, default=CONFIG, help="options of train.py")
-    parser.add_argument("--steps", type=int, default=12, help="denoising steps in the evaluation")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps in the evaluation")
     parser.add_argument("--quick", action="store_true", help="a few samples and steps, for CI")
     return parser
 

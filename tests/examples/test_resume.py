@@ -108,11 +108,14 @@ def test_signals_are_handled_as_before_after_a_run(arguments: Arguments) -> None
 def test_the_second_signal_kills() -> None:
     from interrupts import Interruption
 
+    # A background process may have inherited a handler that ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_killed_while_it_saves_leaves_the_earlier_checkpoint_whole(

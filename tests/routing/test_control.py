@@ -14,7 +14,7 @@ class ReadsMean(moe_lora.Router):
 
     def __init__(self, gain=1.0):
         super().__init__()
-        self.gain = torch.nn.Parameter(torch.tensor(gain))
+        self.gain = torch.nn.Parameter(torch.ones(()) * gain)
 
     def logits(self, inputs):
         signal = inputs.hidden_states[..., 0].mean(1, keepdim=True)
