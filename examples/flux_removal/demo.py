@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 from diffusers.utils import logging as diffusers_logging
 
 from checkpoints import step_of
@@ -75,13 +75,17 @@ def evaluate(
 def draw(
     output: Path, dataset: RemovalDataset, base: Results, ours: Results, experts: list[str]
 ) -> None:
-    """Write the three pictures; the sheet's samples run from small masks to large ones."""
+    """Write the three pictures.
+
+    The sheet runs from small masks to large ones: of every group of samples with masks of like size
+    it shows the one with the largest shadow.
+    """
     items = [dataset[index] for index in range(len(dataset))]
     areas = [float(item["mask"].mean()) for item in items]
+    shadows = [int(regions(item)["shadow"].sum()) for item in items]
     order = sorted(range(len(items)), key=areas.__getitem__)
-    shown = [
-        order[round(i)] for i in torch.linspace(0, len(order) - 1, min(ROWS, len(order))).tolist()
-    ]
+    groups = np.array_split(order, min(ROWS, len(order)))
+    shown = [max(group.tolist(), key=shadows.__getitem__) for group in groups]
     rows = [
         {
             "source": items[i]["src"],

@@ -81,7 +81,7 @@ def plot_routing_over_training(metrics: Path, path: Path) -> None:
         axes.axvline(routed, color="grey", linewidth=1)
         axes.text(routed, 1.02, " routed", va="bottom", ha="left", color="grey")
     axes.set(xlabel="step", ylabel="mean routing weight", ylim=(0, 1.01))
-    axes.legend(loc="upper right", fontsize=8)
+    axes.legend(loc="center left", fontsize=8, bbox_to_anchor=(0, 0.7))
     _save(figure, path)
 
 
