@@ -54,11 +54,11 @@ class MoELoraConfig(PeftConfig):
     lora_dropout: float = field(
         default=0.0, metadata={"help": "Dropout on the input of the experts, in [0, 1)."}
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": 'Linear layers to adapt: name endings, a regex, or "all-linear".'},
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Layers to leave out: name endings or a regex."}
     )
     num_experts: int | None = field(
@@ -114,9 +114,9 @@ class MoELoraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         if isinstance(self.target_modules, list | tuple):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+            self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+            self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "Expected `target_modules` to be a list when `layers_to_transform` is given, but "

@@ -214,4 +214,5 @@ class ThreeExpertRemovalRouter(Router):
         mask_features = inputs.mask_info.features()
         dtype = self.rules.strengths.dtype
         joined = torch.cat([visual.to(dtype), mask_features.to(dtype)], dim=-1)
-        return self.router(joined) + self.rules(mask_features.to(dtype))  # type: ignore[no-any-return]
+        logits: Tensor = self.router(joined) + self.rules(mask_features.to(dtype))
+        return logits
