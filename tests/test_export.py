@@ -54,7 +54,7 @@ def test_a_failing_save_leaves_the_previous_folder_whole(model, tmp_path, monkey
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(moe_lora.export, "save_file", fail)
+    monkeypatch.setattr(moe_lora.export, "write_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         moe_lora.save_experts(model, tmp_path)
     assert (tmp_path / "removal_expert" / "adapter_model.safetensors").read_bytes() == before

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_lora.config import MoELoraConfig
+from moe_lora.files import replacing, write_tensors
 from moe_lora.layer import MoELoraExperts, MoELoraLinear
 from moe_lora.routing.control import routed_module
 
@@ -51,11 +48,11 @@ def save_experts(
         tensors: dict[str, Tensor] = {}
         for path, experts in layers.items():
             lora_A, lora_B = experts.lora_A.detach(), experts.lora_B.detach()
-            tensors[f"base_model.model.{path}.lora_A.weight"] = lora_A[index].contiguous().cpu()
-            tensors[f"base_model.model.{path}.lora_B.weight"] = lora_B[:, index].contiguous().cpu()
+            tensors[f"base_model.model.{path}.lora_A.weight"] = lora_A[index]
+            tensors[f"base_model.model.{path}.lora_B.weight"] = lora_B[:, index]
         folder = Path(directory) / name
-        with _replacing(folder) as temporary:
-            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        with replacing(folder) as temporary:
+            write_tensors(temporary / "adapter_model.safetensors", tensors)
             lora_config.save_pretrained(str(temporary))
         folders.append(folder)
     return folders
@@ -84,22 +81,3 @@ def _plain_config(config: MoELoraConfig, layers: dict[str, MoELoraExperts]) -> L
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of `folder` when the context ends well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if folder.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
