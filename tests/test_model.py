@@ -117,8 +117,8 @@ class TestInjection:
     def test_what_cannot_be_adapted_raises(self, mlp):
         with pytest.raises(ValueError, match="target_modules"):
             get_peft_model(mlp, MoELoraConfig())
-        conv = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1))
-        with pytest.raises(TypeError, match=r"'0' to be an nn.Linear, but got Conv2d"):
+        conv = torch.nn.Sequential(torch.nn.Conv1d(3, 3, 1))
+        with pytest.raises(TypeError, match=r"'0' to be an nn.Linear or nn.Conv2d, but got Conv1d"):
             get_peft_model(conv, MoELoraConfig(target_modules=["0"]))
         with pytest.raises(ValueError, match="register_router"):
             get_peft_model(mlp, MoELoraConfig(target_modules=["first"], router="nobody"))

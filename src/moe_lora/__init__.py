@@ -6,10 +6,11 @@ Importing the package registers the PEFT method `"MOE_LORA"` and does nothing el
 from moe_lora import flow, losses, masks
 from moe_lora.config import MoELoraConfig
 from moe_lora.export import save_experts
-from moe_lora.layer import MoELoraLinear, mixture
+from moe_lora.layer import MoELoraConv2d, MoELoraLinear
 from moe_lora.losses import RemovalLoss, compute_removal_task_loss
 from moe_lora.masks import MaskInfo, extract_mask_info_from_batch
 from moe_lora.merging import merge, unmerge
+from moe_lora.mixing import mixture
 from moe_lora.model import MoELoraModel
 from moe_lora.registration import register
 from moe_lora.routing import (
@@ -42,6 +43,7 @@ __all__ = [
     "MaskAwareFeatureExtractor",
     "MaskInfo",
     "MoELoraConfig",
+    "MoELoraConv2d",
     "MoELoraLinear",
     "MoELoraModel",
     "RemovalLoss",

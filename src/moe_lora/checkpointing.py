@@ -46,13 +46,52 @@ def wrap_checkpointing(model: nn.Module, slot: WeightSlot) -> None:
                 object.__setattr__(module, "_gradient_checkpointing_func", routed)
 
 
-class _Stamped(torch.autograd.Function):
-    """Pass a tensor on, and on the way back check under which routing it was recomputed.
+def stamp_of(slot: WeightSlot) -> Tensor | None:
+    """Return what a layer's graph keeps, so that it refuses gradients under another routing.
+
+    Args:
+        slot: the slot that the layer's weights come from.
+
+    Returns:
+        The slot's stamp; `None` where no graph is made, or where a compiler makes it.
+
+    Raises:
+        RuntimeError: when called by a reentrant checkpoint's recomputation of a routed block.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    if slot.weights and _in_reentrant_recomputation():
+        raise RuntimeError(
+            "Reentrant activation checkpointing cannot carry gradients to routing weights. Pass "
+            "use_reentrant=False to torch.utils.checkpoint.checkpoint."
+        )
+    return slot.stamp
+
+
+def check_stamp(stamp: Tensor | None, expected: int | None) -> None:
+    """Raise when a block was recomputed under another routing than it was run with.
 
     The node of the graph is made by the forward pass, while a checkpointed block's saved tensors
-    come from the recomputation: when the two stamps differ, the block was recomputed with other
-    weights than it was run with.
+    come from the recomputation.
+
+    Args:
+        stamp: the routing's stamp as the graph saved it.
+        expected: the stamp at the time of the forward pass.
+
+    Raises:
+        RuntimeError: when they differ.
     """
+    if stamp is not None and int(stamp) != expected:
+        raise RuntimeError(
+            "A checkpointed block was recomputed with the routing weights of a later forward "
+            "pass, so its gradients would be wrong. Run backward before the next forward "
+            "pass, or checkpoint with moe_lora.routed_checkpoint(model), which keeps the "
+            "weights of each pass."
+        )
+
+
+class _Stamped(torch.autograd.Function):
+    """Pass a tensor on, in a graph that checks its stamp on the way back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stamp: Tensor) -> Tensor:
@@ -62,35 +101,15 @@ class _Stamped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        if int(ctx.saved_tensors[0]) != ctx.stamp:
-            raise RuntimeError(
-                "A checkpointed block was recomputed with the routing weights of a later forward "
-                "pass, so its gradients would be wrong. Run backward before the next forward "
-                "pass, or checkpoint with moe_lora.routed_checkpoint(model), which keeps the "
-                "weights of each pass."
-            )
+        check_stamp(ctx.saved_tensors[0], ctx.stamp)
         return grads[0], None
 
 
-def guard_recomputation(delta: Tensor, slot: WeightSlot) -> Tensor:
-    """Return `delta` unchanged, in a graph that refuses gradients under another routing.
-
-    Args:
-        delta: any tensor that depends on the slot's weights.
-        slot: the slot that they came from.
-
-    Raises:
-        RuntimeError: when called by a reentrant checkpoint's recomputation of a routed block; and,
-            in the backward pass, when the block was recomputed with other weights.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return delta
-    if slot.weights and _in_reentrant_recomputation():
-        raise RuntimeError(
-            "Reentrant activation checkpointing cannot carry gradients to routing weights. Pass "
-            "use_reentrant=False to torch.utils.checkpoint.checkpoint."
-        )
-    stamped: Tensor = _Stamped.apply(delta, slot.stamp)  # type: ignore[no-untyped-call]
+def guarded(x: Tensor, stamp: Tensor | None) -> Tensor:
+    """Return `x` unchanged, in a graph that calls `check_stamp` in its backward pass."""
+    if stamp is None:
+        return x
+    stamped: Tensor = _Stamped.apply(x, stamp)  # type: ignore[no-untyped-call]
     return stamped
 
 

@@ -1,146 +1,20 @@
-"""The mixture of experts as a function, and the layer around it."""
+"""The layers that a mixture of experts adapts."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from moe_lora.checkpointing import guard_recomputation
+from moe_lora.checkpointing import stamp_of
 from moe_lora.config import MoELoraConfig
+from moe_lora.experts import MoELoraConvExperts, MoELoraExperts
 from moe_lora.handover import WeightSlot
-
-TokenStream = Literal["image", "text", "joint"]
-"""Which tokens a layer sees: the image's, the text's, or the text's followed by the image's."""
-
-
-def mixture(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor | None = None, scaling: float = 1.0
-) -> Tensor:
-    """Apply a mixture of LoRA experts in two matrix products.
-
-    `B · (s · w ⊙ (A x))`, where `A` counts as `(E·r, in)` and `B` as `(out, E·r)`.
-
-    Args:
-        x: `(..., in)`.
-        lora_A: `(E, r, in)`.
-        lora_B: `(out, E, r)`.
-        weights: broadcasts against `(..., E)`, where the dots are those of `x`; `None` means 1/E.
-        scaling: `s`, usually lora_alpha / r.
-
-    Returns:
-        `(..., out)`.
-
-    Example:
-        >>> A, B = torch.ones(2, 1, 3), torch.tensor([[[1.0], [10.0]]])
-        >>> mixture(torch.ones(1, 3), A, B, torch.tensor([[0.25, 0.75]]))
-        tensor([[23.2500]])
-    """
-    experts, r = lora_A.shape[:2]
-    hidden = F.linear(x, lora_A.flatten(0, 1))
-    if weights is None:
-        gated = hidden * (scaling / experts)
-    else:
-        gate = (weights * scaling).to(hidden.dtype).unsqueeze(-1)
-        gated = (hidden.unflatten(-1, (experts, r)) * gate).flatten(-2)
-    return F.linear(gated, lora_B.flatten(1))
-
-
-def align_weights(weights: Tensor, x: Tensor, stream: TokenStream = "image") -> Tensor:
-    """Shape routing weights so that they broadcast against the tokens of a layer's input.
-
-    Sample weights serve every token. Token weights serve the image's tokens; text tokens, and
-    inputs without tokens such as those of modulation layers, use the sample's mean over tokens.
-
-    Args:
-        weights: `(E,)`, `(B, E)` or `(B, T, E)`.
-        x: `(B, D)`, `(B, T', D)` or `(B, H, W, D)`, the layer's input.
-        stream: which tokens `x` holds; it follows from the layer's place in the model.
-
-    Returns:
-        `(E,)`, `(B, E)`, `(B, 1 or T', E)` or `(B, 1 or H, 1 or W, E)`.
-
-    Raises:
-        ValueError: when the batch or the tokens do not fit.
-    """
-    if weights.ndim == 1:
-        return weights
-    if weights.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"Expected routing weights for the {x.shape[0]} samples of the layer's input, but got "
-            f"weights of shape {tuple(weights.shape)}."
-        )
-    if weights.ndim == 3:
-        tokens = weights.shape[1]
-        mean = weights.mean(dim=1)
-        if x.ndim == 2 or (stream == "text" and x.ndim == 3):
-            weights = mean
-        elif stream == "joint" and x.ndim == 3 and x.shape[1] > tokens:
-            text = mean.unsqueeze(1).expand(-1, x.shape[1] - tokens, -1)
-            return torch.cat([text, weights], dim=1)
-        elif math.prod(x.shape[1:-1]) == tokens:
-            return weights.view(weights.shape[0], *x.shape[1:-1], weights.shape[-1])
-        else:
-            raise ValueError(
-                f"Expected routing weights for the {math.prod(x.shape[1:-1])} tokens of the "
-                f"layer's input of shape {tuple(x.shape)}, but got weights for {tokens} tokens."
-            )
-    return weights.view(weights.shape[0], *[1] * (x.ndim - 2), weights.shape[-1])
-
-
-class MoELoraExperts(nn.Module):
-    """Hold the experts of one adapter in one layer.
-
-    Args:
-        in_features: width of the layer's input.
-        out_features: width of the layer's output.
-        r: rank of each expert.
-        lora_alpha: numerator of the scaling.
-        config: the adapter's configuration, for what is the same in all layers.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, r: int, lora_alpha: float, config: MoELoraConfig
-    ) -> None:
-        super().__init__()
-        self.r, self.lora_alpha = r, lora_alpha
-        self.base_scaling = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.scaling = self.base_scaling
-        self.dropout = nn.Dropout(config.lora_dropout)
-        self.lora_A = nn.Parameter(torch.empty(len(config.experts), r, in_features))
-        self.lora_B = nn.Parameter(torch.empty(out_features, len(config.experts), r))
-        self.reset_parameters(config.init_lora_weights)
-
-    @torch.no_grad()
-    def reset_parameters(self, init: bool | str = True) -> None:
-        """Draw `lora_A` and set `lora_B` to zero (with `init=False`, draw both)."""
-        if init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A.flatten(0, 1), a=math.sqrt(5))
-        if init:
-            nn.init.zeros_(self.lora_B)
-        else:
-            # The bound of an expert's own nn.Linear(r, out), whatever the number of experts.
-            nn.init.uniform_(self.lora_B, -1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
-
-    def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the mixture's output for `x`; see `mixture`."""
-        return mixture(self.dropout(x), self.lora_A, self.lora_B, weights, self.scaling)
-
-    def delta_weight(self, weights: Tensor | None = None) -> Tensor:
-        """Return the `(out, in)` matrix that a mixture of `(E,)` fixed weights amounts to."""
-        precise = torch.promote_types(self.lora_A.dtype, torch.float32)
-        A, B = self.lora_A.to(precise), self.lora_B.to(precise)
-        gate = torch.full((B.shape[1],), 1 / B.shape[1]) if weights is None else weights
-        B = B * (gate.to(B) * self.scaling).view(1, -1, 1)
-        return B.flatten(1) @ A.flatten(0, 1)
+from moe_lora.mixing import Linear, TokenStream, align_weights
 
 
 class MoELoraLayer(BaseTunerLayer):
@@ -161,7 +35,6 @@ class MoELoraLayer(BaseTunerLayer):
             self, safe_merge: bool = False, adapter_names: list[str] | None = None
         ) -> None: ...
         def unmerge(self) -> None: ...
-        def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor: ...
         def _move_adapter_to_device_of_base_layer(self, adapter_name: str) -> None: ...
 
     def scale_layer(self, scale: float) -> None:
@@ -171,15 +44,13 @@ class MoELoraLayer(BaseTunerLayer):
         """Undo `scale_layer`; `None` restores the configured strength."""
 
 
-class MoELoraLinear(nn.Module, MoELoraLayer):
-    """Adapt a frozen `nn.Linear` by a mixture of LoRA experts.
-
-    `y = W x + B · (s · w ⊙ (A x))`
+class RoutedLayer(nn.Module, MoELoraLayer):
+    """Adapt a frozen layer by a mixture of LoRA experts.
 
     The layer knows nothing of routers: it is handed weights through a slot.
 
     Args:
-        base_layer: the linear layer to adapt.
+        base_layer: the layer to adapt.
         adapter_name: the first adapter's name.
         config: the first adapter's configuration.
         r: rank of each expert in this layer.
@@ -189,6 +60,9 @@ class MoELoraLinear(nn.Module, MoELoraLayer):
     """
 
     adapter_layer_names = ("moe_lora_experts",)
+    experts_class: type[MoELoraExperts]
+    in_shape: tuple[int, ...]
+    out_features: int
 
     def __init__(
         self,
@@ -203,20 +77,23 @@ class MoELoraLinear(nn.Module, MoELoraLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = _linear_shape(self.get_base_layer())
         self.slot, self.stream = slot, stream
         self.moe_lora_experts = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._merged_weights: dict[str, Tensor | None] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
+        self._read_shape(self.get_base_layer())
         self.update_layer(adapter_name, config, r, lora_alpha)
+
+    def _read_shape(self, base: Any) -> None:
+        raise NotImplementedError
 
     def update_layer(
         self, adapter_name: str, config: MoELoraConfig, r: int, lora_alpha: float
     ) -> None:
         """Add an adapter to the layer; arguments as in the constructor."""
-        experts = MoELoraExperts(self.in_features, self.out_features, r, lora_alpha, config)
+        experts = self.experts_class(self.in_shape, self.out_features, r, lora_alpha, config)
         self.moe_lora_experts[adapter_name] = experts.train(self.base_layer.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -227,20 +104,11 @@ class MoELoraLinear(nn.Module, MoELoraLayer):
             if adapter_name in self.moe_lora_experts:
                 yield adapter_name, cast(MoELoraExperts, self.moe_lora_experts[adapter_name])
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def acting_experts(self) -> list[tuple[str, MoELoraExperts]]:
+        """List name and experts of every adapter that acts in this forward pass."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        dtype = result.dtype
-        for adapter_name, experts in self.experts():
-            weights = self.slot.weights.get(adapter_name)
-            if weights is not None:
-                weights = align_weights(weights.to(x.device), x, self.stream)
-            delta = experts(self._cast_input_dtype(x, experts.lora_A.dtype), weights)
-            result = result + guard_recomputation(delta, self.slot).to(dtype)
-        return result
+        return [] if self.disable_adapters or self.merged else list(self.experts())
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str, weights: Tensor | None = None) -> Tensor:
@@ -302,6 +170,119 @@ class MoELoraLinear(nn.Module, MoELoraLayer):
         return "moe_lora." + super().__repr__()
 
 
-def _linear_shape(linear: nn.Module) -> tuple[int, int]:
-    assert isinstance(linear, nn.Linear)
-    return linear.out_features, linear.in_features
+class MoELoraLinear(RoutedLayer):
+    """Adapt a frozen `nn.Linear` by a mixture of LoRA experts.
+
+    `y = W x + B · (s · w ⊙ (A x))`, in the dtype of `W x`.
+
+    Args: those of `RoutedLayer`.
+    """
+
+    experts_class = MoELoraExperts
+
+    def _read_shape(self, base: nn.Linear) -> None:
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_shape = (base.in_features,)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        acting = self.acting_experts()
+        result: Tensor | Linear | None = None
+        if len(acting) == 1 and not (args or kwargs or acting[0][1].drops):
+            result = self._plain_linear(x)
+        if result is None:
+            result = cast(Tensor, self.base_layer(x, *args, **kwargs))
+            x = x.to(result.dtype)
+        for adapter_name, experts in acting:
+            weights, chosen = self.slot.weights.get(adapter_name), None
+            if weights is not None:
+                weights = align_weights(weights.to(x.device), x, self.stream)
+                chosen = self.slot.chosen.get(adapter_name)
+            if weights is not None and chosen is not None:
+                weights, chosen = _of_chosen(weights, chosen, x)
+            stamp = stamp_of(self.slot)
+            result = cast(Tensor, experts(x, result, weights, chosen=chosen, stamp=stamp))
+        assert isinstance(result, Tensor)
+        return result
+
+    def _plain_linear(self, x: Tensor) -> Linear | None:
+        """Return weight and bias of the base layer, when these two are all that there is to it."""
+        base = self.base_layer
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return None  # a compiler fuses by itself; autocast keeps a cast weight for the layer
+        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
+            return None
+        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
+        if trained or hooked or base._backward_pre_hooks or "forward" in vars(base):
+            return None
+        return Linear(base.weight, base.bias)
+
+
+class MoELoraConv2d(RoutedLayer):
+    """Adapt a frozen `nn.Conv2d` by a mixture of LoRA experts.
+
+    `y = W ∗ x + B · (s · w ⊙ (A ∗ x))`, where `A` convolves like `W`, to rank instead of output
+    channels, and `B` mixes these at every place.
+
+    Args: those of `RoutedLayer`.
+
+    Raises:
+        ValueError: for a convolution in groups.
+    """
+
+    experts_class = MoELoraConvExperts
+
+    def _read_shape(self, base: nn.Conv2d) -> None:
+        if base.groups != 1:
+            raise ValueError(
+                f"Expected a convolution without groups to adapt, but got {base.groups} groups. "
+                "Leave the layer out with `exclude_modules`."
+            )
+        self.in_shape = (base.in_channels, *base.kernel_size)
+        self.out_features = base.out_channels
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for adapter_name, experts in self.acting_experts():
+            weights = self.slot.weights.get(adapter_name)
+            if weights is not None:
+                weights = align_weights(weights.to(x.device), result.movedim(1, -1))
+                weights = weights.movedim(-1, 1) if weights.ndim > 1 else weights.view(-1, 1, 1)
+            stamp = stamp_of(self.slot)
+            result = experts(x.to(result.dtype), result, self._convolve, weights, stamp=stamp)
+        return result
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        base = cast(nn.Conv2d, self.get_base_layer())
+        convolved: Tensor = base._conv_forward(x, weight, None)
+        return convolved
+
+
+def _of_chosen(weights: Tensor, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Align the chosen experts with `x`, or leave unchosen weights out of the graph.
+
+    Without tokens, gathering every sample's experts costs more than multiplying with all.
+    """
+    if x.ndim == 2:
+        return weights.where(weights != 0, 0.0), None
+    return weights, chosen.to(x.device).view(chosen.shape[0], *[1] * (x.ndim - 2), -1)
+
+
+def layer_class(target: nn.Module, path: str) -> type[RoutedLayer]:
+    """Return the class that adapts a layer.
+
+    Args:
+        target: the layer to adapt, or another tuner's layer around it.
+        path: its place in the model.
+
+    Raises:
+        TypeError: for a layer that no class adapts.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    for kind, cls in ((nn.Linear, MoELoraLinear), (nn.Conv2d, MoELoraConv2d)):
+        if isinstance(base, kind):
+            return cls
+    raise TypeError(
+        f"Expected the target {path!r} to be an nn.Linear or nn.Conv2d, but got "
+        f"{type(base).__name__}. Narrow `target_modules`, or name it in `exclude_modules`."
+    )

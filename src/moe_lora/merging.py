@@ -36,7 +36,7 @@ def merge(
             (E,).
     """
     state = routing_state(model)
-    previous = state.override
+    previous = state.override, state.override_top_k
     if weights is not None:
         weights = torch.as_tensor(weights, dtype=torch.float32)
         if weights.ndim != 1:
@@ -49,7 +49,7 @@ def merge(
             with onload_layer(layer):
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
     finally:
-        state.set_override(previous)
+        state.set_override(*previous)
 
 
 def unmerge(model: nn.Module) -> None:

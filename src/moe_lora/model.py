@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from moe_lora.checkpointing import wrap_checkpointing
 from moe_lora.config import MoELoraConfig
-from moe_lora.layer import MoELoraLayer, MoELoraLinear, TokenStream
+from moe_lora.layer import MoELoraLayer, RoutedLayer, layer_class
+from moe_lora.mixing import TokenStream
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.registry import router_class
 from moe_lora.routing.router import Router
@@ -206,16 +207,10 @@ class MoELoraModel(BaseTuner):
         alpha = peft_config.alpha_pattern.get(
             get_pattern_key(list(peft_config.alpha_pattern), current_key), peft_config.lora_alpha
         )
-        if isinstance(target, MoELoraLinear):
+        if isinstance(target, RoutedLayer):
             target.update_layer(adapter_name, peft_config, r, alpha)
             return
-        base = target.get_base_layer() if isinstance(target, MoELoraLayer) else target
-        if not isinstance(base, nn.Linear):
-            raise TypeError(
-                f"Expected the target {current_key!r} to be an nn.Linear, but got "
-                f"{type(base).__name__}. Narrow `target_modules`, or name it in `exclude_modules`."
-            )
-        new_module = MoELoraLinear(
+        new_module = layer_class(target, current_key)(
             target,
             adapter_name,
             peft_config,

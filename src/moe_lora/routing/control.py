@@ -47,24 +47,27 @@ def routing_state(model: nn.Module) -> RoutingState:
 
 
 @contextmanager
-def route(model: nn.Module, weights: Tensor) -> Iterator[None]:
+def route(model: nn.Module, weights: Tensor, *, top_k: int | None = None) -> Iterator[None]:
     """Use given routing weights for every call of the model inside the context.
 
     Args:
         model: the adapted model, or a wrapper around it.
         weights: `(E,)`, `(B, E)` or `(B, T, E)`; rows should sum to 1. Gradients reach them.
+        top_k: how many weights of a row differ from 0 at most. With `(B, E)` weights the other
+            experts are then not computed, and no gradient reaches their weights.
 
     Raises:
         TypeError: for weights that are not a floating-point tensor.
-        ValueError: for weights of another shape, or a model without an adapter.
+        ValueError: for weights of another shape, more than `top_k` that differ from 0, or a model
+            without an adapter.
     """
     state = routing_state(model)
-    previous = state.override
-    state.set_override(weights)
+    previous = state.override, state.override_top_k
+    state.set_override(weights, top_k)
     try:
         yield
     finally:
-        state.set_override(previous)
+        state.set_override(*previous)
 
 
 def set_routing_mode(model: nn.Module, mode: RoutingMode) -> None:

@@ -53,7 +53,8 @@ def gate(
 
     `soft`: softmax(logits / temperature). `topk`: the same after every logit but the `top_k`
     largest became -inf, so that the others are exactly 0. `hard`: one-hot at the largest logit,
-    with the gradient of `soft` (straight-through).
+    with the gradient of `soft` (straight-through). An expert of weight 0 is not computed in layers
+    with tokens, so that a layer passes gradient to the weights of the others only.
 
     Args:
         logits: `(..., E)`, any real values.

@@ -46,6 +46,7 @@ class RoutingState(WeightSlot):
         self.routers = routers
         self.mode: RoutingMode = "routed"
         self.override: Tensor | None = None
+        self.override_top_k: int | None = None
         self.given = GivenInputs()
         self.expert_names: dict[str, tuple[str, ...]] = {}
         self.stats: dict[str, RoutingStats] = {}
@@ -71,14 +72,17 @@ class RoutingState(WeightSlot):
         """Put the weights for `model(*args, **kwargs)` into the slot."""
         self.decisions = {}
         if self.override is not None:
-            self.put(self._override_for(adapter_names))
+            self._put_override(adapter_names)
             return
         routed = [name for name in adapter_names if name in self.routers]
         if self.mode == "uniform" or not routed:
             self.put({})
             return
         self.decisions = self._ask(routed, model, args, kwargs)
-        self.put({name: decision.weights for name, decision in self.decisions.items()})
+        self.put(
+            {name: decision.weights for name, decision in self.decisions.items()},
+            {name: _kept_experts(self.routers[name]) for name in routed},
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _ask(
@@ -96,13 +100,13 @@ class RoutingState(WeightSlot):
             self.stats[name].update(decision.weights.detach())
         return decisions
 
-    def set_override(self, weights: Tensor | None) -> None:
+    def set_override(self, weights: Tensor | None, top_k: int | None = None) -> None:
         """Set weights that win over mode and router, or take them back with `None`."""
         if weights is not None:
-            self._check_override(weights)
-        self.override = weights
+            self._check_override(weights, top_k)
+        self.override, self.override_top_k = weights, top_k
         if weights is not None:
-            self.put(self._override_for(self.expert_names))
+            self._put_override(self.expert_names)
 
     def set_mode(self, mode: RoutingMode) -> None:
         """Set the mode, "routed" or "uniform"."""
@@ -140,7 +144,7 @@ class RoutingState(WeightSlot):
             )
         return weights
 
-    def _check_override(self, weights: Tensor) -> None:
+    def _check_override(self, weights: Tensor, top_k: int | None) -> None:
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             raise TypeError(
                 f"Expected `weights` to be a floating-point tensor, but got {type(weights)}."
@@ -151,13 +155,28 @@ class RoutingState(WeightSlot):
                 "Expected `weights` to have shape (E,), (batch, E) or (batch, tokens, E) with "
                 f"E in {sorted(experts)}, but got {tuple(weights.shape)}."
             )
+        if top_k is not None and not 1 <= top_k <= weights.shape[-1]:
+            raise ValueError(
+                f"Expected `top_k` to be in [1, num_experts={weights.shape[-1]}], but got {top_k}."
+            )
+        if top_k is not None and (weights != 0).sum(-1).max() > top_k:
+            raise ValueError(
+                f"Expected at most `top_k`={top_k} weights of a row to differ from 0, but got more."
+            )
 
-    def _override_for(self, adapter_names: Iterable[str]) -> dict[str, Tensor]:
+    def _put_override(self, adapter_names: Iterable[str]) -> None:
         assert self.override is not None
-        return {name: self.override for name in adapter_names if name in self.expert_names}
+        names = [name for name in adapter_names if name in self.expert_names]
+        self.put(dict.fromkeys(names, self.override), dict.fromkeys(names, self.override_top_k))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "override": None, "decisions": {}}
+
+
+def _kept_experts(router: nn.Module) -> int | None:
+    """Return how many weights of a row a router leaves different from 0, if not all."""
+    assert isinstance(router, Router)
+    return 1 if router.strategy == "hard" else router.top_k
 
 
 def _decide(router: nn.Module, inputs: RouterInputs) -> RoutingDecision:

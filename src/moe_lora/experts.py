@@ -1,0 +1,133 @@
+"""The experts of one adapter in one layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lora.checkpointing import guarded
+from moe_lora.config import MoELoraConfig
+from moe_lora.mixing import Linear, add_mixture, apply_gate, chosen_factors, dense_factors
+
+
+class MoELoraExperts(nn.Module):
+    """Hold the experts of one adapter in one linear layer.
+
+    Args:
+        in_shape: `(in,)`, the shape of what one row of `lora_A` multiplies.
+        out_features: width of the layer's output.
+        r: rank of each expert.
+        lora_alpha: numerator of the scaling.
+        config: the adapter's configuration, for what is the same in all layers.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        config: MoELoraConfig,
+    ) -> None:
+        super().__init__()
+        self.r, self.lora_alpha = r, lora_alpha
+        self.base_scaling = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.scaling = self.base_scaling
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self.lora_A = nn.Parameter(torch.empty(len(config.experts), r, *in_shape))
+        self.lora_B = nn.Parameter(torch.empty(out_features, len(config.experts), r))
+        self.reset_parameters(config.init_lora_weights)
+
+    @torch.no_grad()
+    def reset_parameters(self, init: bool | str = True) -> None:
+        """Draw `lora_A` and set `lora_B` to zero (with `init=False`, draw both)."""
+        if init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A.flatten(0, 1), a=math.sqrt(5))
+        if init:
+            nn.init.zeros_(self.lora_B)
+        else:
+            # The bound of an expert's own nn.Linear(r, out), whatever the number of experts.
+            nn.init.uniform_(self.lora_B, -1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
+
+    @property
+    def drops(self) -> bool:
+        """Tell whether dropout acts now."""
+        return self.training and self.dropout.p > 0
+
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor | Linear,
+        weights: Tensor | None = None,
+        *,
+        chosen: Tensor | None = None,
+        stamp: Tensor | None = None,
+    ) -> Tensor:
+        """Add the mixture's output for `x` to that of the base layer; see `add_mixture`.
+
+        Args:
+            x: `(..., in)`.
+            base: the base layer's output, or a frozen linear layer yet to be applied.
+            weights: aligned with `x`; `None` means 1/E.
+            chosen: aligned with `x`, the experts whose weights are not zero.
+            stamp: names the routing.
+        """
+        if weights is not None and chosen is not None:
+            factors = chosen_factors(self.lora_A, self.lora_B, weights, chosen, self.scaling)
+        else:
+            factors = dense_factors(self.lora_A, self.lora_B, weights, self.scaling)
+        return add_mixture(self.dropout(x), factors, base, stamp)
+
+    def delta_weight(self, weights: Tensor | None = None) -> Tensor:
+        """Return the change of the base weight that a mixture of `(E,)` fixed weights amounts to.
+
+        Returns:
+            `(out, *in_shape)`, in float32 (float64 for float64 experts).
+        """
+        precise = torch.promote_types(self.lora_A.dtype, torch.float32)
+        A, B = self.lora_A.to(precise), self.lora_B.to(precise)
+        gate = torch.full((B.shape[1],), 1 / B.shape[1]) if weights is None else weights
+        B = B * (gate.to(B) * self.scaling).view(1, -1, 1)
+        delta = B.flatten(1) @ A.flatten(0, 1).flatten(1)
+        return delta.view(B.shape[0], *A.shape[2:])
+
+
+class MoELoraConvExperts(MoELoraExperts):
+    """Hold the experts of one adapter in one convolution.
+
+    `lora_A` is `(E, r, in, kh, kw)`, a convolution with the base's stride and padding to `E·r`
+    channels; `lora_B` mixes these at every place.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        base: Tensor,
+        convolve: Callable[[Tensor, Tensor], Tensor],
+        weights: Tensor | None = None,
+        *,
+        stamp: Tensor | None = None,
+    ) -> Tensor:
+        """Add the mixture's output for `x` to that of the base layer.
+
+        Args:
+            x: `(B, in, H, W)`.
+            base: `(B, out, H', W')`, the base layer's output.
+            convolve: the base's convolution of an input with a weight.
+            weights: `(E, 1, 1)` or `(B, E, 1 or H', 1 or W')`; `None` means 1/E.
+            stamp: names the routing.
+        """
+        hidden = convolve(self.dropout(x), self.lora_A.flatten(0, 1).to(x.dtype))
+        if weights is None:
+            hidden = hidden * (self.scaling / self.lora_A.shape[0])
+        else:
+            hidden = apply_gate(hidden.movedim(-3, -1), weights.movedim(-3, -1) * self.scaling)
+            hidden = hidden.movedim(-1, -3)
+        delta = F.conv2d(hidden, self.lora_B.flatten(1).to(x.dtype)[..., None, None])
+        return base + guarded(delta, stamp)

@@ -1,0 +1,269 @@
+"""The mixture of experts as tensor functions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_lora.checkpointing import check_stamp
+
+TokenStream = Literal["image", "text", "joint"]
+"""Which tokens a layer sees: the image's, the text's, or the text's followed by the image's."""
+
+
+def mixture(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, weights: Tensor | None = None, scaling: float = 1.0
+) -> Tensor:
+    """Apply a mixture of LoRA experts in two matrix products.
+
+    `B · (s · w ⊙ (A x))`, where `A` counts as `(E·r, in)` and `B` as `(out, E·r)`.
+
+    Args:
+        x: `(..., in)`.
+        lora_A: `(E, r, in)`.
+        lora_B: `(out, E, r)`.
+        weights: broadcasts against `(..., E)`, where the dots are those of `x`; `None` means 1/E.
+        scaling: `s`, usually lora_alpha / r.
+
+    Returns:
+        `(..., out)`.
+
+    Example:
+        >>> A, B = torch.ones(2, 1, 3), torch.tensor([[[1.0], [10.0]]])
+        >>> mixture(torch.ones(1, 3), A, B, torch.tensor([[0.25, 0.75]]))
+        tensor([[23.2500]])
+    """
+    return _product(x, dense_factors(lora_A, lora_B, weights, scaling))
+
+
+class Factors(NamedTuple):
+    """Hold what a layer multiplies with: `y = scale · B (gate ⊙ A x)`.
+
+    Attributes:
+        A: `(K, in)`, or `(B, K, in)` where every sample has its own.
+        B: `(out, K)` or `(B, out, K)`.
+        gate: broadcasts against `(..., G)`, with one entry for each of the `G` equal parts of the
+            `K` rows; `None` means 1.
+        scale: one factor for all.
+    """
+
+    A: Tensor
+    B: Tensor
+    gate: Tensor | None
+    scale: float
+
+
+def dense_factors(
+    lora_A: Tensor, lora_B: Tensor, weights: Tensor | None, scaling: float
+) -> Factors:
+    """Lay all experts side by side; arguments as in `mixture`."""
+    gate, scale = (None, scaling / lora_A.shape[0]) if weights is None else (weights * scaling, 1.0)
+    return Factors(lora_A.flatten(0, 1), lora_B.flatten(1), gate, scale)
+
+
+def chosen_factors(
+    lora_A: Tensor, lora_B: Tensor, weights: Tensor, chosen: Tensor, scaling: float
+) -> Factors:
+    """Lay the chosen experts of every sample side by side, so that the others cost nothing.
+
+    Args:
+        lora_A: `(E, r, in)`.
+        lora_B: `(out, E, r)`.
+        weights: `(B, 1, E)`, or with more ones.
+        chosen: `(B, 1, k)`, or with as many ones: indices of experts.
+        scaling: `s`.
+    """
+    batch, k, (_, r, width) = chosen.shape[0], chosen.shape[-1], lora_A.shape
+    A = lora_A.index_select(0, chosen.flatten()).view(batch, k * r, width)
+    B = lora_B.index_select(1, chosen.flatten()).view(-1, batch, k * r).transpose(0, 1)
+    return Factors(A, B, weights.gather(-1, chosen) * scaling, 1.0)
+
+
+class Linear(NamedTuple):
+    """Hold weight `(out, in)` and bias `(out,)` of a frozen linear layer."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def add_mixture(
+    x: Tensor, factors: Factors, base: Tensor | Linear, stamp: Tensor | None = None
+) -> Tensor:
+    """Add a mixture to the output of a base layer in as few passes over it as there are.
+
+    `base + scale · B (gate ⊙ A x)`, computed in the dtype of `x`. The product with `B` accumulates
+    into the base's output, that with `A` in the backward pass into the gradient of `x`; for the
+    backward pass only `x` and `A x` are kept, the gated tensor is made again.
+
+    Args:
+        x: `(..., in)`.
+        factors: the mixture.
+        base: `(..., out)`, the base layer's output in the dtype of `x`; or a frozen linear layer
+            that is yet to be applied to `x`.
+        stamp: names the routing; see `checkpointing.check_stamp`.
+
+    Returns:
+        `(..., out)`.
+    """
+    if torch.compiler.is_compiling():
+        result = F.linear(x, base.weight, base.bias) if isinstance(base, Linear) else base
+        return result + _product(x, factors)
+    output, (weight, bias) = (None, base) if isinstance(base, Linear) else (base, (None, None))
+    args = (x, *factors, output, weight, bias, stamp)
+    added: Tensor = _AddMixture.apply(*args)  # type: ignore[no-untyped-call]
+    return added
+
+
+class _AddMixture(torch.autograd.Function):
+    """`base + scale · B (gate ⊙ A x)` with a backward pass of its own; see `add_mixture`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        gate: Tensor | None,
+        scale: float,
+        output: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        stamp: Tensor | None,
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = _apart(x, A) @ A.to(x.dtype).mT
+            gated = _apart(apply_gate(hidden.view(*x.shape[:-1], -1), gate), A)
+            if weight is None:
+                assert output is not None
+                result = _accumulated(_apart(output, A), gated, B.to(x.dtype).mT, scale)
+            else:
+                result = _apart(F.linear(x, weight, bias), A)
+                result = _accumulated(result, gated, B.to(x.dtype).mT, scale, out=result)
+        ctx.scale = scale
+        ctx.stamp = None if stamp is None else int(stamp)
+        ctx.save_for_backward(x, A, B, gate, weight, hidden, stamp)
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, gate, weight, hidden, stamp = ctx.saved_tensors
+        check_stamp(stamp, ctx.stamp)
+        grads: list[Tensor | None] = [None] * 9
+        needs = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            tokens, outer = _apart(x, A), _apart(grad, A)
+            a, b = A.to(x.dtype), B.to(x.dtype)
+            if torch.is_grad_enabled():  # under create_graph `hidden` must depend on x and A
+                hidden = tokens @ a.mT
+            shape = (*x.shape[:-1], -1)
+            from_gated = outer @ b
+            if needs[2]:
+                gated = _apart(apply_gate(hidden.view(shape), gate), A)
+                grads[2] = (outer.mT @ gated * ctx.scale).to(B.dtype)
+            if gate is not None and needs[3]:
+                product = _parts((from_gated * hidden).view(shape), gate)
+                grads[3] = product.sum(-1, dtype=gate.dtype).sum_to_size(gate.shape)
+            from_hidden = _apart(apply_gate(from_gated.view(shape), gate), A)
+            if ctx.scale != 1:
+                from_hidden = from_hidden * ctx.scale
+            if needs[1]:
+                grads[1] = (from_hidden.mT @ tokens).to(A.dtype)
+            if needs[0]:
+                if weight is None:
+                    inner = from_hidden @ a
+                else:
+                    inner = outer @ weight
+                    inner = _accumulated(inner, from_hidden, a, 1.0, out=inner)
+                grads[0] = inner.view_as(x)
+            grads[5] = grad if needs[5] else None
+        return tuple(grads)
+
+
+def apply_gate(hidden: Tensor, gate: Tensor | None) -> Tensor:
+    """Multiply each of the `G` equal parts of the last dimension by its entry of the gate.
+
+    Args:
+        hidden: `(..., K)`.
+        gate: broadcasts against `(..., G)`; `None` means 1.
+
+    Returns:
+        `(..., K)`, in the dtype of `hidden`.
+    """
+    if gate is None:
+        return hidden
+    return (_parts(hidden, gate) * gate.to(hidden.dtype).unsqueeze(-1)).flatten(-2)
+
+
+def _product(x: Tensor, factors: Factors) -> Tensor:
+    A, B, gate, scale = factors
+    hidden = _apart(x, A) @ A.to(x.dtype).mT
+    gated = apply_gate(hidden.view(*x.shape[:-1], -1), gate)
+    if scale != 1:
+        gated = gated * scale
+    return (_apart(gated, A) @ B.to(x.dtype).mT).view(*x.shape[:-1], -1)
+
+
+def _apart(x: Tensor, A: Tensor) -> Tensor:
+    """Flatten to `(tokens, width)`, or `(B, tokens, width)` where every sample has its own A."""
+    return x.reshape(*A.shape[:-2], -1, x.shape[-1])
+
+
+def _parts(hidden: Tensor, gate: Tensor) -> Tensor:
+    return hidden.unflatten(-1, (gate.shape[-1], hidden.shape[-1] // gate.shape[-1]))
+
+
+def _accumulated(
+    base: Tensor, a: Tensor, b: Tensor, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """Return `base + scale · a b`; in place where `out` is `base`."""
+    if torch.is_grad_enabled():
+        out = None
+    if base.ndim == 2:
+        return torch.addmm(base, a, b, alpha=scale, out=out)
+    return torch.baddbmm(base, a, b, alpha=scale, out=out)
+
+
+def align_weights(weights: Tensor, x: Tensor, stream: TokenStream = "image") -> Tensor:
+    """Shape routing weights so that they broadcast against the tokens of a layer's input.
+
+    Sample weights serve every token. Token weights serve the image's tokens; text tokens, and
+    inputs without tokens such as those of modulation layers, use the sample's mean over tokens.
+
+    Args:
+        weights: `(E,)`, `(B, E)` or `(B, T, E)`.
+        x: `(B, D)`, `(B, T', D)` or `(B, H, W, D)`, the layer's input.
+        stream: which tokens `x` holds; it follows from the layer's place in the model.
+
+    Returns:
+        `(E,)`, `(B, E)`, `(B, 1 or T', E)` or `(B, 1 or H, 1 or W, E)`.
+
+    Raises:
+        ValueError: when the batch or the tokens do not fit.
+    """
+    if weights.ndim == 1:
+        return weights
+    if weights.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"Expected routing weights for the {x.shape[0]} samples of the layer's input, but got "
+            f"weights of shape {tuple(weights.shape)}."
+        )
+    if weights.ndim == 3:
+        tokens = weights.shape[1]
+        mean = weights.mean(dim=1)
+        if x.ndim == 2 or (stream == "text" and x.ndim == 3):
+            weights = mean
+        elif stream == "joint" and x.ndim == 3 and x.shape[1] > tokens:
+            text = mean.unsqueeze(1).expand(-1, x.shape[1] - tokens, -1)
+            return torch.cat([text, weights], dim=1)
+        elif math.prod(x.shape[1:-1]) == tokens:
+            return weights.view(weights.shape[0], *x.shape[1:-1], weights.shape[-1])
+        else:
+            raise ValueError(
+                f"Expected routing weights for the {math.prod(x.shape[1:-1])} tokens of the "
+                f"layer's input of shape {tuple(x.shape)}, but got weights for {tokens} tokens."
+            )
+    return weights.view(weights.shape[0], *[1] * (x.ndim - 2), weights.shape[-1])
