@@ -1,109 +1,186 @@
-"""Forward and backward of one adapted frozen linear layer, beside PEFT's LoRA of equal rank.
+"""Forward and backward of one adapted frozen linear layer, beside what PEFT offers.
 
     python benchmarks/layer.py
+    python benchmarks/layer.py --device cuda --dtype bf16 --width 3072 --tokens 4608 --batch 1
 
-All variants run interleaved in one process; the figures are medians, as ratios to the bare layer.
-Total rank E * r is the same everywhere, so that the FLOP limit is too.
+All variants run interleaved in one process; the figures are medians. The total rank E * r is the
+same everywhere, so that the FLOP limit is, too. The frozen base costs two products of width x width
+(the output's and the input gradient's), the adapter six of rank x width: 1 + 3 rank / width.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import json
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from measuring import (
+    DTYPES,
+    MIB,
+    add_options,
+    interleaved,
+    machine,
+    peak_bytes,
+    print_table,
+    saved_bytes,
+    tensors_of,
+)
+from peft import ArrowConfig, LoraConfig, XLoraConfig, get_peft_model
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer
+from peft.tuners.xlora.layer import XLoraLinearLayer
 from torch import Tensor, nn
 
 import moe_lora
 from moe_lora import MoELoraConfig
 
-
-def saved_bytes(step: Callable[[], Tensor]) -> int:
-    """Count what a forward pass saves for backward beside parameters and its input."""
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not tensor.is_leaf:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(sizes.values())
+Forward = Callable[[Tensor], Tensor]
 
 
-def mixture_of(base: nn.Linear, experts: int, rank: int) -> PeftModel:
-    config = MoELoraConfig(r=rank // experts, num_experts=experts, target_modules=["0"])
-    return get_peft_model(nn.Sequential(copy_of(base)), config)
+class Case:
+    """Build every variant around copies of one frozen layer.
 
+    Args:
+        args: the command's options.
+    """
 
-def copy_of(base: nn.Linear) -> nn.Linear:
-    copy = nn.Linear(base.in_features, base.out_features)
-    copy.load_state_dict(base.state_dict())
-    return copy.requires_grad_(False)
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.place = {"device": args.device, "dtype": DTYPES[args.dtype]}
+        self.expert_dtype = DTYPES[args.expert_dtype or args.dtype]
+        self.base = nn.Linear(args.width, args.width, **self.place).requires_grad_(False)
+        shape = (args.batch, args.tokens, args.width)
+        self.x = torch.randn(shape, **self.place).requires_grad_()
+        self.grad = torch.randn(shape, **self.place)
+        self.models: list[nn.Module] = []
 
+    def weights(self, *shape: int) -> Tensor:
+        return torch.rand(shape, device=self.args.device).softmax(-1).requires_grad_()
 
-def variants(
-    width: int, tokens: int, batch: int, rank: int, experts: list[int]
-) -> dict[str, Callable[[], Tensor]]:
-    base = nn.Linear(width, width).requires_grad_(False)
-    x = torch.randn(batch, tokens, width, requires_grad=True)
-    plain = get_peft_model(
-        nn.Sequential(copy_of(base)), LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
-    )
-    steps = {"bare layer": lambda: base(x), f"PEFT LoRA r={rank}": lambda: plain(x)}
-    for count in experts:
-        mixed = mixture_of(base, count, rank)
-        shapes = {
-            "uniform": None,
-            "per sample": (batch, count),
-            "per token": (batch, tokens, count),
-        }
-        for name, shape in shapes.items():
-            weights = None if shape is None else torch.rand(shape).softmax(-1).requires_grad_()
+    def model(
+        self, config: LoraConfig | MoELoraConfig, adapters: tuple[str, ...] = ()
+    ) -> nn.Module:
+        copy = nn.Linear(self.args.width, self.args.width, **self.place)
+        copy.load_state_dict(self.base.state_dict())
+        model = get_peft_model(nn.Sequential(copy), config, autocast_adapter_dtype=False)
+        for name in adapters:
+            model.add_adapter(name, config)
+        if adapters:
+            model.base_model.set_adapter(["default", *adapters])
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(self.expert_dtype)
+        self.models.append(model)
+        return model
 
-            def step(mixed: PeftModel = mixed, weights: Tensor | None = weights) -> Tensor:
-                if weights is None:
-                    return mixed(x)
-                with moe_lora.route(mixed, weights):
-                    return mixed(x)
+    def lora(self, rank: int, count: int = 1) -> nn.Module:
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
+        return self.model(config, tuple(f"other_{i}" for i in range(1, count)))
 
-            steps[f"E={count} {name}"] = step
-    return steps
+    def xlora(self, count: int) -> Forward:
+        target = self.lora(self.args.rank // count, count).base_model.model[0]
+        layer = XLoraLinearLayer(
+            SimpleNamespace(disabled=False), target, target.forward, 0, XLoraConfig(hidden_size=1)
+        )
+        scalings = self.weights(self.args.batch, self.args.tokens, 1, count)
+        scalings = scalings.detach().to(self.expert_dtype).requires_grad_()
+        return lambda x: layer.forward(x, scalings=scalings)
+
+    def arrow(self, count: int) -> Forward:
+        target = self.lora(self.args.rank // count, count).base_model.model[0]
+        config = ArrowConfig(top_k=count)
+        config.task_adapter_names = list(target.lora_A)
+        layer = ArrowLoraLinearLayer(self.args.width, config)
+        layer.build_prototypes(target.lora_A, target.lora_B)
+
+        def forward(x: Tensor) -> Tensor:
+            added = layer(x, target.lora_A, target.lora_B, nn.Identity(), target.scaling)
+            return target.base_layer(x) + added
+
+        return forward
+
+    def mixture(self, count: int, weights: Tensor | None, top_k: int | None = None) -> Forward:
+        model = self.model(
+            MoELoraConfig(r=self.args.rank // count, num_experts=count, target_modules=["0"])
+        )
+
+        def forward(x: Tensor) -> Tensor:
+            with moe_lora.route(model, weights, top_k=top_k):
+                return model(x)
+
+        return model if weights is None else forward
+
+    def variants(self) -> dict[str, Forward]:
+        args, rank = self.args, self.args.rank
+        steps: dict[str, Forward] = {"bare layer": self.base, "PEFT LoRA": self.lora(rank)}
+        for count in args.experts:
+            token = self.weights(args.batch, args.tokens, count)
+            sample = self.weights(args.batch, count)
+            steps[f"E={count} PEFT, E adapters"] = self.lora(rank // count, count)
+            steps[f"E={count} PEFT X-LoRA"] = self.xlora(count)
+            steps[f"E={count} PEFT Arrow"] = self.arrow(count)
+            steps[f"E={count} uniform"] = self.mixture(count, None)
+            steps[f"E={count} per sample"] = self.mixture(count, sample)
+            steps[f"E={count} per token"] = self.mixture(count, token)
+            if count > args.top_k:
+                # Every sample chooses other experts.
+                logits = torch.rand(args.batch, count, device=args.device)
+                kept = logits.topk(args.top_k).indices
+                chosen = torch.zeros_like(logits).scatter(-1, kept, 1 / args.top_k)
+                name = f"E={count} top-{args.top_k}"
+                steps[name] = self.mixture(count, chosen.requires_grad_(), args.top_k)
+        return steps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rank", type=int, default=192)
+    parser.add_argument("--rank", type=int, default=192, help="total rank, E times r")
     parser.add_argument("--experts", type=int, nargs="+", default=[1, 3, 8, 16])
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--expert-dtype", choices=DTYPES, help="that of --dtype by default")
+    add_options(parser, rounds=31)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    steps = variants(args.width, args.tokens, args.batch, args.rank, args.experts)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(args.rounds + 3):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step().sum().backward()
-            if round_ >= 3:
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    bare = medians["bare layer"]
-    # The frozen base costs two products of width x width (output and input gradient); A and B cost
-    # three each (weight gradient besides), of rank x width.
-    limit = 1 + 3 * args.rank / args.width
-    print(f"{'variant':22} {'time / bare':>11} {'saved, MiB':>11}")
-    for name, value in medians.items():
-        print(f"{name:22} {value / bare:11.2f} {saved_bytes(steps[name]) / 2**20:11.1f}")
-    print(f"{'FLOP limit':22} {limit:11.2f}")
+
+    case = Case(args)
+    forwards = case.variants()
+
+    def step(forward: Forward) -> Callable[[], None]:
+        return lambda: forward(case.x).backward(case.grad)
+
+    steps = {name: step(forward) for name, forward in forwards.items()}
+    times = interleaved(steps, args.rounds, device=args.device)
+    own = [case.x, *tensors_of(case.base), *(t for m in case.models for t in tensors_of(m))]
+    figures = {
+        name: {
+            "seconds": times.seconds(name),
+            "to bare": times.ratio(name, "bare layer"),
+            "to PEFT LoRA": times.ratio(name, "PEFT LoRA"),
+            "saved MiB": saved_bytes(lambda name=name: forwards[name](case.x), own) / MIB,
+            "peak MiB": peak_bytes(steps[name], args.device) / MIB,
+        }
+        for name in steps
+    }
+    print(machine(args.device))
+    print(f"{vars(args)}\nFLOP limit, to bare: {1 + 3 * args.rank / args.width:.2f}\n")
+    columns = ["to bare", "to PEFT LoRA", "saved MiB", "peak MiB"]
+    print_table(
+        ["variant", "ms", *columns],
+        [
+            [name, f"{f['seconds'] * 1e3:.2f}", *(f"{f[column]:.2f}" for column in columns)]
+            for name, f in figures.items()
+        ],
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":
