@@ -5,98 +5,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from moe_lora import MoELoraConfig, mixture
+from moe_lora import MoELoraConfig, MoELoraConv2d, mixture
 from moe_lora.handover import WeightSlot
 from moe_lora.layer import MoELoraLinear
 from moe_lora.mixing import align_weights
 
 E, R, D_IN, D_OUT = 3, 4, 6, 5
 SHAPES = {"(B, D)": (2, D_IN), "(B, T, D)": (2, 7, D_IN), "(B, H, W, D)": (2, 3, 4, D_IN)}
-
-
-def experts_loop(x, lora_A, lora_B, weights, scaling):
-    """y = sum_e w_e * s * B_e (A_e x), one sample, one token, one expert at a time."""
-    y = torch.zeros(*x.shape[:-1], lora_B.shape[0], dtype=x.dtype)
-    for index in torch.cartesian_prod(*[torch.arange(n) for n in x.shape[:-1]]).reshape(
-        -1, x.ndim - 1
-    ):
-        at = tuple(index.tolist())
-        for e in range(lora_A.shape[0]):
-            if weights is None:
-                w = 1 / lora_A.shape[0]
-            elif weights.ndim == 2:
-                w = weights[at[0], e]
-            else:
-                token = 0
-                for n, i in zip(x.shape[1:-1], at[1:], strict=True):
-                    token = token * n + i
-                w = weights[at[0], token, e] if x.ndim > 2 else weights[at[0], :, e].mean()
-            y[at] += w * scaling * (lora_B[:, e] @ (lora_A[e] @ x[at]))
-    return y
-
-
-def draw(shape, dtype):
-    x = torch.randn(shape, dtype=dtype)
-    lora_A = torch.randn(E, R, D_IN, dtype=dtype)
-    lora_B = torch.randn(D_OUT, E, R, dtype=dtype)
-    return x, lora_A, lora_B
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("kind", ["sample", "token", "uniform"])
-def test_the_mixture_equals_the_loop_over_experts(dtype, shape, kind, tolerance):
-    x, lora_A, lora_B = draw(shape, dtype)
-    tokens = max(1, x[0, ..., 0].numel())
-    weights = {
-        "sample": torch.rand(2, E, dtype=dtype).softmax(-1),
-        "token": torch.rand(2, tokens if x.ndim > 2 else 4, E, dtype=dtype).softmax(-1),
-        "uniform": None,
-    }[kind]
-    aligned = None if weights is None else align_weights(weights, x)
-    found = mixture(x, lora_A, lora_B, aligned, scaling=0.5)
-    expected = experts_loop(x, lora_A, lora_B, weights, 0.5)
-    torch.testing.assert_close(found, expected, rtol=tolerance[dtype], atol=tolerance[dtype])
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_gradients_reach_experts_and_weights(shape):
-    x, lora_A, lora_B = draw(shape, torch.float64)
-    weights = torch.rand(2, E, dtype=torch.float64).softmax(-1)
-
-    def run(x, lora_A, lora_B, weights):
-        return mixture(x, lora_A, lora_B, align_weights(weights, x), 0.5)
-
-    inputs = [t.requires_grad_() for t in (x, lora_A, lora_B, weights)]
-    assert torch.autograd.gradcheck(run, inputs)
-
-
-def test_a_batch_equals_its_samples_one_by_one():
-    for shape in SHAPES.values():
-        x, lora_A, lora_B = draw(shape, torch.float64)
-        w = torch.rand(2, E, dtype=torch.float64)
-        whole = mixture(x, lora_A, lora_B, align_weights(w, x))
-        for i in range(2):
-            one = mixture(x[i : i + 1], lora_A, lora_B, align_weights(w[i : i + 1], x[i : i + 1]))
-            torch.testing.assert_close(whole[i : i + 1], one, rtol=1e-10, atol=1e-10)
-
-
-def test_token_weights_follow_the_stream():
-    tokens = torch.rand(2, 4, E)
-    mean = tokens.mean(1)
-    text = align_weights(tokens, torch.rand(2, 4, D_IN), "text")
-    torch.testing.assert_close(text, mean[:, None])
-    joint = align_weights(tokens, torch.rand(2, 7, D_IN), "joint")
-    torch.testing.assert_close(joint[:, :3], mean[:, None].expand(2, 3, E))
-    torch.testing.assert_close(joint[:, 3:], tokens)
-    torch.testing.assert_close(align_weights(tokens, torch.rand(2, D_IN), "image"), mean)
-
-
-def test_weights_that_do_not_fit_raise():
-    with pytest.raises(ValueError, match=r"for the 3 samples .* got weights of shape \(2, 3\)"):
-        align_weights(torch.rand(2, E), torch.rand(3, 4, D_IN))
-    with pytest.raises(ValueError, match=r"for the 5 tokens .* weights for 4 tokens"):
-        align_weights(torch.rand(2, 4, E), torch.rand(2, 5, D_IN))
 
 
 def layer(**kwargs) -> MoELoraLinear:
@@ -171,3 +86,189 @@ def test_bfloat16_base_with_float32_experts(shape, autocast, tolerance):
         assert parameter.dtype == torch.float32
         assert parameter.grad.abs().sum() > 0
     assert mixed.slot.weights["default"].grad.abs().sum() > 0
+
+
+def slot_of(weights, top_k=None):
+    slot = WeightSlot()
+    slot.put({"default": weights}, {"default": top_k})
+    return slot
+
+
+def expected_of(mixed, x, weights):
+    experts = mixed.moe_lora_experts["default"]
+    added = mixture(x, experts.lora_A, experts.lora_B, align_weights(weights, x), experts.scaling)
+    return mixed.base_layer(x) + added
+
+
+class Doubled(nn.Linear):
+    """A linear layer with a forward pass of its own, as quantised ones have."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked(linear):
+    linear.register_forward_hook(lambda module, args, out: 2 * out)
+    return linear
+
+
+def prehooked(linear):
+    linear.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    return linear
+
+
+def patched(linear):
+    original = linear.forward
+    linear.forward = lambda x: 2 * original(x)
+    return linear
+
+
+BASES = {
+    "plain": lambda: nn.Linear(D_IN, D_OUT).requires_grad_(False),
+    "without bias": lambda: nn.Linear(D_IN, D_OUT, bias=False).requires_grad_(False),
+    "trained": lambda: nn.Linear(D_IN, D_OUT),
+    "of a subclass": lambda: Doubled(D_IN, D_OUT).requires_grad_(False),
+    "hooked": lambda: hooked(nn.Linear(D_IN, D_OUT).requires_grad_(False)),
+    "prehooked": lambda: prehooked(nn.Linear(D_IN, D_OUT).requires_grad_(False)),
+    "patched": lambda: patched(nn.Linear(D_IN, D_OUT).requires_grad_(False)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+def test_whatever_the_base_layer_does_is_kept(base, shape):
+    config = MoELoraConfig(r=R, lora_alpha=8, init_lora_weights=False)
+    weights = torch.rand(2, E).softmax(-1)
+    mixed = MoELoraLinear(base(), "default", config, R, 8, slot=slot_of(weights))
+    x = torch.randn(shape, requires_grad=True)
+    out, expected = mixed(x), expected_of(mixed, x, weights)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    parameters = [x, *(p for p in mixed.parameters() if p.requires_grad)]
+    grad = torch.randn_like(out)
+    for found, wanted in zip(
+        torch.autograd.grad(out, parameters, grad),
+        torch.autograd.grad(expected, parameters, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_layer_given_top_k_computes_the_same(shape):
+    config = MoELoraConfig(r=R, lora_alpha=8, init_lora_weights=False)
+    weights = torch.tensor([[0.0, 0.3, 0.7], [0.6, 0.0, 0.4]]).requires_grad_()
+    mixed = MoELoraLinear(BASES["plain"](), "default", config, R, 8, slot=slot_of(weights, top_k=2))
+    x = torch.randn(shape)
+    out = mixed(x)
+    torch.testing.assert_close(out, expected_of(mixed, x, weights), rtol=1e-5, atol=1e-5)
+    out.square().sum().backward()
+    assert (weights.grad != 0).tolist() == (weights != 0).tolist()
+
+
+def test_two_active_adapters_add_up():
+    config = MoELoraConfig(r=R, lora_alpha=8, init_lora_weights=False)
+    slot = WeightSlot()
+    mixed = MoELoraLinear(BASES["plain"](), "default", config, R, 8, slot=slot)
+    mixed.update_layer("other", config, 2, 8)
+    weights = {name: torch.rand(2, E).softmax(-1) for name in ("default", "other")}
+    slot.put(weights)
+    x = torch.randn(2, 7, D_IN)
+    outputs = []
+    for active in (["default"], ["other"], ["default", "other"]):
+        mixed.set_adapter(active)
+        outputs.append(mixed(x) - mixed.base_layer(x))
+    torch.testing.assert_close(outputs[2], outputs[0] + outputs[1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(outputs[0], outputs[1])
+
+
+CONVOLUTIONS = {
+    "3x3": {"kernel_size": 3, "padding": 1},
+    "strided": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "1x1 without bias": {"kernel_size": 1, "bias": False},
+    "reflecting": {"kernel_size": (3, 1), "padding": (1, 0), "padding_mode": "reflect"},
+    "dilated": {"kernel_size": 3, "dilation": 2},
+}
+
+
+def conv(**kwargs) -> MoELoraConv2d:
+    config = MoELoraConfig(r=R, lora_alpha=8, init_lora_weights=False)
+    base = nn.Conv2d(4, D_OUT, **kwargs)
+    return MoELoraConv2d(base, "default", config, R, config.lora_alpha, slot=WeightSlot())
+
+
+@pytest.mark.parametrize("kwargs", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize("kind", ["sample", "fixed", "uniform"])
+def test_a_convolution_equals_one_with_the_weight_of_every_sample_s_mixture(kwargs, kind):
+    mixed, x = conv(**kwargs), torch.randn(2, 4, 7, 6)
+    weights = {
+        "sample": torch.rand(2, E).softmax(-1),
+        "fixed": torch.rand(E).softmax(-1),
+        "uniform": None,
+    }[kind]
+    if weights is not None:
+        mixed.slot.put({"default": weights})
+    out = mixed(x)
+    for i in range(2):
+        own = weights[i] if kind == "sample" else weights
+        weight = mixed.base_layer.weight + mixed.get_delta_weight("default", own)
+        expected = mixed.base_layer._conv_forward(x[i : i + 1], weight, mixed.base_layer.bias)
+        torch.testing.assert_close(out[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_uniform_convolution_equals_stock_peft():
+    mixed, x = conv(kernel_size=3, padding=1, stride=2), torch.randn(2, 4, 7, 6)
+    experts = mixed.moe_lora_experts["default"]
+    plain = get_peft_model(
+        nn.Sequential(mixed.base_layer),
+        LoraConfig(r=E * R, lora_alpha=8 / R / E * (E * R), target_modules=["0"]),
+    )
+    layer = plain.base_model.model[0]
+    layer.lora_A["default"].weight.data = experts.lora_A.detach().flatten(0, 1)
+    layer.lora_B["default"].weight.data = experts.lora_B.detach().flatten(1)[..., None, None]
+    torch.testing.assert_close(mixed(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+def test_token_weights_of_a_convolution_are_those_of_its_places():
+    mixed, x = conv(kernel_size=1), torch.randn(2, 4, 3, 2)
+    weights = torch.rand(2, 6, E).softmax(-1).requires_grad_()
+    mixed.slot.put({"default": weights})
+    out = mixed(x)
+    for i, place in ((0, 1), (1, 4)):
+        mixed.slot.put({"default": weights[i : i + 1, place]})
+        row, column = divmod(place, 2)
+        one = mixed(x[i : i + 1])[0, :, row, column]
+        torch.testing.assert_close(out[i, :, row, column], one, rtol=1e-5, atol=1e-5)
+    out.square().sum().backward()
+    assert (weights.grad != 0).all()
+    mixed.slot.put({"default": weights[:, :5]})
+    with pytest.raises(ValueError, match="for 5 tokens"):
+        mixed(x)
+
+
+def test_a_merged_convolution_computes_the_same():
+    mixed, x = conv(kernel_size=3), torch.randn(2, 4, 7, 6)
+    before, base = mixed(x), mixed.base_layer.weight.clone()
+    mixed.merge()
+    assert not torch.equal(mixed.base_layer.weight, base)
+    torch.testing.assert_close(mixed(x), before, rtol=1e-4, atol=1e-5)
+    mixed.unmerge()
+    torch.testing.assert_close(mixed.base_layer.weight, base, rtol=1e-5, atol=1e-6)
+
+
+def test_a_convolution_in_groups_is_an_error():
+    with pytest.raises(ValueError, match="got 4 groups"):
+        MoELoraConv2d(
+            nn.Conv2d(4, 4, 3, groups=4), "default", MoELoraConfig(), R, 8, slot=WeightSlot()
+        )
+
+
+def test_half_precision_bases_take_experts_of_full_precision():
+    mixed, x = conv(kernel_size=3), torch.randn(2, 4, 7, 6)
+    mixed.slot.put({"default": torch.rand(2, E).softmax(-1)})
+    exact = mixed(x)
+    mixed.base_layer.to(torch.bfloat16)
+    out = mixed(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact, rtol=5e-2, atol=5e-2)
+    out.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in mixed.moe_lora_experts.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -57,6 +58,8 @@ class WeightSlot:
             for name, k in top_k.items()
             if k is not None and weights[name].ndim == 2 and k < weights[name].shape[-1]
         }
+        for tensor in (*self.weights.values(), *self.chosen.values()):
+            _let_sizes_change(tensor)
 
     def snapshot(self) -> Snapshot:
         """Return what the slot holds now."""
@@ -79,3 +82,13 @@ class WeightSlot:
     def __getstate__(self) -> dict[str, Any]:
         fresh = WeightSlot().__dict__
         return {**self.__dict__, **fresh}
+
+
+def _let_sizes_change(weights: Tensor) -> None:
+    """Tell a compiler, where one is at work, that batch and tokens may differ from call to call.
+
+    A compiled block reads the weights from the slot, where its caller cannot mark them.
+    """
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        for dimension in range(weights.ndim - 1):
+            torch._dynamo.maybe_mark_dynamic(weights, dimension)
