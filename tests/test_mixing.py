@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_lora import mixture
-from moe_lora.mixing import Linear, add_mixture, align_weights, chosen_factors, dense_factors
+from moe_lora.mixing import Linear, add_mixture, align_weights, mixed
 
 E, R, D_IN, D_OUT = 3, 4, 6, 5
 SHAPES = {"(B, D)": (2, D_IN), "(B, T, D)": (2, 7, D_IN), "(B, H, W, D)": (2, 3, 4, D_IN)}
@@ -115,8 +115,8 @@ def test_adding_to_the_base_equals_the_sum_with_all_its_gradients(base, shape, k
 
     def run(x, lora_A, lora_B, *weights):
         w = align_weights(weights[0], x) if weights else None
-        factors = dense_factors(lora_A, lora_B, w, 0.5)
-        return add_mixture(x, factors, base_of(base, x, weight, bias))
+        mix = mixed(lora_A, lora_B, w, 0.5)
+        return add_mixture(x, mix, base_of(base, x, weight, bias))
 
     inputs = [t.requires_grad_() for t in (x, lora_A, lora_B, weights) if t is not None]
     aligned = None if weights is None else align_weights(weights, x)
@@ -143,8 +143,8 @@ def test_chosen_experts_equal_all_experts_of_which_the_others_weigh_nothing(base
         return F.linear(x, weight) + mixture(x, lora_A, lora_B, align_weights(w, x), 0.5)
 
     def sparse(x, lora_A, lora_B, w):
-        factors = chosen_factors(lora_A, lora_B, align_weights(w, x), aligned, 0.5)
-        return add_mixture(x, factors, base_of(base, x, weight, None))
+        mix = mixed(lora_A, lora_B, align_weights(w, x), 0.5, aligned)
+        return add_mixture(x, mix, base_of(base, x, weight, None))
 
     results = []
     for run in (dense, sparse):
@@ -164,20 +164,25 @@ def test_only_what_needs_a_gradient_gets_one():
         tensors["base"] = torch.randn(2, 7, D_OUT, dtype=torch.float64)
         for name in wanted:
             tensors[name].requires_grad_()
-        factors = dense_factors(tensors["lora_A"], tensors["lora_B"], tensors["weights"], 1.0)
-        add_mixture(tensors["x"], factors, tensors["base"]).square().sum().backward()
+        mix = mixed(tensors["lora_A"], tensors["lora_B"], tensors["weights"], 1.0)
+        add_mixture(tensors["x"], mix, tensors["base"]).square().sum().backward()
         assert {n for n, t in tensors.items() if t.grad is not None} == set(wanted)
 
 
-def test_little_is_kept_for_the_backward_pass():
+@pytest.mark.parametrize("k", [None, 2])
+def test_little_is_kept_for_the_backward_pass(k):
     x, lora_A, lora_B = (t.requires_grad_() for t in draw((2, 50, D_IN), torch.float32))
     weight = torch.randn(D_OUT, D_IN)
     w = torch.rand(2, 1, E).requires_grad_()
+    chosen = None if k is None else w.detach().topk(k).indices
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = add_mixture(x, dense_factors(lora_A, lora_B, w, 1.0), Linear(weight, None))
+        out = add_mixture(x, mixed(lora_A, lora_B, w, 1.0, chosen), Linear(weight, None))
     assert out.requires_grad
-    own = {t.untyped_storage().data_ptr() for t in (x, lora_A, lora_B, weight)}
+    known = [t for t in (x, lora_A, lora_B, weight, chosen) if t is not None]
+    own = {t.untyped_storage().data_ptr() for t in known}
     others = [t for t in kept if t.untyped_storage().data_ptr() not in own]
-    # A x, once, and the gate, whose product with the scaling keeps nothing else.
-    assert sum(t.numel() for t in others) == 2 * 50 * E * R + w.numel()
+    # A x, once, and of routing weights and gate what is small anyway.
+    tokens = [t for t in others if t.numel() >= 50]
+    assert sum(t.numel() for t in tokens) == 2 * 50 * (k or E) * R
+    assert sum(t.numel() for t in others if t.numel() < 50) <= 4 * w.numel()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_lora.checkpointing import guarded
 from moe_lora.config import MoELoraConfig
-from moe_lora.mixing import Linear, add_mixture, apply_gate, chosen_factors, dense_factors
+from moe_lora.mixing import Linear, add_mixture, apply_gate, mixed
 
 
 class MoELoraExperts(nn.Module):
@@ -78,11 +78,8 @@ class MoELoraExperts(nn.Module):
             chosen: aligned with `x`, the experts whose weights are not zero.
             stamp: names the routing.
         """
-        if weights is not None and chosen is not None:
-            factors = chosen_factors(self.lora_A, self.lora_B, weights, chosen, self.scaling)
-        else:
-            factors = dense_factors(self.lora_A, self.lora_B, weights, self.scaling)
-        return add_mixture(self.dropout(x), factors, base, stamp)
+        mix = mixed(self.lora_A, self.lora_B, weights, self.scaling, chosen)
+        return add_mixture(self.dropout(x), mix, base, stamp)
 
     def delta_weight(self, weights: Tensor | None = None) -> Tensor:
         """Return the change of the base weight that a mixture of `(E,)` fixed weights amounts to.

@@ -37,50 +37,40 @@ def mixture(
         >>> mixture(torch.ones(1, 3), A, B, torch.tensor([[0.25, 0.75]]))
         tensor([[23.2500]])
     """
-    return _product(x, dense_factors(lora_A, lora_B, weights, scaling))
+    return _product(x, mixed(lora_A, lora_B, weights, scaling))
 
 
-class Factors(NamedTuple):
+class Mixture(NamedTuple):
     """Hold what a layer multiplies with: `y = scale · B (gate ⊙ A x)`.
 
     Attributes:
-        A: `(K, in)`, or `(B, K, in)` where every sample has its own.
-        B: `(out, K)` or `(B, out, K)`.
-        gate: broadcasts against `(..., G)`, with one entry for each of the `G` equal parts of the
-            `K` rows; `None` means 1.
-        scale: one factor for all.
-    """
-
-    A: Tensor
-    B: Tensor
-    gate: Tensor | None
-    scale: float
-
-
-def dense_factors(
-    lora_A: Tensor, lora_B: Tensor, weights: Tensor | None, scaling: float
-) -> Factors:
-    """Lay all experts side by side; arguments as in `mixture`."""
-    gate, scale = (None, scaling / lora_A.shape[0]) if weights is None else (weights * scaling, 1.0)
-    return Factors(lora_A.flatten(0, 1), lora_B.flatten(1), gate, scale)
-
-
-def chosen_factors(
-    lora_A: Tensor, lora_B: Tensor, weights: Tensor, chosen: Tensor, scaling: float
-) -> Factors:
-    """Lay the chosen experts of every sample side by side, so that the others cost nothing.
-
-    Args:
         lora_A: `(E, r, in)`.
         lora_B: `(out, E, r)`.
-        weights: `(B, 1, E)`, or with more ones.
-        chosen: `(B, 1, k)`, or with as many ones: indices of experts.
-        scaling: `s`.
+        gate: broadcasts against `(..., E)`, or `(..., k)` where experts are chosen; `None` means 1.
+        scale: one factor for all.
+        chosen: `(B, 1, k)`, or with more ones: the experts that every sample uses; `None` means
+            all.
     """
-    batch, k, (_, r, width) = chosen.shape[0], chosen.shape[-1], lora_A.shape
-    A = lora_A.index_select(0, chosen.flatten()).view(batch, k * r, width)
-    B = lora_B.index_select(1, chosen.flatten()).view(-1, batch, k * r).transpose(0, 1)
-    return Factors(A, B, weights.gather(-1, chosen) * scaling, 1.0)
+
+    lora_A: Tensor
+    lora_B: Tensor
+    gate: Tensor | None
+    scale: float
+    chosen: Tensor | None
+
+
+def mixed(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor | None,
+    scaling: float,
+    chosen: Tensor | None = None,
+) -> Mixture:
+    """Fold the scaling into the weights; arguments as in `mixture` and `Mixture`."""
+    if weights is None:
+        return Mixture(lora_A, lora_B, None, scaling / lora_A.shape[0], None)
+    kept = weights if chosen is None else weights.gather(-1, chosen)
+    return Mixture(lora_A, lora_B, kept * scaling, 1.0, chosen)
 
 
 class Linear(NamedTuple):
@@ -91,7 +81,7 @@ class Linear(NamedTuple):
 
 
 def add_mixture(
-    x: Tensor, factors: Factors, base: Tensor | Linear, stamp: Tensor | None = None
+    x: Tensor, mix: Mixture, base: Tensor | Linear, stamp: Tensor | None = None
 ) -> Tensor:
     """Add a mixture to the output of a base layer in as few passes over it as there are.
 
@@ -101,7 +91,7 @@ def add_mixture(
 
     Args:
         x: `(..., in)`.
-        factors: the mixture.
+        mix: the mixture.
         base: `(..., out)`, the base layer's output in the dtype of `x`; or a frozen linear layer
             that is yet to be applied to `x`.
         stamp: names the routing; see `checkpointing.check_stamp`.
@@ -111,9 +101,9 @@ def add_mixture(
     """
     if torch.compiler.is_compiling():
         result = F.linear(x, base.weight, base.bias) if isinstance(base, Linear) else base
-        return result + _product(x, factors)
+        return result + _product(x, mix)
     output, (weight, bias) = (None, base) if isinstance(base, Linear) else (base, (None, None))
-    args = (x, *factors, output, weight, bias, stamp)
+    args = (x, *mix, output, weight, bias, stamp)
     added: Tensor = _AddMixture.apply(*args)  # type: ignore[no-untyped-call]
     return added
 
@@ -125,45 +115,46 @@ class _AddMixture(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        A: Tensor,
-        B: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
         gate: Tensor | None,
         scale: float,
+        chosen: Tensor | None,
         output: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         stamp: Tensor | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            hidden = _apart(x, A) @ A.to(x.dtype).mT
+            A, B = _side_by_side(lora_A, lora_B, chosen, x.dtype)
+            hidden = _apart(x, A) @ A.mT
             gated = _apart(apply_gate(hidden.view(*x.shape[:-1], -1), gate), A)
             if weight is None:
                 assert output is not None
-                result = _accumulated(_apart(output, A), gated, B.to(x.dtype).mT, scale)
+                result = _accumulated(_apart(output, A), gated, B.mT, scale)
             else:
                 result = _apart(F.linear(x, weight, bias), A)
-                result = _accumulated(result, gated, B.to(x.dtype).mT, scale, out=result)
+                result = _accumulated(result, gated, B.mT, scale, out=result)
         ctx.scale = scale
         ctx.stamp = None if stamp is None else int(stamp)
-        ctx.save_for_backward(x, A, B, gate, weight, hidden, stamp)
+        ctx.save_for_backward(x, lora_A, lora_B, gate, chosen, weight, hidden, stamp)
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, gate, weight, hidden, stamp = ctx.saved_tensors
+        x, lora_A, lora_B, gate, chosen, weight, hidden, stamp = ctx.saved_tensors
         check_stamp(stamp, ctx.stamp)
-        grads: list[Tensor | None] = [None] * 9
+        grads: list[Tensor | None] = [None] * 10
         needs = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            tokens, outer = _apart(x, A), _apart(grad, A)
-            a, b = A.to(x.dtype), B.to(x.dtype)
+            A, B = _side_by_side(lora_A, lora_B, chosen, x.dtype)
+            tokens, outer, shape = _apart(x, A), _apart(grad, A), (*x.shape[:-1], -1)
             if torch.is_grad_enabled():  # under create_graph `hidden` must depend on x and A
-                hidden = tokens @ a.mT
-            shape = (*x.shape[:-1], -1)
-            from_gated = outer @ b
+                hidden = tokens @ A.mT
+            from_gated = outer @ B
             if needs[2]:
                 gated = _apart(apply_gate(hidden.view(shape), gate), A)
-                grads[2] = (outer.mT @ gated * ctx.scale).to(B.dtype)
+                grads[2] = _for_B(outer.mT @ gated * ctx.scale, lora_B, chosen)
             if gate is not None and needs[3]:
                 product = _parts((from_gated * hidden).view(shape), gate)
                 grads[3] = product.sum(-1, dtype=gate.dtype).sum_to_size(gate.shape)
@@ -171,16 +162,45 @@ class _AddMixture(torch.autograd.Function):
             if ctx.scale != 1:
                 from_hidden = from_hidden * ctx.scale
             if needs[1]:
-                grads[1] = (from_hidden.mT @ tokens).to(A.dtype)
+                grads[1] = _for_A(from_hidden.mT @ tokens, lora_A, chosen)
             if needs[0]:
-                if weight is None:
-                    inner = from_hidden @ a
-                else:
-                    inner = outer @ weight
-                    inner = _accumulated(inner, from_hidden, a, 1.0, out=inner)
-                grads[0] = inner.view_as(x)
-            grads[5] = grad if needs[5] else None
+                inner = None if weight is None else outer @ weight
+                grads[0] = _accumulated(inner, from_hidden, A, out=inner).view_as(x)
+            grads[6] = grad if needs[6] else None
         return tuple(grads)
+
+
+def _side_by_side(
+    lora_A: Tensor, lora_B: Tensor, chosen: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Lay the experts side by side: `(K, in)` and `(out, K)`.
+
+    Where every sample has chosen its own, `(B, K, in)` and `(B, out, K)`: the others cost nothing.
+    """
+    if chosen is None:
+        return lora_A.flatten(0, 1).to(dtype), lora_B.flatten(1).to(dtype)
+    batch, experts = chosen.shape[0], chosen.flatten()
+    A = lora_A.index_select(0, experts).view(batch, -1, lora_A.shape[-1])
+    B = lora_B.index_select(1, experts).view(lora_B.shape[0], batch, -1).transpose(0, 1)
+    return A.to(dtype), B.to(dtype)
+
+
+def _for_A(grad: Tensor, lora_A: Tensor, chosen: Tensor | None) -> Tensor:
+    """Give the gradient of A side by side back to its experts."""
+    grad = grad.to(lora_A.dtype)
+    if chosen is None:
+        return grad.view_as(lora_A)
+    grad = grad.view(-1, *lora_A.shape[1:])
+    return torch.zeros_like(lora_A).index_add(0, chosen.flatten(), grad)
+
+
+def _for_B(grad: Tensor, lora_B: Tensor, chosen: Tensor | None) -> Tensor:
+    """Give the gradient of B side by side back to its experts."""
+    grad = grad.to(lora_B.dtype)
+    if chosen is None:
+        return grad.view_as(lora_B)
+    grad = grad.transpose(0, 1).reshape(lora_B.shape[0], -1, lora_B.shape[-1])
+    return torch.zeros_like(lora_B).index_add(1, chosen.flatten(), grad)
 
 
 def apply_gate(hidden: Tensor, gate: Tensor | None) -> Tensor:
@@ -198,13 +218,13 @@ def apply_gate(hidden: Tensor, gate: Tensor | None) -> Tensor:
     return (_parts(hidden, gate) * gate.to(hidden.dtype).unsqueeze(-1)).flatten(-2)
 
 
-def _product(x: Tensor, factors: Factors) -> Tensor:
-    A, B, gate, scale = factors
-    hidden = _apart(x, A) @ A.to(x.dtype).mT
-    gated = apply_gate(hidden.view(*x.shape[:-1], -1), gate)
-    if scale != 1:
-        gated = gated * scale
-    return (_apart(gated, A) @ B.to(x.dtype).mT).view(*x.shape[:-1], -1)
+def _product(x: Tensor, mix: Mixture) -> Tensor:
+    A, B = _side_by_side(mix.lora_A, mix.lora_B, mix.chosen, x.dtype)
+    hidden = _apart(x, A) @ A.mT
+    gated = apply_gate(hidden.view(*x.shape[:-1], -1), mix.gate)
+    if mix.scale != 1:
+        gated = gated * mix.scale
+    return (_apart(gated, A) @ B.mT).view(*x.shape[:-1], -1)
 
 
 def _apart(x: Tensor, A: Tensor) -> Tensor:
@@ -213,13 +233,15 @@ def _apart(x: Tensor, A: Tensor) -> Tensor:
 
 
 def _parts(hidden: Tensor, gate: Tensor) -> Tensor:
-    return hidden.unflatten(-1, (gate.shape[-1], hidden.shape[-1] // gate.shape[-1]))
+    return hidden.view(*hidden.shape[:-1], gate.shape[-1], -1)
 
 
 def _accumulated(
-    base: Tensor, a: Tensor, b: Tensor, scale: float, out: Tensor | None = None
+    base: Tensor | None, a: Tensor, b: Tensor, scale: float = 1.0, out: Tensor | None = None
 ) -> Tensor:
     """Return `base + scale · a b`; in place where `out` is `base`."""
+    if base is None:
+        return a @ b
     if torch.is_grad_enabled():
         out = None
     if base.ndim == 2:
