@@ -165,6 +165,19 @@ def test_a_layer_given_top_k_computes_the_same(shape):
     assert (weights.grad != 0).tolist() == (weights != 0).tolist()
 
 
+def test_an_input_without_tokens_or_by_keyword_is_taken_as_by_a_linear_layer():
+    config = MoELoraConfig(r=R, init_lora_weights=False)
+    for weights, k in ((torch.rand(2, E), None), (torch.eye(3)[:2], 1)):
+        mixed = MoELoraLinear(
+            BASES["plain"](), "default", config, R, 8, slot=slot_of(weights, top_k=k)
+        )
+        out = mixed(torch.randn(2, 0, D_IN).requires_grad_())
+        assert out.shape == (2, 0, D_OUT)
+        out.sum().backward()
+        x = torch.randn(2, 7, D_IN)
+        assert torch.equal(mixed(input=x), mixed(x))
+
+
 def test_two_active_adapters_add_up():
     config = MoELoraConfig(r=R, lora_alpha=8, init_lora_weights=False)
     slot = WeightSlot()

@@ -186,3 +186,21 @@ def test_little_is_kept_for_the_backward_pass(k):
     tokens = [t for t in others if t.numel() >= 50]
     assert sum(t.numel() for t in tokens) == 2 * 50 * (k or E) * R
     assert sum(t.numel() for t in others if t.numel() < 50) <= 4 * w.numel()
+
+
+@pytest.mark.parametrize("base", ["output", "layer"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_sum_may_be_modified_in_place(base, shape):
+    x, lora_A, lora_B = (t.requires_grad_() for t in draw(shape, torch.float64))
+    weight = torch.randn(D_OUT, D_IN, dtype=torch.float64)
+    grads = []
+    for in_place in (False, True):
+        added = add_mixture(x, mixed(lora_A, lora_B, None, 1.0), base_of(base, x, weight, None))
+        if in_place:
+            added += 1
+            added.relu_()
+        else:
+            added = (added + 1).relu()
+        grads.append(torch.autograd.grad(added.square().sum(), [x, lora_A, lora_B]))
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

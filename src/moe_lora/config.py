@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
 
 from moe_lora.routing.gating import check_gate
+from moe_lora.stored import WEIGHTS_NAME, StoredWeights
+
+FORMAT_VERSION = 1
+"""The version of the checkpoint format that is written, and the highest that is read."""
 
 DEFAULT_EXPERT_NAMES = ("removal_expert", "background_expert", "completion_expert")
 
@@ -110,9 +115,24 @@ class MoELoraConfig(PeftConfig):
         default=None, metadata={"help": "Name of the block list that layers_to_transform counts."}
     )
 
+    base_in_channels: int | None = field(
+        default=None,
+        metadata={"help": "Input channels of the base model; filled and checked by injection."},
+    )
+    format_version: int = field(
+        default=FORMAT_VERSION, metadata={"help": "Version of the checkpoint format."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+        self.stored: StoredWeights | None = None
+        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"Expected `format_version` to be at most {FORMAT_VERSION}, but got "
+                f"{self.format_version!r}: the checkpoint was written by a newer moe_lora. Upgrade "
+                "with `pip install -U moe-lora`."
+            )
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
@@ -124,8 +144,10 @@ class MoELoraConfig(PeftConfig):
             )
         self._settle_experts()
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            if rank < 1:
-                raise ValueError(f"Expected the rank of `{name}` to be >= 1, but got {rank}.")
+            if not isinstance(rank, int) or rank < 1:
+                raise ValueError(
+                    f"Expected the rank of `{name}` to be an integer >= 1, but got {rank!r}."
+                )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(
                 f"Expected `lora_dropout` to be in [0, 1), but got {self.lora_dropout}."
@@ -136,6 +158,35 @@ class MoELoraConfig(PeftConfig):
                 f"{self.init_lora_weights!r}."
             )
         check_gate(self.routing_strategy, self.routing_temperature, self.top_k, len(self.experts))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read a config from a folder or the Hub.
+
+        It remembers the shapes of the weights in the same folder, so that its injection into a
+        model that they do not fit fails before the model changes.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the name of a repository on the Hub.
+            subfolder: the folder inside it.
+            kwargs: arguments of `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            ValueError: for a config of values that cannot be honoured or of a newer version, or
+                weights that are truncated or corrupt.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
+        if isinstance(config, MoELoraConfig) and weights.is_file():
+            config.stored = StoredWeights.read(weights)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, sets as sorted lists: equal configs write equal files."""
+        fields: dict[str, Any] = super().to_dict()
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
 
     @property
     def experts(self) -> tuple[str, ...]:

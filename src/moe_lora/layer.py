@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from moe_lora.checkpointing import stamp_of
 from moe_lora.config import MoELoraConfig
 from moe_lora.experts import MoELoraConvExperts, MoELoraExperts
+from moe_lora.families import RowLayout, weights_by_row
 from moe_lora.handover import WeightSlot
 from moe_lora.mixing import Linear, TokenStream, align_weights
+from moe_lora.quantised import KeptWeight, keep_weight, quantization_backend, restore_weight
 
 
 class MoELoraLayer(BaseTunerLayer):
@@ -57,6 +60,7 @@ class RoutedLayer(nn.Module, MoELoraLayer):
         lora_alpha: scaling numerator in this layer.
         slot: where the routing weights of the current forward pass are found.
         stream: which tokens the layer sees.
+        rows: what the first dimension of the layer's input counts.
     """
 
     adapter_layer_names = ("moe_lora_experts",)
@@ -74,13 +78,16 @@ class RoutedLayer(nn.Module, MoELoraLayer):
         *,
         slot: WeightSlot,
         stream: TokenStream = "image",
+        rows: RowLayout = "sample",
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.slot, self.stream = slot, stream
+        self.slot, self.stream, self.rows = slot, stream, rows
         self.moe_lora_experts = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._merged_weights: dict[str, Tensor | None] = {}
+        self._kept_weight: KeptWeight | None = None
+        self.quantization_kwargs: dict[str, Any] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._read_shape(self.get_base_layer())
@@ -97,6 +104,11 @@ class RoutedLayer(nn.Module, MoELoraLayer):
         self.moe_lora_experts[adapter_name] = experts.train(self.base_layer.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @property
+    def quantization_backend(self) -> QuantizationBackend | None:
+        """Return what reads and writes a quantised base weight (PEFT asks), else `None`."""
+        return quantization_backend(self.get_base_layer(), self.quantization_kwargs)
 
     def experts(self) -> Iterator[tuple[str, MoELoraExperts]]:
         """Yield name and experts of every active adapter that this layer has."""
@@ -130,25 +142,38 @@ class RoutedLayer(nn.Module, MoELoraLayer):
         Raises:
             ValueError: when an adapter's weights depend on the input, or for NaN.
         """
+        merged: Tensor | None = None
+        mixed: dict[str, Tensor | None] = {}
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.moe_lora_experts:
                 continue
-            weights = self.slot.fixed_weights(adapter)
-            delta = self.get_delta_weight(adapter, weights)
-            base = self.get_base_weight()
-            merged = (base.to(delta) + delta).to(base.dtype)
+            mixed[adapter] = self.slot.fixed_weights(adapter)
+            delta = self.get_delta_weight(adapter, mixed[adapter])
+            merged = (self.get_base_weight() if merged is None else merged).to(delta) + delta
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
                     f"Expected finite merged weights, but adapter {adapter!r} gives NaN or inf."
                 )
-            self.set_base_weight(merged)
-            self._merged_weights[adapter] = weights
-            self.merged_adapters.append(adapter)
+        if merged is None:
+            return
+        if self.quantization_backend is not None and self._kept_weight is None:
+            self._kept_weight = keep_weight(self.get_base_layer())
+        self.set_base_weight(merged.to(self.get_base_weight().dtype))
+        self._merged_weights.update(mixed)
+        self.merged_adapters.extend(mixed)
 
     def unmerge(self) -> None:
-        """Take the merged adapters out of the base weight again."""
+        """Take the merged adapters out of the base weight again.
+
+        A quantised weight comes back to the last bit.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        if self._kept_weight is not None:
+            restore_weight(self.get_base_layer(), self._kept_weight)
+            self._kept_weight = None
+            self._merged_weights.clear()
+            self.merged_adapters.clear()
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             delta = self.get_delta_weight(adapter, self._merged_weights.pop(adapter))
@@ -184,25 +209,36 @@ class MoELoraLinear(RoutedLayer):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.in_shape = (base.in_features,)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         acting = self.acting_experts()
-        result: Tensor | Linear | None = None
+        x, result = input, None  # type: Tensor, Tensor | Linear | None
         if len(acting) == 1 and not (args or kwargs or acting[0][1].drops):
             result = self._plain_linear(x)
         if result is None:
             result = cast(Tensor, self.base_layer(x, *args, **kwargs))
             x = x.to(result.dtype)
         for adapter_name, experts in acting:
-            weights, chosen = self.slot.weights.get(adapter_name), None
-            if weights is not None:
-                weights = align_weights(weights.to(x.device), x, self.stream)
-                chosen = self.slot.chosen.get(adapter_name)
-            if weights is not None and chosen is not None:
-                weights, chosen = _of_chosen(weights, chosen, x)
+            weights, chosen = self._routing(adapter_name, x)
             stamp = stamp_of(self.slot)
             result = cast(Tensor, experts(x, result, weights, chosen=chosen, stamp=stamp))
         assert isinstance(result, Tensor)
         return result
+
+    def _routing(self, adapter_name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return an adapter's weights and the experts that count, aligned with `x`."""
+        weights = self.slot.weights.get(adapter_name)
+        if weights is None:
+            return None, None
+        weights = weights_by_row(weights.to(x.device), x.shape[0], self.rows)
+        weights = align_weights(weights, x, self.stream)
+        chosen = self.slot.chosen.get(adapter_name)
+        if chosen is None or self.rows != "sample":
+            return weights, None
+        if x.ndim == 2:
+            # Without tokens, gathering every sample's experts costs more than multiplying with
+            # all; but no gradient may reach the weights of the others here either.
+            return weights.where(weights != 0, 0.0), None
+        return weights, chosen.to(x.device).view(chosen.shape[0], *[1] * (x.ndim - 2), -1)
 
     def _plain_linear(self, x: Tensor) -> Linear | None:
         """Return weight and bias of the base layer, when these two are all that there is to it."""
@@ -241,31 +277,22 @@ class MoELoraConv2d(RoutedLayer):
         self.in_shape = (base.in_channels, *base.kernel_size)
         self.out_features = base.out_channels
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result: Tensor = self.base_layer(x, *args, **kwargs)
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(input, *args, **kwargs)
         for adapter_name, experts in self.acting_experts():
             weights = self.slot.weights.get(adapter_name)
             if weights is not None:
-                weights = align_weights(weights.to(x.device), result.movedim(1, -1))
+                weights = weights_by_row(weights.to(input.device), input.shape[0], self.rows)
+                weights = align_weights(weights, result.movedim(1, -1))
                 weights = weights.movedim(-1, 1) if weights.ndim > 1 else weights.view(-1, 1, 1)
-            stamp = stamp_of(self.slot)
-            result = experts(x.to(result.dtype), result, self._convolve, weights, stamp=stamp)
+            x, stamp = input.to(result.dtype), stamp_of(self.slot)
+            result = experts(x, result, self._convolve, weights, stamp=stamp)
         return result
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         base = cast(nn.Conv2d, self.get_base_layer())
         convolved: Tensor = base._conv_forward(x, weight, None)
         return convolved
-
-
-def _of_chosen(weights: Tensor, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Align the chosen experts with `x`, or leave unchosen weights out of the graph.
-
-    Without tokens, gathering every sample's experts costs more than multiplying with all.
-    """
-    if x.ndim == 2:
-        return weights.where(weights != 0, 0.0), None
-    return weights, chosen.to(x.device).view(chosen.shape[0], *[1] * (x.ndim - 2), -1)
 
 
 def layer_class(target: nn.Module, path: str) -> type[RoutedLayer]:

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
-from moe_lora.layer import MoELoraLayer
+from moe_lora.layer import MoELoraLayer, RoutedLayer
 from moe_lora.routing.control import routing_state
 
 
@@ -21,7 +21,8 @@ def merge(
 ) -> None:
     """Merge the adapters of a model into its base weights, in place, under fixed weights.
 
-    `W ← W + B · diag(s · w) · A`. `unmerge` takes them out again.
+    `W ← W + B · diag(s · w) · A`. `unmerge` takes them out again. All layers are merged, or, when
+    an error is raised, none.
 
     Args:
         model: the adapted model, or a wrapper around it.
@@ -32,8 +33,8 @@ def merge(
 
     Raises:
         ValueError: when `weights` is `None` and the router chooses weights for every input, since
-            no single base weight equals an input-dependent mixture; or for weights not of shape
-            (E,).
+            no single base weight equals an input-dependent mixture; for weights not of shape
+            (E,); or, with `safe_merge`, for NaN or inf.
     """
     state = routing_state(model)
     previous = state.override, state.override_top_k
@@ -45,6 +46,7 @@ def merge(
             )
         state.set_override(weights)
     try:
+        check_mergeable(model, adapter_names, safe_merge=safe_merge)
         for layer in _tuner_layers(model):
             with onload_layer(layer):
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -62,6 +64,48 @@ def unmerge(model: nn.Module) -> None:
         if layer.merged:
             with onload_layer(layer):
                 layer.unmerge()
+
+
+def check_mergeable(
+    model: nn.Module, adapter_names: list[str] | None = None, *, safe_merge: bool = False
+) -> None:
+    """Raise what merging would raise in any layer, before a base weight changes.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+        adapter_names: which adapters; the active ones by default.
+        safe_merge: look for NaN and inf, too, which computes every merged weight once more.
+
+    Raises:
+        ValueError: when an adapter's weights depend on the input; with `safe_merge`, for NaN or
+            inf.
+    """
+    for layer in _tuner_layers(model):
+        if not isinstance(layer, RoutedLayer):
+            continue
+        names = layer.active_adapters if adapter_names is None else adapter_names
+        new = [n for n in names if n in layer.moe_lora_experts and n not in layer.merged_adapters]
+        weights = {name: layer.slot.fixed_weights(name) for name in new}
+        if not getattr(layer.quantization_backend, "supports_merge", True):
+            layer.get_base_weight()  # says why it cannot be merged into
+        broken = None
+        if safe_merge and new:
+            with onload_layer(layer):
+                broken = _first_not_finite(layer, weights)
+        if broken is not None:
+            raise ValueError(
+                f"Expected finite merged weights, but adapter {broken!r} gives NaN or inf."
+            )
+
+
+def _first_not_finite(layer: RoutedLayer, weights: dict[str, Tensor | None]) -> str | None:
+    merged = layer.get_base_weight()
+    for name, mixed in weights.items():
+        delta = layer.get_delta_weight(name, mixed)
+        merged = (merged.to(delta) + delta).to(merged.dtype)
+        if not merged.isfinite().all():
+            return name
+    return None
 
 
 def _tuner_layers(model: nn.Module) -> list[MoELoraLayer]:

@@ -128,7 +128,7 @@ class _AddMixture(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             A, B = _side_by_side(lora_A, lora_B, chosen, x.dtype)
             hidden = _apart(x, A) @ A.mT
-            gated = _apart(apply_gate(hidden.view(*x.shape[:-1], -1), gate), A)
+            gated = _apart(apply_gate(hidden.view(*x.shape[:-1], hidden.shape[-1]), gate), A)
             if weight is None:
                 assert output is not None
                 result = _accumulated(_apart(output, A), gated, B.mT, scale)
@@ -138,7 +138,10 @@ class _AddMixture(torch.autograd.Function):
         ctx.scale = scale
         ctx.stamp = None if stamp is None else int(stamp)
         ctx.save_for_backward(x, lora_A, lora_B, gate, chosen, weight, hidden, stamp)
-        return result.view(*x.shape[:-1], -1)
+        # A view that leaves a Function could not be modified in place.
+        shape = (*x.shape[:-1], result.shape[-1])
+        shaped: Tensor = torch.ops.aten._unsafe_view.default(result, shape)
+        return shaped
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -148,7 +151,8 @@ class _AddMixture(torch.autograd.Function):
         needs = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
             A, B = _side_by_side(lora_A, lora_B, chosen, x.dtype)
-            tokens, outer, shape = _apart(x, A), _apart(grad, A), (*x.shape[:-1], -1)
+            tokens, outer = _apart(x, A), _apart(grad, A)
+            shape = (*x.shape[:-1], hidden.shape[-1])
             if torch.is_grad_enabled():  # under create_graph `hidden` must depend on x and A
                 hidden = tokens @ A.mT
             from_gated = outer @ B
@@ -224,16 +228,18 @@ def _product(x: Tensor, mix: Mixture) -> Tensor:
     gated = apply_gate(hidden.view(*x.shape[:-1], -1), mix.gate)
     if mix.scale != 1:
         gated = gated * mix.scale
-    return (_apart(gated, A) @ B.mT).view(*x.shape[:-1], -1)
+    return (_apart(gated, A) @ B.mT).view(*x.shape[:-1], B.shape[-2])
 
 
 def _apart(x: Tensor, A: Tensor) -> Tensor:
     """Flatten to `(tokens, width)`, or `(B, tokens, width)` where every sample has its own A."""
-    return x.reshape(*A.shape[:-2], -1, x.shape[-1])
+    own = A.shape[:-2]
+    return x.reshape(*own, math.prod(x.shape[len(own) : -1]), x.shape[-1])
 
 
 def _parts(hidden: Tensor, gate: Tensor) -> Tensor:
-    return hidden.view(*hidden.shape[:-1], gate.shape[-1], -1)
+    experts = gate.shape[-1]
+    return hidden.view(*hidden.shape[:-1], experts, hidden.shape[-1] // experts)
 
 
 def _accumulated(

@@ -101,3 +101,98 @@ def test_contradictions_raise():
 
 def test_visual_channels_leave_the_mask_out():
     assert [visual_channels(Model(c)) for c in (384, 9, 64, None)] == [128, 8, 64, None]
+
+
+def named(name, **config):
+    """Return a model of a class with the name of a library's class."""
+    model = type(name, (Model,), {})()
+    model.config = SimpleNamespace(**config)
+    return model
+
+
+def test_videos_are_averaged_over_their_frames_wherever_those_are():
+    video = torch.randn(2, 3, 4, 5, 6)
+    wan = read_inputs(named("Wan"), {"hidden_states": video})
+    assert wan.grid_size == (5, 6)
+    assert torch.equal(wan.hidden_states[1, 7], video[1, :, :, 1, 1].mean(1))
+    cog = read_inputs(named("CogVideoXTransformer3DModel"), {"hidden_states": video})
+    torch.testing.assert_close(cog.hidden_states[1, 7], video[1, :, :, 1, 1].mean(0))
+    kandinsky = read_inputs(named("Kandinsky5Transformer3DModel"), {"hidden_states": video})
+    assert kandinsky.grid_size == (4, 5)
+    torch.testing.assert_close(kandinsky.hidden_states[1, 6], video[1, :, 1, 1].mean(0))
+
+
+def test_a_list_of_samples_is_read_by_its_last_images():
+    x = [torch.randn(4, 1, 2, 3) for _ in range(2)]
+    inputs = read_inputs(named("ZImageTransformer2DModel"), {"x": x, "t": torch.tensor([0.1, 0.9])})
+    assert torch.equal(inputs.hidden_states, torch.stack(x).flatten(2).transpose(1, 2))
+    assert inputs.grid_size == (2, 3)
+    assert inputs.timestep.tolist() == pytest.approx([0.1, 0.9])
+    references = [[torch.randn(4, 1, 6, 6), sample] for sample in x]
+    again = read_inputs(Model(), {"x": references})
+    assert torch.equal(again.hidden_states, inputs.hidden_states)
+    with pytest.raises(
+        ValueError, match=r"samples of one size .* \[\(4, 1, 2, 3\), \(4, 1, 4, 4\)"
+    ):
+        read_inputs(Model(), {"x": [x[0], torch.randn(4, 1, 4, 4)]})
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_references_after_numbered_tokens_are_left_out(batched):
+    hidden = torch.randn(2, 12, 5)
+    reference = grid(2, 3)
+    reference[:, 0] = 1
+    ids = torch.cat([grid(2, 3), reference])
+    inputs = read_inputs(
+        Model(), {"hidden_states": hidden, "img_ids": ids.expand(2, -1, -1) if batched else ids}
+    )
+    assert torch.equal(inputs.hidden_states, hidden[:, :6])
+    assert inputs.grid_size == (2, 3)
+
+
+def test_references_of_qwen_image_are_left_out():
+    hidden = torch.randn(2, 10, 5)
+    shapes = [[(1, 2, 3), (1, 2, 2)]] * 2
+    inputs = read_inputs(Model(), {"hidden_states": hidden, "img_shapes": shapes})
+    assert torch.equal(inputs.hidden_states, hidden[:, :6])
+    assert inputs.grid_size == (2, 3)
+    last = read_inputs(
+        named("QwenImage21Transformer2DModel"), {"hidden_states": hidden, "img_shapes": shapes}
+    )
+    assert torch.equal(last.hidden_states, hidden[:, 6:])
+    assert last.grid_size == (2, 2)
+    one = read_inputs(Model(), {"hidden_states": hidden, "img_shapes": (1, 2, 5)})
+    assert one.grid_size == (2, 5)
+    with pytest.raises(ValueError, match="images of one size"):
+        read_inputs(Model(), {"hidden_states": hidden, "img_shapes": [[(1, 2, 3)], [(1, 3, 2)]]})
+    with pytest.raises(ValueError, match=r"1 \* 4 \* 3 image tokens .* got 10"):
+        read_inputs(Model(), {"hidden_states": hidden, "img_shapes": [[(1, 4, 3)]] * 2})
+
+
+def test_packed_video_tokens_are_averaged_over_their_frames():
+    hidden = torch.randn(2, 12, 5)
+    inputs = read_inputs(
+        Model(), {"hidden_states": hidden, "num_frames": 2, "height": 2, "width": 3}
+    )
+    torch.testing.assert_close(inputs.hidden_states, (hidden[:, :6] + hidden[:, 6:]) / 2)
+    assert inputs.grid_size == (2, 3)
+
+
+def test_channels_come_last_whatever_the_call_has():
+    sound = torch.randn(2, 4, 6)
+    inputs = read_inputs(named("Sound", io_channels=4), {"hidden_states": sound})
+    assert torch.equal(inputs.hidden_states, sound.transpose(1, 2))
+    patches = torch.randn(2, 6, 4, 1, 2, 2)
+    inputs = read_inputs(named("Patches", in_channels=4), {"hidden_states": patches})
+    assert torch.equal(inputs.hidden_states, patches.flatten(2))
+    assert visual_channels(named("Sound", io_channels=4)) == 4
+
+
+def test_the_timestep_is_found_under_other_names_and_per_token():
+    hidden = torch.randn(2, 3, 4)
+    for name in ("timesteps", "t", "timestep_ratio"):
+        inputs = read_inputs(Model(), {"hidden_states": hidden, name: torch.tensor([3, 5])})
+        assert inputs.timestep.tolist() == [3, 5]
+    per_token = torch.tensor([[0, 4, 4], [0, 7, 7]])
+    inputs = read_inputs(Model(), {"hidden_states": hidden, "timestep": per_token})
+    assert inputs.timestep.tolist() == [4, 7]

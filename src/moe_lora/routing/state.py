@@ -16,6 +16,7 @@ from moe_lora.routing.inputs import RouterInputs
 from moe_lora.routing.readers import read_arguments, read_inputs
 from moe_lora.routing.router import Router, RoutingDecision
 from moe_lora.routing.statistics import RoutingStats
+from moe_lora.routing.unasked import hold, is_awaited
 
 RoutingMode = Literal["routed", "uniform"]
 
@@ -76,7 +77,7 @@ class RoutingState(WeightSlot):
             return
         routed = [name for name in adapter_names if name in self.routers]
         if self.mode == "uniform" or not routed:
-            self.put({})
+            self.put({name: self._held_uniform(name) for name in routed if self._awaited(name)})
             return
         self.decisions = self._ask(routed, model, args, kwargs)
         self.put(
@@ -166,8 +167,18 @@ class RoutingState(WeightSlot):
 
     def _put_override(self, adapter_names: Iterable[str]) -> None:
         assert self.override is not None
-        names = [name for name in adapter_names if name in self.expert_names]
-        self.put(dict.fromkeys(names, self.override), dict.fromkeys(names, self.override_top_k))
+        weights = {name: self.override for name in adapter_names if name in self.expert_names}
+        for name in filter(self._awaited, weights):
+            weights[name] = hold(self.routers[name], weights[name])
+        self.put(weights, dict.fromkeys(weights, self.override_top_k))
+
+    def _awaited(self, adapter_name: str) -> bool:
+        return adapter_name in self.routers and is_awaited(self.routers[adapter_name])
+
+    def _held_uniform(self, adapter_name: str) -> Tensor:
+        router, experts = self.routers[adapter_name], len(self.expert_names[adapter_name])
+        device = next(router.parameters()).device
+        return hold(router, torch.full((experts,), 1 / experts, device=device))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "override": None, "decisions": {}}

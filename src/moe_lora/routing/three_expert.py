@@ -35,12 +35,22 @@ class SoftThreshold(nn.Module):
 
     def __init__(self, threshold: float, slope: float) -> None:
         super().__init__()
-        self.threshold = nn.Parameter(torch.tensor(threshold))
-        self.log_slope = nn.Parameter(torch.tensor(math.log(slope)))
+        # FSDP refuses to shard parameters without a dimension.
+        self.threshold = nn.Parameter(torch.tensor([threshold]))
+        self.log_slope = nn.Parameter(torch.tensor([math.log(slope)]))
 
     def forward(self, value: Tensor) -> Tensor:
         """Return the answer in (0, 1), in the shape of `value`."""
         return torch.sigmoid(self.log_slope.exp() * (value - self.threshold))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Version 0.1.0 saved numbers without a dimension.
+        for key in (f"{prefix}threshold", f"{prefix}log_slope"):
+            if key in state_dict:
+                state_dict[key] = state_dict[key].view(-1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class RemovalRules(nn.Module):

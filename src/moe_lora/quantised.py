@@ -1,0 +1,136 @@
+"""Base layers with quantised weights: what merges into them, and the way back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+
+
+class UnmergeableBackend(QuantizationBackend):
+    """Stand for a quantisation that base weights cannot be read from and written to.
+
+    Such a layer can be adapted and trained, since its experts act beside it.
+
+    Args:
+        backend_name: what PEFT's layer status calls the quantisation.
+        weight: the quantised weight, for the error message.
+    """
+
+    supports_merge = False
+    layer_type = "linear"
+
+    def __init__(self, backend_name: str, weight: Tensor) -> None:
+        self.backend_name = backend_name
+        self.weight_type = type(weight).__name__
+
+    def get_base_weight(self, base_layer: nn.Module) -> Tensor:
+        raise TypeError(
+            "Expected a base weight that can be dequantised and quantised again, but got a "
+            f"{self.weight_type}. Load the base model without quantisation to merge into it."
+        )
+
+    def set_base_weight(self, peft_layer: nn.Module, weight_data: Tensor) -> None:
+        self.get_base_weight(peft_layer)
+
+
+class KeptWeight(NamedTuple):
+    """Remember the weight of a quantised layer, and what some layers hold of it besides."""
+
+    weight: Tensor
+    state: Any
+
+
+def is_quantised(base: nn.Module) -> bool:
+    """Tell whether a layer's weight is anything but plain floating-point numbers.
+
+    Args:
+        base: a layer with a `weight`.
+
+    Example:
+        >>> is_quantised(nn.Linear(2, 2))
+        False
+    """
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    return not weight.is_floating_point() or not type(weight).__module__.startswith("torch.")
+
+
+def quantization_backend(
+    base: nn.Module, kwargs: Mapping[str, Any] | None = None
+) -> QuantizationBackend | None:
+    """Return what reads a layer's quantised weight as floats and quantises floats into it.
+
+    Args:
+        base: the base layer.
+        kwargs: what `peft.utils.get_quantization_kwargs` found out about the whole model; torchao
+            weights other than int8 weight-only ones cannot be quantised again without it.
+
+    Returns:
+        One of PEFT's backends; `None` for a layer that is not quantised.
+    """
+    if not is_quantised(base):
+        return None
+    weight, kwargs = base.weight, dict(kwargs or {})
+    assert isinstance(weight, Tensor)
+    library = type(weight).__module__.partition(".")[0]
+    if library == "torchao":
+        config = _int8_weight_only_config(weight)
+        if config is not None:
+            kwargs["get_apply_tensor_subclass"] = lambda: config
+        elif "get_apply_tensor_subclass" not in kwargs:
+            return UnmergeableBackend(library, weight)
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        # bitsandbytes repacks 4-bit weights for inference on a CPU, where dequantising them gives
+        # wrong numbers; taking the state dict brings the usual packing back.
+        base.state_dict()
+    backend = resolve_quantization_backend(base, **kwargs)
+    return backend if backend is not None else UnmergeableBackend(library, weight)
+
+
+def keep_weight(base: nn.Module) -> KeptWeight:
+    """Return a quantised layer's weight, safe from what is written into the layer afterwards."""
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    if type(weight).__name__ == "Params4bit":
+        # What quantises into it changes attributes of the old weight, too.
+        weight = copy.copy(weight)
+    return KeptWeight(weight, copy.copy(getattr(base, "state", None)))
+
+
+def restore_weight(base: nn.Module, kept: KeptWeight) -> None:
+    """Put a kept weight back, as it was to the last bit.
+
+    Args:
+        base: the layer that it came from, on whatever device it is now.
+        kept: what `keep_weight` returned.
+    """
+    assert isinstance(base.weight, Tensor)
+    weight = kept.weight
+    if weight.device != base.weight.device:
+        weight = weight.to(base.weight.device)
+    base.weight = weight
+    if kept.state is not None:
+        base.state = kept.state
+
+
+def _int8_weight_only_config(weight: Any) -> object | None:
+    if type(weight).__name__ != "Int8Tensor" or weight.act_quant_kwargs is not None:
+        return None
+    torchao = import_module("torchao.quantization")
+    columns = weight.block_size[1]
+    if list(weight.block_size) == list(weight.shape):
+        granularity = torchao.PerTensor()
+    elif columns == weight.shape[1]:
+        granularity = torchao.PerRow()
+    else:
+        granularity = torchao.PerGroup(columns)
+    config: object = torchao.Int8WeightOnlyConfig(
+        granularity=granularity, set_inductor_config=False
+    )
+    return config
