@@ -5,7 +5,14 @@ Importing the package registers the PEFT method `"MOE_LORA"` and does nothing el
 
 from moe_lora import flow, losses, masks
 from moe_lora.config import MoELoraConfig
-from moe_lora.export import save_experts
+from moe_lora.export import (
+    ExportReport,
+    export_lora,
+    from_loras,
+    load_experts,
+    save_experts,
+    weights_for,
+)
 from moe_lora.layer import MoELoraConv2d, MoELoraLinear
 from moe_lora.losses import RemovalLoss, compute_removal_task_loss
 from moe_lora.masks import MaskInfo, extract_mask_info_from_batch
@@ -39,6 +46,7 @@ from moe_lora.routing import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExportReport",
     "FixedRouter",
     "MaskAwareFeatureExtractor",
     "MaskInfo",
@@ -56,9 +64,12 @@ __all__ = [
     "attach_router",
     "compute_removal_task_loss",
     "current_routing",
+    "export_lora",
     "extract_mask_info_from_batch",
     "flow",
+    "from_loras",
     "load_balancing_loss",
+    "load_experts",
     "losses",
     "masks",
     "merge",
@@ -75,6 +86,7 @@ __all__ = [
     "set_router_inputs",
     "set_routing_mode",
     "unmerge",
+    "weights_for",
 ]
 
 register()
