@@ -329,3 +329,15 @@ def test_no_mask_no_grid_and_other_widths_raise():
         router(RouterInputs(inputs.hidden_states, inputs.mask_info))
     with pytest.raises(ValueError, match=r"\(B, T, input_dim=8\), but got \(1, 36, 7\)"):
         router(RouterInputs(inputs.hidden_states[..., :7], inputs.mask_info, grid_size=GRID))
+
+
+def test_every_parameter_has_a_dimension_as_sharding_needs_and_older_numbers_load():
+    router = ThreeExpertRemovalRouter(input_dim=8)
+    assert all(parameter.ndim > 0 for parameter in router.parameters())
+    older = {
+        name: value.squeeze() + 1 if name.endswith(("threshold", "log_slope")) else value
+        for name, value in router.state_dict().items()
+    }
+    other = ThreeExpertRemovalRouter(input_dim=8)
+    other.load_state_dict(older)
+    assert other.rules.ragged.threshold.tolist() == pytest.approx([1.3])
