@@ -160,6 +160,8 @@ def _at_hand(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("_at_hand")
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_code_of_a_page_runs(page: Path) -> None:
+    if "torchao" in code_of(page):
+        pytest.importorskip("torchao")
     namespace = {
         "__name__": name_of(page),
         "training_batches": training_batches,
