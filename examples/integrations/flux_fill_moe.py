@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 
-import peft
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         target_modules=["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"],
         router="three_expert_removal",
     )
-    transformer = peft.get_peft_model(transformer, config)
+    transformer.add_adapter(config)
     cast_training_params(transformer)
     trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=0.0)
@@ -142,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         progress.set_postfix(loss=loss.item())
 
     if accelerator.is_main_process:
-        accelerator.unwrap_model(transformer).save_pretrained(args.output_dir)
+        moe_lora.save_adapter(accelerator.unwrap_model(transformer), args.output_dir)
 
 
 if __name__ == "__main__":

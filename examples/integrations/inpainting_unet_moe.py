@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 
-import peft
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -113,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         target_modules=["to_q", "to_k", "to_v", "to_out.0"],
         router="three_expert_removal",
     )
-    unet = peft.get_peft_model(unet, config)
+    unet.add_adapter(config)
     cast_training_params(unet)
     trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=0.0)
@@ -137,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         progress.set_postfix(loss=loss.item())
 
     if accelerator.is_main_process:
-        accelerator.unwrap_model(unet).save_pretrained(args.output_dir)
+        moe_lora.save_adapter(accelerator.unwrap_model(unet), args.output_dir)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Importing the package registers the PEFT method `"MOE_LORA"` and does nothing el
 """
 
 from moe_lora import flow, losses, masks
+from moe_lora.adapter_files import load_adapter, save_adapter
 from moe_lora.config import MoELoraConfig
 from moe_lora.export import (
     ExportReport,
@@ -68,6 +69,7 @@ __all__ = [
     "extract_mask_info_from_batch",
     "flow",
     "from_loras",
+    "load_adapter",
     "load_balancing_loss",
     "load_experts",
     "losses",
@@ -82,6 +84,7 @@ __all__ = [
     "router_z_loss",
     "routing_mode_for",
     "routing_stats",
+    "save_adapter",
     "save_experts",
     "set_router_inputs",
     "set_routing_mode",

@@ -89,6 +89,10 @@ class MoELoraConfig(PeftConfig):
     top_k: int | None = field(
         default=None, metadata={"help": "Experts that stay under topk, in [1, num_experts]."}
     )
+    routing_mode: Literal["routed", "uniform"] = field(
+        default="routed",
+        metadata={"help": "The mode that the model starts in; set_routing_mode notes it here."},
+    )
     use_rslora: bool = field(
         default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (arXiv 2312.03732)."}
     )
@@ -156,6 +160,11 @@ class MoELoraConfig(PeftConfig):
             raise ValueError(
                 'Expected `init_lora_weights` to be True, False, "kaiming" or "gaussian", but got '
                 f"{self.init_lora_weights!r}."
+            )
+        if self.routing_mode not in ("routed", "uniform"):
+            raise ValueError(
+                f'Expected `routing_mode` to be "routed" or "uniform", but got '
+                f"{self.routing_mode!r}."
             )
         check_gate(self.routing_strategy, self.routing_temperature, self.top_k, len(self.experts))
 

@@ -11,12 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from moe_lora.alignment import RowLayout, TokenStream, align_weights, weights_by_row
 from moe_lora.checkpointing import stamp_of
 from moe_lora.config import MoELoraConfig
 from moe_lora.experts import MoELoraConvExperts, MoELoraExperts
-from moe_lora.families import RowLayout, weights_by_row
 from moe_lora.handover import WeightSlot
-from moe_lora.mixing import Linear, TokenStream, align_weights
+from moe_lora.mixing import Linear
 from moe_lora.quantised import KeptWeight, keep_weight, quantization_backend, restore_weight
 
 
@@ -39,6 +39,9 @@ class MoELoraLayer(BaseTunerLayer):
         ) -> None: ...
         def unmerge(self) -> None: ...
         def _move_adapter_to_device_of_base_layer(self, adapter_name: str) -> None: ...
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's strength to a multiple of the configured one (diffusers calls this)."""
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters (PEFT and diffusers call this)."""
@@ -176,9 +179,17 @@ class RoutedLayer(nn.Module, MoELoraLayer):
             self.merged_adapters.clear()
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
-            delta = self.get_delta_weight(adapter, self._merged_weights.pop(adapter))
+            weights = self._merged_weights.pop(adapter)
+            if adapter not in self.moe_lora_experts:
+                continue  # deleted while it was merged, as diffusers allows
+            delta = self.get_delta_weight(adapter, weights)
             base = self.get_base_weight()
             self.set_base_weight((base.to(delta) - delta).to(base.dtype))
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        if adapter in self.moe_lora_experts:
+            experts = cast(MoELoraExperts, self.moe_lora_experts[adapter])
+            experts.scaling = scale * experts.base_scaling
 
     def scale_layer(self, scale: float) -> None:
         for _, experts in self.experts():

@@ -93,6 +93,8 @@ class MoELoraModel(BaseTuner):
             routers.configs = self.peft_config
             routers.state.add_adapter(adapter_name, config.experts)
             if is_new:
+                # The mode is the model's, so that its first adapter decides it.
+                routers.state.mode = config.routing_mode
                 routers.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
             if router is not None:
                 routers.attach(adapter_name, router.train(model.training))

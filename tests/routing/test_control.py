@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 import moe_lora
 from moe_lora import MoELoraConfig, RemovalLoss
@@ -95,6 +95,22 @@ def test_modes_are_checked(model):
         moe_lora.set_routing_mode(model, "routed")
     with pytest.raises(ValueError, match=r"\['routed', 'uniform'\], but got 'soft'"):
         moe_lora.set_routing_mode(model, "soft")
+
+
+def test_the_mode_is_saved_and_the_first_adapter_decides_it(model, make_mlp, tmp_path):
+    moe_lora.attach_router(model, ReadsMean())
+    moe_lora.set_routing_mode(model, "uniform")
+    uniform = model(X)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_mlp(), tmp_path)
+    torch.testing.assert_close(loaded(X), uniform)
+    assert moe_lora.current_routing(loaded) is None
+    moe_lora.set_routing_mode(loaded, "routed")
+    assert not torch.allclose(loaded(X), uniform)
+    loaded.load_adapter(tmp_path, "second")
+    assert not torch.allclose(loaded(X), uniform)
+    with pytest.raises(ValueError, match=r"`routing_mode` .* got 'soft'"):
+        MoELoraConfig(routing_mode="soft")
 
 
 def test_the_mode_for_losses_is_that_of_the_document():

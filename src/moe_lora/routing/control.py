@@ -75,12 +75,17 @@ def set_routing_mode(model: nn.Module, mode: RoutingMode) -> None:
 
     Args:
         model: the adapted model, or a wrapper around it.
-        mode: "routed", or "uniform" for 1/E without a router call and without a gate product.
+        mode: "routed", or "uniform" for 1/E without a router call and without a gate product. It
+            is saved with the adapters.
 
     Raises:
         ValueError: for an unknown mode, or for "routed" on a model without a router.
     """
-    routing_state(model).set_mode(mode)
+    routers = getattr(routed_module(model), ROUTER_ATTRIBUTE)
+    routers.state.set_mode(mode)
+    for config in routers.configs.values():
+        if hasattr(config, "routing_mode"):
+            config.routing_mode = mode
 
 
 def routing_mode_for(losses: HasSpecialisedLosses) -> RoutingMode:
