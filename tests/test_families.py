@@ -27,7 +27,6 @@ from moe_lora.families import (
     default_targets,
     row_layout,
     token_stream,
-    weights_by_row,
 )
 from moe_lora.layer import MoELoraLayer
 
@@ -381,29 +380,3 @@ class TestDefaultTargets:
                 assert not any(path.startswith(("proj_out", "conv")) for path in experts_of(model))
                 kept = model.peft_config["default"].target_modules
                 assert kept == default_targets(model)
-
-
-class TestRows:
-    weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-
-    def test_folded_rows_take_the_weights_of_their_sample(self) -> None:
-        expected = torch.stack([self.weights[row // 3] for row in range(6)])
-        assert torch.equal(weights_by_row(self.weights, 6, "folded"), expected)
-        assert torch.equal(weights_by_row(self.weights, 2, "folded"), self.weights)
-        with pytest.raises(ValueError, match="for the 5 samples"):
-            weights_by_row(self.weights, 5, "folded")
-        with pytest.raises(ValueError, match=r"per token of shape \(2, 4, 2\)"):
-            weights_by_row(self.weights[:, None].expand(-1, 4, -1), 6, "folded")
-
-    def test_packed_rows_take_one_weight_or_raise(self) -> None:
-        with pytest.raises(ValueError, match="weights for 2 samples"):
-            weights_by_row(self.weights, 2, "packed")
-        assert torch.equal(weights_by_row(self.weights[0], 7, "packed"), self.weights[0])
-        assert torch.equal(weights_by_row(self.weights[:1], 7, "packed"), self.weights[0])
-        assert torch.equal(weights_by_row(self.weights[:1], 7, "folded"), self.weights[0])
-
-    def test_other_rows_are_samples(self) -> None:
-        assert weights_by_row(self.weights, 2) is self.weights
-        for rows in (1, 4):
-            with pytest.raises(ValueError, match=f"for the {rows} samples"):
-                weights_by_row(self.weights, rows)

@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from moe_lora import MoELoraConfig, MoELoraConv2d, mixture
+from moe_lora.alignment import align_weights
 from moe_lora.handover import WeightSlot
 from moe_lora.layer import MoELoraLinear
-from moe_lora.mixing import align_weights
 
 E, R, D_IN, D_OUT = 3, 4, 6, 5
 SHAPES = {"(B, D)": (2, D_IN), "(B, T, D)": (2, 7, D_IN), "(B, H, W, D)": (2, 3, 4, D_IN)}

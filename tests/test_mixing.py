@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from moe_lora import mixture
-from moe_lora.mixing import Linear, add_mixture, align_weights, mixed
+from moe_lora.alignment import align_weights
+from moe_lora.mixing import Linear, add_mixture, mixed
 
 E, R, D_IN, D_OUT = 3, 4, 6, 5
 SHAPES = {"(B, D)": (2, D_IN), "(B, T, D)": (2, 7, D_IN), "(B, H, W, D)": (2, 3, 4, D_IN)}
@@ -78,24 +79,6 @@ def test_a_batch_equals_its_samples_one_by_one():
         for i in range(2):
             one = mixture(x[i : i + 1], lora_A, lora_B, align_weights(w[i : i + 1], x[i : i + 1]))
             torch.testing.assert_close(whole[i : i + 1], one, rtol=1e-10, atol=1e-10)
-
-
-def test_token_weights_follow_the_stream():
-    tokens = torch.rand(2, 4, E)
-    mean = tokens.mean(1)
-    text = align_weights(tokens, torch.rand(2, 4, D_IN), "text")
-    torch.testing.assert_close(text, mean[:, None])
-    joint = align_weights(tokens, torch.rand(2, 7, D_IN), "joint")
-    torch.testing.assert_close(joint[:, :3], mean[:, None].expand(2, 3, E))
-    torch.testing.assert_close(joint[:, 3:], tokens)
-    torch.testing.assert_close(align_weights(tokens, torch.rand(2, D_IN), "image"), mean)
-
-
-def test_weights_that_do_not_fit_raise():
-    with pytest.raises(ValueError, match=r"for the 3 samples .* got weights of shape \(2, 3\)"):
-        align_weights(torch.rand(2, E), torch.rand(3, 4, D_IN))
-    with pytest.raises(ValueError, match=r"for the 5 tokens .* weights for 4 tokens"):
-        align_weights(torch.rand(2, 4, E), torch.rand(2, 5, D_IN))
 
 
 def base_of(kind, x, weight, bias):

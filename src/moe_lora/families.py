@@ -8,20 +8,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Container
-from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-if TYPE_CHECKING:
-    from moe_lora.mixing import TokenStream
-
-RowLayout = Literal["sample", "folded", "packed"]
-"""What the first dimension of a layer's input counts.
-
-- "sample": samples.
-- "folded": samples times frames (or other parts), sample by sample.
-- "packed": tokens of all samples, in an order that the layer cannot know.
-"""
+from moe_lora.alignment import RowLayout, TokenStream
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -192,50 +182,6 @@ def row_layout(path: str, model: nn.Module) -> RowLayout:
     if _matches(_FOLDED, path, model):
         return "folded"
     return "packed" if _matches(_PACKED, path, model) else "sample"
-
-
-def weights_by_row(weights: Tensor, rows: int, layout: RowLayout = "sample") -> Tensor:
-    """Give every row of a layer's input the routing weights of the sample that it belongs to.
-
-    Weights of one sample, `(1, E)`, serve every row of a "folded" or "packed" layer.
-
-    Args:
-        weights: `(E,)`, `(B, E)` or `(B, T, E)`.
-        rows: size of the first dimension of the layer's input.
-        layout: what that dimension counts.
-
-    Returns:
-        `(E,)`, or `(rows, ...)` with the other dimensions of `weights`.
-
-    Raises:
-        ValueError: when the rows do not tell whose they are, for token weights in a "folded"
-            layer, and when the numbers do not fit.
-
-    Example:
-        >>> import torch
-        >>> weights_by_row(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), 4, "folded").tolist()
-        [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
-    """
-    batch = weights.shape[0]
-    if weights.ndim == 1 or (weights.ndim == 2 and batch == 1 and layout != "sample"):
-        return weights if weights.ndim == 1 else weights[0]
-    if layout == "packed":
-        raise ValueError(
-            "Expected one routing weight per expert, or a batch of one sample, in a layer that "
-            f"sees the tokens of all samples in one row, but got weights for {batch} samples. "
-            "Leave the layer out with `exclude_modules`."
-        )
-    if layout == "folded" and weights.ndim == 3:
-        raise ValueError(
-            "Expected routing weights per sample in a layer that sees every frame by itself, but "
-            f"got weights per token of shape {tuple(weights.shape)}."
-        )
-    if rows != batch and (layout == "sample" or rows % batch):
-        raise ValueError(
-            f"Expected routing weights for the {rows} samples of the layer's input, but got "
-            f"weights of shape {tuple(weights.shape)}."
-        )
-    return weights if rows == batch else weights.repeat_interleave(rows // batch, dim=0)
 
 
 def _known_class(model: nn.Module, known: Container[str]) -> str | None:

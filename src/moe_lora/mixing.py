@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lora.checkpointing import check_stamp
-
-TokenStream = Literal["image", "text", "joint"]
-"""Which tokens a layer sees: the image's, the text's, or the text's followed by the image's."""
 
 
 def mixture(
@@ -50,6 +47,8 @@ class Mixture(NamedTuple):
         scale: one factor for all.
         chosen: `(B, 1, k)`, or with more ones: the experts that every sample uses; `None` means
             all.
+        learners: 1 where a sample's gradient reaches the parameters of an expert and 0 where not;
+            broadcasts like the gate. `None` means 1.
     """
 
     lora_A: Tensor
@@ -57,6 +56,7 @@ class Mixture(NamedTuple):
     gate: Tensor | None
     scale: float
     chosen: Tensor | None
+    learners: Tensor | None
 
 
 def mixed(
@@ -65,12 +65,15 @@ def mixed(
     weights: Tensor | None,
     scaling: float,
     chosen: Tensor | None = None,
+    learners: Tensor | None = None,
 ) -> Mixture:
     """Fold the scaling into the weights; arguments as in `mixture` and `Mixture`."""
     if weights is None:
-        return Mixture(lora_A, lora_B, None, scaling / lora_A.shape[0], None)
-    kept = weights if chosen is None else weights.gather(-1, chosen)
-    return Mixture(lora_A, lora_B, kept * scaling, 1.0, chosen)
+        return Mixture(lora_A, lora_B, None, scaling / lora_A.shape[0], None, learners)
+    if chosen is not None:
+        weights = weights.gather(-1, chosen)
+        learners = None if learners is None else learners.gather(-1, chosen)
+    return Mixture(lora_A, lora_B, weights * scaling, 1.0, chosen, learners)
 
 
 class Linear(NamedTuple):
@@ -120,6 +123,7 @@ class _AddMixture(torch.autograd.Function):
         gate: Tensor | None,
         scale: float,
         chosen: Tensor | None,
+        learners: Tensor | None,
         output: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -137,7 +141,7 @@ class _AddMixture(torch.autograd.Function):
                 result = _accumulated(result, gated, B.mT, scale, out=result)
         ctx.scale = scale
         ctx.stamp = None if stamp is None else int(stamp)
-        ctx.save_for_backward(x, lora_A, lora_B, gate, chosen, weight, hidden, stamp)
+        ctx.save_for_backward(x, lora_A, lora_B, gate, chosen, learners, weight, hidden, stamp)
         # A view that leaves a Function could not be modified in place.
         shape = (*x.shape[:-1], result.shape[-1])
         shaped: Tensor = torch.ops.aten._unsafe_view.default(result, shape)
@@ -145,9 +149,9 @@ class _AddMixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, gate, chosen, weight, hidden, stamp = ctx.saved_tensors
+        x, lora_A, lora_B, gate, chosen, learners, weight, hidden, stamp = ctx.saved_tensors
         check_stamp(stamp, ctx.stamp)
-        grads: list[Tensor | None] = [None] * 10
+        grads: list[Tensor | None] = [None] * 11
         needs = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
             A, B = _side_by_side(lora_A, lora_B, chosen, x.dtype)
@@ -156,21 +160,22 @@ class _AddMixture(torch.autograd.Function):
             if torch.is_grad_enabled():  # under create_graph `hidden` must depend on x and A
                 hidden = tokens @ A.mT
             from_gated = outer @ B
+            taught = _times(gate, learners)
             if needs[2]:
-                gated = _apart(apply_gate(hidden.view(shape), gate), A)
+                gated = _apart(apply_gate(hidden.view(shape), taught), A)
                 grads[2] = _for_B(outer.mT @ gated * ctx.scale, lora_B, chosen)
             if gate is not None and needs[3]:
-                product = _parts((from_gated * hidden).view(shape), gate)
-                grads[3] = product.sum(-1, dtype=gate.dtype).sum_to_size(gate.shape)
+                grads[3] = _for_gate((from_gated * hidden).view(shape), gate)
             from_hidden = _apart(apply_gate(from_gated.view(shape), gate), A)
             if ctx.scale != 1:
                 from_hidden = from_hidden * ctx.scale
             if needs[1]:
-                grads[1] = _for_A(from_hidden.mT @ tokens, lora_A, chosen)
+                kept = _apart(apply_gate(from_hidden.view(shape), learners), A)
+                grads[1] = _for_A(kept.mT @ tokens, lora_A, chosen)
             if needs[0]:
                 inner = None if weight is None else outer @ weight
                 grads[0] = _accumulated(inner, from_hidden, A, out=inner).view_as(x)
-            grads[6] = grad if needs[6] else None
+            grads[7] = grad if needs[7] else None
         return tuple(grads)
 
 
@@ -219,27 +224,50 @@ def apply_gate(hidden: Tensor, gate: Tensor | None) -> Tensor:
     """
     if gate is None:
         return hidden
-    return (_parts(hidden, gate) * gate.to(hidden.dtype).unsqueeze(-1)).flatten(-2)
+    r = hidden.shape[-1] // gate.shape[-1]
+    # One entry per column: a product over parts of `r` columns would be slow where `r` is small.
+    columns = gate.to(hidden.dtype).unsqueeze(-1).expand(*gate.shape, r).flatten(-2)
+    return hidden * columns
 
 
 def _product(x: Tensor, mix: Mixture) -> Tensor:
     A, B = _side_by_side(mix.lora_A, mix.lora_B, mix.chosen, x.dtype)
-    hidden = _apart(x, A) @ A.mT
-    gated = apply_gate(hidden.view(*x.shape[:-1], -1), mix.gate)
+    hidden = (_apart(x, A) @ A.mT).view(*x.shape[:-1], A.shape[-2])
+    if mix.learners is not None:
+        untaught = (_apart(x, A) @ A.detach().mT).view_as(hidden)
+        hidden = untaught + apply_gate(hidden - untaught, mix.learners)
+    gated = apply_gate(hidden, mix.gate)
     if mix.scale != 1:
         gated = gated * mix.scale
-    return (_apart(gated, A) @ B.mT).view(*x.shape[:-1], B.shape[-2])
+    if mix.learners is None:
+        delta = _apart(gated, A) @ B.mT
+    else:
+        taught = apply_gate(gated, mix.learners)
+        delta = _apart(taught, A) @ B.mT + _apart(gated - taught, A) @ B.detach().mT
+    return delta.view(*x.shape[:-1], B.shape[-2])
+
+
+def _times(gate: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if gate is None or other is None:
+        return other if gate is None else gate
+    return gate * other
+
+
+def _for_gate(product: Tensor, gate: Tensor) -> Tensor:
+    """Sum `(..., K)` over the columns of each expert, and over what the gate broadcasts to."""
+    ones = (1,) * (product.ndim - gate.ndim) + tuple(gate.shape[:-1])
+    over = [axis for axis, size in enumerate(ones) if size == 1]
+    if over:
+        product = product.sum(over, keepdim=True, dtype=gate.dtype)
+    experts = gate.shape[-1]
+    parts = product.view(*product.shape[:-1], experts, product.shape[-1] // experts)
+    return parts.sum(-1, dtype=gate.dtype).view_as(gate)
 
 
 def _apart(x: Tensor, A: Tensor) -> Tensor:
     """Flatten to `(tokens, width)`, or `(B, tokens, width)` where every sample has its own A."""
     own = A.shape[:-2]
     return x.reshape(*own, math.prod(x.shape[len(own) : -1]), x.shape[-1])
-
-
-def _parts(hidden: Tensor, gate: Tensor) -> Tensor:
-    experts = gate.shape[-1]
-    return hidden.view(*hidden.shape[:-1], experts, hidden.shape[-1] // experts)
 
 
 def _accumulated(
@@ -253,45 +281,3 @@ def _accumulated(
     if base.ndim == 2:
         return torch.addmm(base, a, b, alpha=scale, out=out)
     return torch.baddbmm(base, a, b, alpha=scale, out=out)
-
-
-def align_weights(weights: Tensor, x: Tensor, stream: TokenStream = "image") -> Tensor:
-    """Shape routing weights so that they broadcast against the tokens of a layer's input.
-
-    Sample weights serve every token. Token weights serve the image's tokens; text tokens, and
-    inputs without tokens such as those of modulation layers, use the sample's mean over tokens.
-
-    Args:
-        weights: `(E,)`, `(B, E)` or `(B, T, E)`.
-        x: `(B, D)`, `(B, T', D)` or `(B, H, W, D)`, the layer's input.
-        stream: which tokens `x` holds; it follows from the layer's place in the model.
-
-    Returns:
-        `(E,)`, `(B, E)`, `(B, 1 or T', E)` or `(B, 1 or H, 1 or W, E)`.
-
-    Raises:
-        ValueError: when the batch or the tokens do not fit.
-    """
-    if weights.ndim == 1:
-        return weights
-    if weights.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"Expected routing weights for the {x.shape[0]} samples of the layer's input, but got "
-            f"weights of shape {tuple(weights.shape)}."
-        )
-    if weights.ndim == 3:
-        tokens = weights.shape[1]
-        mean = weights.mean(dim=1)
-        if x.ndim == 2 or (stream == "text" and x.ndim == 3):
-            weights = mean
-        elif stream == "joint" and x.ndim == 3 and x.shape[1] > tokens:
-            text = mean.unsqueeze(1).expand(-1, x.shape[1] - tokens, -1)
-            return torch.cat([text, weights], dim=1)
-        elif math.prod(x.shape[1:-1]) == tokens:
-            return weights.view(weights.shape[0], *x.shape[1:-1], weights.shape[-1])
-        else:
-            raise ValueError(
-                f"Expected routing weights for the {math.prod(x.shape[1:-1])} tokens of the "
-                f"layer's input of shape {tuple(x.shape)}, but got weights for {tokens} tokens."
-            )
-    return weights.view(weights.shape[0], *[1] * (x.ndim - 2), weights.shape[-1])

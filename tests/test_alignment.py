@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_lora.alignment import align_weights, weights_by_row
+
+E, D_IN = 3, 6
+
+
+class TestRows:
+    weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+
+    def test_folded_rows_take_the_weights_of_their_sample(self) -> None:
+        expected = torch.stack([self.weights[row // 3] for row in range(6)])
+        assert torch.equal(weights_by_row(self.weights, 6, "folded"), expected)
+        assert torch.equal(weights_by_row(self.weights, 2, "folded"), self.weights)
+        with pytest.raises(ValueError, match="for the 5 samples"):
+            weights_by_row(self.weights, 5, "folded")
+        with pytest.raises(ValueError, match=r"per token of shape \(2, 4, 2\)"):
+            weights_by_row(self.weights[:, None].expand(-1, 4, -1), 6, "folded")
+
+    def test_packed_rows_take_one_weight_or_raise(self) -> None:
+        with pytest.raises(ValueError, match="weights for 2 samples"):
+            weights_by_row(self.weights, 2, "packed")
+        assert torch.equal(weights_by_row(self.weights[0], 7, "packed"), self.weights[0])
+        assert torch.equal(weights_by_row(self.weights[:1], 7, "packed"), self.weights[0])
+        assert torch.equal(weights_by_row(self.weights[:1], 7, "folded"), self.weights[0])
+
+    def test_other_rows_are_samples(self) -> None:
+        assert weights_by_row(self.weights, 2) is self.weights
+        for rows in (1, 4):
+            with pytest.raises(ValueError, match=f"for the {rows} samples"):
+                weights_by_row(self.weights, rows)
+
+
+def test_token_weights_follow_the_stream():
+    tokens = torch.rand(2, 4, E)
+    mean = tokens.mean(1)
+    text = align_weights(tokens, torch.rand(2, 4, D_IN), "text")
+    torch.testing.assert_close(text, mean[:, None])
+    joint = align_weights(tokens, torch.rand(2, 7, D_IN), "joint")
+    torch.testing.assert_close(joint[:, :3], mean[:, None].expand(2, 3, E))
+    torch.testing.assert_close(joint[:, 3:], tokens)
+    torch.testing.assert_close(align_weights(tokens, torch.rand(2, D_IN), "image"), mean)
+
+
+def test_weights_that_do_not_fit_raise():
+    with pytest.raises(ValueError, match=r"for the 3 samples .* got weights of shape \(2, 3\)"):
+        align_weights(torch.rand(2, E), torch.rand(3, 4, D_IN))
+    with pytest.raises(ValueError, match=r"for the 5 tokens .* weights for 4 tokens"):
+        align_weights(torch.rand(2, 4, E), torch.rand(2, 5, D_IN))
