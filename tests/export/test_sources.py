@@ -8,12 +8,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from moe_lora import MoELoraConfig
-from moe_lora.export.sources import (
-    input_width,
-    is_checkpoint,
-    table_of_checkpoint,
-    table_of_model,
-)
+from moe_lora.export.sources import is_checkpoint, table_of_checkpoint, table_of_model
+from moe_lora.stored import input_width
 
 
 @pytest.fixture

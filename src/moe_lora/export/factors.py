@@ -68,8 +68,8 @@ class LayerExperts(NamedTuple):
         scaling: what the product is multiplied with.
     """
 
-    lora_A: Tensor  # noqa: N815
-    lora_B: Tensor  # noqa: N815
+    lora_A: Tensor
+    lora_B: Tensor
     scaling: float
 
 

@@ -13,7 +13,8 @@ from moe_lora.export.factors import Factors
 from moe_lora.export.kohya import flux_paths, split_flux
 from moe_lora.export.plain import PlainFile, StoredFactors, read_plain
 from moe_lora.export.sgm import diffusers_name
-from moe_lora.export.sources import input_width, some, unwrapped
+from moe_lora.export.sources import some, unwrapped
+from moe_lora.stored import input_width
 
 
 def read_lora_for(

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from moe_lora.export.factors import Factors
 from moe_lora.export.layouts import METADATA_KEY, Format
-from moe_lora.export.sources import CONFIG_NAME, WEIGHTS_NAME, read_json, some
+from moe_lora.export.sources import CONFIG_NAME, read_json, some
 from moe_lora.files import read_tensors
+from moe_lora.stored import WEIGHTS_NAME
 
 _ROLES = {
     ".lora_A.weight": "down",

@@ -18,8 +18,9 @@ from moe_lora.export.factors import ExpertTable, LayerExperts
 from moe_lora.files import read_tensors
 from moe_lora.layer import MoELoraLayer
 from moe_lora.routing.control import routed_module
+from moe_lora.stored import WEIGHTS_NAME, input_width
 
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
 
 _EXPERTS_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.moe_lora_experts\.(lora_[AB])$")
 # What torch.compile, FSDP and activation checkpointing put into the path of a module.
@@ -90,12 +91,6 @@ def table_of_model(model: nn.Module, adapter_name: str = "default") -> ExpertTab
     )
 
 
-def input_width(base: nn.Module) -> int | None:
-    """Return the input width of a diffusers-style model, `config.in_channels`, if it has one."""
-    width: int | None = getattr(getattr(base, "config", None), "in_channels", None)
-    return width
-
-
 def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
     """Tell whether a folder holds a moe_lora checkpoint (rather than a plain LoRA)."""
     file = Path(folder) / CONFIG_NAME
@@ -144,7 +139,9 @@ def table_of_checkpoint(folder: str | os.PathLike[str]) -> tuple[ExpertTable, di
         )
     layers = {path: _layer(path, pair, config) for path, pair in pairs.items()}
     base_class = (entries.get("auto_mapping") or {}).get("base_model_class")
-    return ExpertTable(config, layers, base_class, _width_of(layers)), router
+    # Checkpoints of 0.1.0 tell the width only by the layer that the model's input meets first.
+    width = config.base_in_channels or _width_of(layers)
+    return ExpertTable(config, layers, base_class, width), router
 
 
 def read_json(path: Path) -> dict[str, Any]:
