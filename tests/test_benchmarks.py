@@ -72,6 +72,7 @@ def test_the_other_benchmark_measures_masks_and_losses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--sides", "32", "48", "--mask_batch", "2", "--vae_width", "4"]
+    options += ["--pixel_side", "128", "--pixel_rounds", "1", "--margins", "1", "2"]
     figures = run("masks_and_losses", tmp_path, *options)
     assert len(figures["masks"]) == 10
     assert {row["/ Sobel"] for row in figures["masks"] if "Sobel" in row["what"]} == {1.0}
@@ -80,6 +81,11 @@ def test_the_other_benchmark_measures_masks_and_losses(
     assert rows["all"]["saved"] > rows["base and detail"]["saved"] > rows["base"]["saved"]
     assert rows["all, decoder checkpointed"]["peak"] < rows["all"]["peak"]
     assert "| all, decoder checkpointed " in capsys.readouterr().out
+    rows = {row["decoding"]: row for row in figures["windows"]}
+    small, large = rows["window, margin 1"], rows["window, margin 2"]
+    assert small["peak"] < large["peak"] < 0.8 * rows["whole"]["peak"]
+    assert rows["window, margin 2, checkpointed"]["saved"] < 0.5 * large["saved"]
+    assert all(row["cosine"] > 0.99 and row["off by"] < 1e-5 for row in (small, large))
 
 
 def test_what_is_compared_has_equal_parameters_and_one_base() -> None:

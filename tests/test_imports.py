@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "moe_lora"
-PURE = ("moe_lora.masks", "moe_lora.losses", "moe_lora.flow")
+PURE = ("moe_lora.masks", "moe_lora.losses", "moe_lora.metrics", "moe_lora.flow")
 FORBIDDEN = ("peft", "diffusers", "transformers", "accelerate")
-FILES = sorted([SOURCE / "flow.py", *SOURCE.glob("masks/**/*.py"), *SOURCE.glob("losses/**/*.py")])
+FOLDERS = ("masks", "losses", "metrics")
+FILES = sorted(
+    [SOURCE / "flow.py", *(file for name in FOLDERS for file in SOURCE.glob(f"{name}/**/*.py"))]
+)
 
 
 def imported_modules(code: str, package: str) -> set[str]:
@@ -40,7 +43,7 @@ def wrong_imports(code: str, package: str) -> set[str]:
 
 
 def test_there_are_files_to_read() -> None:
-    assert {file.parent.name for file in FILES} == {"moe_lora", "masks", "losses"}
+    assert {file.relative_to(SOURCE).parts[0] for file in FILES} == {"flow.py", *FOLDERS}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from moe_lora.flow import interpolate, pack_latents, velocity_to_x0
+from moe_lora.flow import interpolate, pack_latents, unpack_latents, velocity_to_x0
 from moe_lora.losses import (
     LatentDecoder,
     RemovalLoss,
@@ -27,6 +27,19 @@ def upsampled(latents: Tensor) -> Tensor:
 
 def never(latents: Tensor) -> Tensor:
     raise AssertionError("decoded")
+
+
+def tiny_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        latent_channels=4,
+        scaling_factor=0.36,
+        shift_factor=0.12,
+    )
 
 
 def inputs(
@@ -111,21 +124,11 @@ def test_specialised_tells_losses_that_need_routing(name: str) -> None:
 def test_each_specialised_loss_alone_moves_every_sample_through_the_vae(
     name: str, packed: bool, checkpoint: bool
 ) -> None:
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        latent_channels=4,
-        scaling_factor=0.36,
-        shift_factor=0.12,
-    )
     given = inputs(dtype=torch.bfloat16)
     if packed:
         given |= {n: pack_latents(given[n]) for n in ("velocity", "target_velocity", "x_t")}
     given["velocity"].requires_grad_()
-    loss = RemovalLoss(**only(name), decoder=LatentDecoder(vae, checkpoint=checkpoint))
+    loss = RemovalLoss(**only(name), decoder=LatentDecoder(tiny_vae(), checkpoint=checkpoint))
     total, _ = loss(**given, height=4, width=6)
     total.backward()
     gradient = given["velocity"].grad
@@ -236,6 +239,87 @@ def test_every_option_changes_the_result() -> None:
     wide = RemovalLoss(decoder=upsampled, boundary_width=1)(**given).components
     assert not torch.equal(wide["boundary"], plain["boundary"])
     assert torch.equal(wide["detail"], plain["detail"])
+    relaxed = RemovalLoss(decoder=upsampled, effect_band=4)(**given).components
+    image = upsampled(velocity_to_x0(given["x_t"], given["velocity"], given["sigma"]))
+    torch.testing.assert_close(
+        relaxed["consistency"],
+        consistency_loss(image, given["target"], given["mask"], effect_band=4),
+    )
+    assert not torch.equal(relaxed["consistency"], plain["consistency"])
+    assert torch.equal(relaxed["boundary"], plain["boundary"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_window_margin_keeps_the_values_and_limits_the_gradient(
+    packed: bool, checkpoint: bool
+) -> None:
+    given = inputs(batch=2, height=8, width=12, dtype=torch.float32)
+    given["mask"][:] = 0
+    given["mask"][0, :, 4:6, 4:8] = 1  # latents 2 to 3 and 2 to 4
+    given["mask"][1, :, 15, 23] = 1
+    latents = given["velocity"].shape
+    if packed:
+        given |= {n: pack_latents(given[n]) for n in ("velocity", "target_velocity", "x_t")}
+    given["velocity"].requires_grad_()
+    decoder = LatentDecoder(tiny_vae(), checkpoint=checkpoint)
+    whole = RemovalLoss(base=0, decoder=decoder)(**given, height=8, width=12)
+    part = RemovalLoss(base=0, decoder=decoder, window_margin=1)(**given, height=8, width=12)
+    for name, value in whole.components.items():
+        torch.testing.assert_close(part.components[name], value, rtol=1e-4, atol=1e-6)
+    part.total.backward()
+    reached = given["velocity"].grad
+    reached = (unpack_latents(reached, 8, 12) if packed else reached).ne(0).any(1)
+    expected = torch.zeros(latents[0], *latents[2:], dtype=torch.bool)
+    expected[0, 0:5, 0:6] = True  # the mask's latents, the margin and a context of one
+    expected[1, 5:8, 9:12] = True
+    assert torch.equal(reached, expected)
+
+
+def test_masks_that_are_empty_give_a_graph_in_windows_too() -> None:
+    given = inputs(dtype=torch.float32)
+    given["mask"][:] = 0
+    given["velocity"].requires_grad_()
+    total, _ = RemovalLoss(base=0, decoder=LatentDecoder(tiny_vae()), window_margin=1)(**given)
+    total.backward()
+    assert torch.equal(given["velocity"].grad, torch.zeros_like(given["velocity"]))
+
+
+def test_a_decoder_without_windows_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a method `in_windows\(latents, windows\)`"):
+        RemovalLoss(decoder=upsampled, window_margin=2)(**inputs())
+
+
+def test_specialised_losses_at_every_nth_step_have_n_times_the_weight() -> None:
+    given = inputs()
+    every = RemovalLoss(decoder=upsampled)(**given)
+    loss = RemovalLoss(decoder=upsampled, specialised_every=3)
+    totals = []
+    for step in range(6):
+        total, components = loss(**given, step=step)
+        assert list(components) == (list(every.components) if step % 3 == 0 else ["base"])
+        assert all(torch.equal(value, every.components[n]) for n, value in components.items())
+        totals.append(total)
+    torch.testing.assert_close(torch.stack(totals).mean(), every.total)
+    assert loss.weights["boundary"] == pytest.approx(0.9)
+    assert loss.weights["base"] == 1.0
+
+
+def test_between_the_steps_nothing_is_decoded_or_needed_and_there_is_a_graph() -> None:
+    given = inputs(dtype=torch.float32)
+    velocity = given["velocity"].requires_grad_()
+    loss = RemovalLoss(base=0, decoder=never, specialised_every=2)
+    total, components = loss(velocity, given["target_velocity"], step=1)
+    assert components == {}
+    total.backward()
+    assert torch.equal(velocity.grad, torch.zeros_like(velocity))
+
+
+@pytest.mark.parametrize("step", [None, -1, 1.0])
+def test_a_step_that_is_none_raises(step: object) -> None:
+    loss = RemovalLoss(decoder=upsampled, specialised_every=2)
+    with pytest.raises(ValueError, match="Expected `step` to be"):
+        loss(**inputs(), step=step)
 
 
 def test_bfloat16_is_computed_in_float32() -> None:
@@ -295,6 +379,9 @@ def test_packed_latents_need_their_sizes() -> None:
         ({"max_sigma": 0.0}, r"Expected `max_sigma` to be in \(0, 1\], but got 0.0"),
         ({"max_sigma": 700}, r"Expected `max_sigma` to be in \(0, 1\], but got 700"),
         ({"weighting": "logit_normal"}, "Expected `weighting` to be one of"),
+        ({"effect_band": -1}, "Expected `effect_band` to be an integer >= 0, but got -1"),
+        ({"window_margin": 1.5}, "Expected `window_margin` to be an integer >= 0, but got 1.5"),
+        ({"specialised_every": 0}, "Expected `specialised_every` to be an integer >= 1"),
     ],
 )
 def test_settings_out_of_range_raise(arguments: dict[str, object], message: str) -> None:

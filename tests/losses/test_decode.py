@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from moe_lora.losses import LatentDecoder, RemovalLoss
@@ -152,6 +152,51 @@ def test_the_vae_is_in_nobodys_state() -> None:
     loss = RemovalLoss(decoder=LatentDecoder(tiny_vae()))
     assert loss.state_dict() == {}
     assert list(loss.parameters()) == []
+
+
+def tiny_autoencoder() -> AutoencoderTiny:
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(2, 1),
+        latent_channels=4,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_autoencoder_tiny_decodes_as_by_itself(dtype: torch.dtype) -> None:
+    vae = tiny_autoencoder().to(dtype)
+    z = latents(2, 4, 4, 6).requires_grad_()
+    images = LatentDecoder(vae)(z)
+    with torch.no_grad():
+        expected = (copy.deepcopy(vae).float().decode(z / 0.5 + 0.1).sample + 1) / 2
+    torch.testing.assert_close(images, expected)
+    images.square().mean().backward()
+    assert bool((z.grad != 0).any(dim=(1, 2, 3)).all())
+    assert all(not p.requires_grad and p.dtype == dtype for p in vae.parameters())
+
+
+def test_gradcheck_of_an_autoencoder_tiny() -> None:
+    decoder = LatentDecoder(tiny_autoencoder(), dtype=torch.float64)
+    z = latents(1, 4, 2, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(decoder, z)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_checkpointing_an_autoencoder_tiny_changes_no_gradient(own: bool) -> None:
+    vae = tiny_autoencoder()
+    z = latents(3, 4, 4, 6)
+    images, grad, held = gradient(LatentDecoder(vae), z)
+    if own:
+        vae.enable_gradient_checkpointing()
+    images_again, grad_again, held_again = gradient(LatentDecoder(vae, checkpoint=not own), z)
+    torch.testing.assert_close(images_again, images)
+    torch.testing.assert_close(grad_again, grad)
+    assert held_again < 0.1 * held
 
 
 @pytest.mark.parametrize(

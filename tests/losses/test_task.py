@@ -65,6 +65,32 @@ def test_weights_and_settings_are_handed_on() -> None:
     torch.testing.assert_close(total, sum(weights[n] * components[n] for n in NAMES))
 
 
+class Windowed:
+    def __init__(self) -> None:
+        self.windows: list[tuple[int, ...]] = []
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        return doubled(latents)
+
+    def in_windows(self, latents: Tensor, windows: list[tuple[int, ...]]) -> Tensor:
+        self.windows += windows
+        return doubled(latents)
+
+
+def test_ways_to_decode_less_are_handed_on() -> None:
+    flags = {f"enable_{name}_loss": True for name in NAMES}
+    decoder = Windowed()
+    settings = {"effect_band": 3, "window_margin": 1, "specialised_every": 2, "decoder": decoder}
+    total, components = compute_removal_task_loss(**inputs(), **flags, **settings, step=4)
+    expected = RemovalLoss(**DEFAULTS, **settings)(**inputs(), step=4)
+    assert components == expected.components
+    assert torch.equal(total, expected.total)
+    assert decoder.windows == [(0, 0, 5, 4)] * 4
+    assert list(compute_removal_task_loss(**inputs(), **flags, **settings, step=5).components) == [
+        "base"
+    ]
+
+
 def test_sizes_are_handed_on() -> None:
     with pytest.raises(ValueError, match="but got 6 and 4"):
         compute_removal_task_loss(

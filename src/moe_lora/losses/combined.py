@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
 from moe_lora.flow import check_sigma, unpack_latents, velocity_to_x0
@@ -15,8 +14,18 @@ from moe_lora.losses.boundary import boundary_loss
 from moe_lora.losses.consistency import consistency_loss
 from moe_lora.losses.detail import detail_loss
 from moe_lora.losses.reduction import at_least_float32
+from moe_lora.losses.windows import latent_windows
+from moe_lora.masks.validation import check_integer
 
 Decoder = Callable[[Tensor], Tensor]
+
+
+class WindowDecoder(Protocol):
+    """Decode with gradient inside windows only, as `LatentDecoder.in_windows` does."""
+
+    def in_windows(self, latents: Tensor, windows: Sequence[Sequence[int]]) -> Tensor:
+        """Return images, with gradient inside `(x0, y0, x1, y1)` in latent pixels alone."""
+
 
 DEFAULT_MAX_SIGMA = 0.7
 
@@ -47,6 +56,12 @@ class RemovalLoss(nn.Module):
     left out of the mean of the specialised losses. Where no sample passes, nothing is decoded and
     each of these losses is 0.
 
+    Two ways to decode less: with `window_margin`, only a window around the mask is decoded with
+    gradient, see `LatentDecoder.in_windows`; the losses' values stay those of the whole picture,
+    and the consistency loss pulls in the window only. With `specialised_every = n`, the specialised
+    losses are computed at every n-th step only, with n times their weight, so that the gradient's
+    mean over the steps stays the same (and its variance grows).
+
     Args:
         base: weight, >= 0; 0 or `None` switches the component off, and nothing of it is computed.
         boundary: weight, likewise.
@@ -58,12 +73,19 @@ class RemovalLoss(nn.Module):
         max_sigma: the gate, in (0, 1]; 1 lets every sample pass.
         boundary_width: of the band on each side of the edge, in pixels; `None` for
             `default_band_width(H, W)`.
+        effect_band: pixels around the mask where the consistency loss is relaxed, see
+            `effect_weight`; 0 for none.
+        window_margin: latent pixels around the mask's bounding box that are decoded with gradient;
+            `None` for all. The decoder then needs a method `in_windows`.
+        specialised_every: n, an integer >= 1; above 1 `forward` needs the `step`.
 
     Raises:
         ValueError: for a weight that is negative or not finite, four switched-off components, an
-            unknown weighting, or a `max_sigma` outside (0, 1].
+            unknown weighting, a `max_sigma` outside (0, 1], an `effect_band` or `window_margin`
+            that is not an integer >= 0, or a `specialised_every` that is not an integer >= 1.
 
     Example:
+        >>> import torch
         >>> loss = RemovalLoss(boundary=0, detail=0, decoder=lambda latents: latents)
         >>> loss.enabled
         ('base', 'consistency')
@@ -93,6 +115,9 @@ class RemovalLoss(nn.Module):
         weighting: Weighting = "none",
         max_sigma: float = DEFAULT_MAX_SIGMA,
         boundary_width: int | None = None,
+        effect_band: int = 0,
+        window_margin: int | None = None,
+        specialised_every: int = 1,
     ) -> None:
         super().__init__()
         given = {"base": base, "boundary": boundary, "consistency": consistency, "detail": detail}
@@ -105,10 +130,19 @@ class RemovalLoss(nn.Module):
         if not 0 < max_sigma <= 1:
             raise ValueError(f"Expected `max_sigma` to be in (0, 1], but got {max_sigma}.")
         check_weighting(weighting)
+        check_integer(effect_band, "effect_band", 0)
+        if window_margin is not None:
+            check_integer(window_margin, "window_margin", 0)
+        check_integer(specialised_every, "specialised_every", 1)
+        for name in self.weights:
+            self.weights[name] *= 1 if name == "base" else specialised_every
         self.decoder = decoder
         self.weighting = weighting
         self.max_sigma = max_sigma
         self.boundary_width = boundary_width
+        self.effect_band = effect_band
+        self.window_margin = window_margin
+        self.specialised_every = specialised_every
 
     @property
     def enabled(self) -> tuple[str, ...]:
@@ -131,8 +165,9 @@ class RemovalLoss(nn.Module):
         target: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
+        step: int | None = None,
     ) -> RemovalLossOutput:
-        """Compute the components that are on and their weighted sum.
+        """Compute the components that are on, at this step, and their weighted sum.
 
         Args:
             velocity: `(B, C, h, w)` or packed `(B, (h/2)*(w/2), 4C)`, predicted.
@@ -143,6 +178,8 @@ class RemovalLoss(nn.Module):
             target: `(B, 3, H, W)`, the wanted result, image in [0, 1].
             height: of the latents, not of the image; required with packed ones.
             width: of the latents, likewise.
+            step: the optimizer's, an integer >= 0; the specialised losses are computed, and what
+                they alone need is needed, where `specialised_every` divides it.
 
         Returns:
             The total and the components, scalars in float32 or wider, all with a graph.
@@ -150,22 +187,33 @@ class RemovalLoss(nn.Module):
         Raises:
             ValueError: when a specialised loss is on and the decoder, `x_t`, `sigma`, `mask` or
                 `target` is missing, or sizes are missing for packed latents; when shapes do not
-                fit; for a sigma, mask or target outside [0, 1].
+                fit; for a sigma, mask or target outside [0, 1]; without a `step` that is needed.
         """
         components: dict[str, Tensor] = {}
         if "base" in self.weights:
             components["base"] = base_loss(
                 velocity, target_velocity, sigma=sigma, weighting=self.weighting
             )
-        if self.specialised:
+        if self.specialised and self._due(step):
             inputs = self._complete(
                 velocity=velocity, x_t=x_t, sigma=sigma, mask=mask, target=target
             )
             components |= self._specialised_losses(inputs, height, width)
-        total = torch.zeros((), device=velocity.device)
+        total = at_least_float32(velocity[:0]).sum()
         for name, value in components.items():
             total = total + self.weights[name] * value
         return RemovalLossOutput(total, components)
+
+    def _due(self, step: int | None) -> bool:
+        if self.specialised_every == 1:
+            return True
+        if step is None:
+            raise ValueError(
+                f"Expected `step` to be given with `specialised_every={self.specialised_every}`, "
+                "but got None."
+            )
+        check_integer(step, "step", 0)
+        return step % self.specialised_every == 0
 
     def _complete(self, **inputs: Tensor | None) -> _PixelInputs:
         missing = [name for name, value in inputs.items() if value is None]
@@ -175,6 +223,12 @@ class RemovalLoss(nn.Module):
             names = ", ".join(f"`{name}`" for name in missing)
             on = [name for name in self.weights if name != "base"]
             raise ValueError(f"Expected {names} to be given for the losses {on}, but got None.")
+        if self.window_margin is not None and not hasattr(self.decoder, "in_windows"):
+            raise ValueError(
+                "Expected `decoder` to have a method `in_windows(latents, windows)`, as "
+                f"`LatentDecoder` has, with `window_margin={self.window_margin}`, but got "
+                f"{type(self.decoder).__name__}."
+            )
         given = _PixelInputs(**{name: value for name, value in inputs.items() if value is not None})
         _check_inputs(given)
         return given
@@ -188,16 +242,25 @@ class RemovalLoss(nn.Module):
             return {name: zero for name in self.weights if name != "base"}
         velocity, x_t, sigma, mask, target = (tensor[passed] for tensor in inputs)
         x0 = velocity_to_x0(at_least_float32(x_t), at_least_float32(velocity), sigma)
-        assert self.decoder is not None
-        prediction = self.decoder(_unpacked(x0, height, width))
+        prediction = self._decode(_unpacked(x0, height, width), mask)
         losses: dict[str, Tensor] = {}
         if "boundary" in self.weights:
             losses["boundary"] = boundary_loss(prediction, target, mask, width=self.boundary_width)
         if "consistency" in self.weights:
-            losses["consistency"] = consistency_loss(prediction, target, mask)
+            losses["consistency"] = consistency_loss(
+                prediction, target, mask, effect_band=self.effect_band
+            )
         if "detail" in self.weights:
             losses["detail"] = detail_loss(prediction, target, mask)
         return losses
+
+    def _decode(self, latents: Tensor, mask: Tensor) -> Tensor:
+        assert self.decoder is not None
+        if self.window_margin is None:
+            return self.decoder(latents)
+        size = (latents.shape[2], latents.shape[3])
+        windows = latent_windows(mask, size, self.window_margin)
+        return cast(WindowDecoder, self.decoder).in_windows(latents, windows)
 
 
 class _PixelInputs(NamedTuple):

@@ -30,6 +30,10 @@ def compute_removal_task_loss(
     weighting: Weighting = "none",
     max_sigma: float = DEFAULT_MAX_SIGMA,
     boundary_width: int | None = None,
+    effect_band: int = 0,
+    window_margin: int | None = None,
+    specialised_every: int = 1,
+    step: int | None = None,
 ) -> RemovalLossOutput:
     """Compute the removal losses that the flags switch on, as `RemovalLoss` does.
 
@@ -51,9 +55,13 @@ def compute_removal_task_loss(
         boundary_loss_weight: likewise.
         consistency_loss_weight: likewise.
         detail_loss_weight: likewise.
-        weighting: see `RemovalLoss`, as for the next two.
+        weighting: see `RemovalLoss`, as for the next one.
         max_sigma: likewise.
-        boundary_width: likewise.
+        boundary_width: likewise, as for the next three.
+        effect_band: likewise.
+        window_margin: likewise.
+        specialised_every: likewise.
+        step: see `RemovalLoss.forward`.
 
     Returns:
         The total and the components before weighting, scalars.
@@ -76,6 +84,9 @@ def compute_removal_task_loss(
         weighting=weighting,
         max_sigma=max_sigma,
         boundary_width=boundary_width,
+        effect_band=effect_band,
+        window_margin=window_margin,
+        specialised_every=specialised_every,
     )
     output: RemovalLossOutput = loss(
         velocity,
@@ -86,5 +97,6 @@ def compute_removal_task_loss(
         target=target,
         height=height,
         width=width,
+        step=step,
     )
     return output

@@ -8,6 +8,9 @@ as its samples one by one. Nothing here knows of PEFT, of diffusers or of the tu
   router reads. `extract_mask_info_from_batch` does it for a training batch.
 - `boundary_band`, `to_latent` and `to_tokens` say where a mask lies.
 - `from_flux_fill` and `from_inpainting_unet` read the mask back out of what stock models are fed.
+- `composite` pastes a result back into the untouched source.
+- `augment` draws masks anew as users draw them, too tight and too loose; `augmentation` holds what
+  it draws from. `distance_to_mask` measures how far pixels are from a mask.
 - `check_mask` is what all of them ask of a mask.
 
 Example:
@@ -21,7 +24,10 @@ Example:
 from __future__ import annotations
 
 from moe_lora.masks.analysis import analyze
+from moe_lora.masks.augmentation import augment
 from moe_lora.masks.batch import extract_mask_info_from_batch
+from moe_lora.masks.compositing import composite
+from moe_lora.masks.distance import distance_to_mask
 from moe_lora.masks.info import MaskInfo
 from moe_lora.masks.readers import from_flux_fill, from_inpainting_unet
 from moe_lora.masks.regions import boundary_band, to_latent, to_tokens
@@ -30,8 +36,11 @@ from moe_lora.masks.validation import check_mask
 __all__ = [
     "MaskInfo",
     "analyze",
+    "augment",
     "boundary_band",
     "check_mask",
+    "composite",
+    "distance_to_mask",
     "extract_mask_info_from_batch",
     "from_flux_fill",
     "from_inpainting_unet",

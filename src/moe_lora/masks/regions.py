@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lora.masks.validation import check_mask, check_size
+from moe_lora.masks.validation import check_integer, check_mask, check_size
 
 
 def boundary_band(mask: Tensor, width: int) -> Tensor:
@@ -34,8 +34,7 @@ def boundary_band(mask: Tensor, width: int) -> Tensor:
         >>> boundary_band(mask, 1)[0, 0].tolist()
         [[0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0]]
     """
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise ValueError(f"Expected `width` to be an integer >= 1, but got {width!r}.")
+    check_integer(width, "width", 1)
     inside = (check_mask(mask).detach() >= 0.5).float()
     eroded = 1 - _dilate(1 - inside, width)
     return _dilate(inside, width) - eroded

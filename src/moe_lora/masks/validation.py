@@ -113,6 +113,30 @@ def check_size(size: tuple[int, int], name: str) -> tuple[int, int]:
     return size[0], size[1]
 
 
+def check_integer(value: int, name: str, least: int) -> int:
+    """Check a whole number, and return it.
+
+    Args:
+        value: an integer of at least `least`.
+        name: the argument's name in the message.
+        least: the least value allowed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: for anything else, bool included.
+
+    Example:
+        >>> check_integer(0, "width", 1)
+        Traceback (most recent call last):
+        ValueError: Expected `width` to be an integer >= 1, but got 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Expected `{name}` to be an integer >= {least}, but got {value!r}.")
+    return value
+
+
 def _value_range(values: Tensor, name: str) -> tuple[float, float]:
     """Return the least and the greatest value in one reading; (0, 1) where none can be read."""
     if torch.compiler.is_compiling() or values.is_meta:

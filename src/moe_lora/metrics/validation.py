@@ -1,0 +1,86 @@
+"""What every metric asks of its input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ROUNDING = 1e-5
+"""How far an image may overshoot [0, 1] by resampling and still count as inside."""
+
+
+def check_pair(result: Tensor, truth: Tensor, *, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """Check that two batches of images can be compared, and return them in float64.
+
+    Args:
+        result: `(B, C, H, W)`, floating point, in [0, 1].
+        truth: the same shape.
+        names: of the arguments, for messages.
+
+    Returns:
+        Both, detached, in float64, clamped to [0, 1].
+
+    Raises:
+        TypeError: one is no floating-point tensor.
+        ValueError: shapes differ or are no images, or a value is NaN or outside [0, 1].
+    """
+    first = check_images(result, names[0])
+    second = check_images(truth, names[1])
+    if second.shape != first.shape:
+        raise ValueError(
+            f"Expected `{names[1]}` to have the shape of `{names[0]}`, {tuple(first.shape)}, but "
+            f"got {tuple(second.shape)}."
+        )
+    return first, second
+
+
+def check_images(images: Tensor, name: str) -> Tensor:
+    """Check a batch of images, and return it detached, in float64, clamped to [0, 1].
+
+    Args:
+        images: `(B, C, H, W)`, floating point, in [0, 1].
+        name: of the argument, for messages.
+
+    Raises:
+        TypeError: `images` is no floating-point tensor.
+        ValueError: the shape is another, or a value is NaN or outside [0, 1].
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"Expected `{name}` to be a floating-point tensor, but got {kind}.")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(
+            f"Expected `{name}` to have shape (B, C, H, W), but got {tuple(images.shape)}."
+        )
+    values = images.detach().double()
+    low, high = torch.stack(torch.aminmax(values)).tolist()
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+        raise ValueError(
+            f"Expected `{name}` to have values in [0, 1], but got values in [{low:g}, {high:g}]."
+        )
+    return values.clamp(0, 1)
+
+
+def check_region(region: Tensor | None, images: Tensor) -> Tensor:
+    """Check a boolean map of where to measure, and return it; everywhere for `None`.
+
+    Args:
+        region: `(B, 1, H, W)`, bool.
+        images: `(B, C, H, W)`, those that are measured.
+
+    Raises:
+        TypeError: `region` is no bool tensor.
+        ValueError: the shape does not fit.
+    """
+    expected = (images.shape[0], 1, *images.shape[2:])
+    if region is None:
+        return torch.ones(expected, dtype=torch.bool, device=images.device)
+    if not isinstance(region, Tensor) or region.dtype != torch.bool:
+        kind = region.dtype if isinstance(region, Tensor) else type(region).__name__
+        raise TypeError(f"Expected `region` to be a bool tensor, but got {kind}.")
+    if tuple(region.shape) != expected:
+        raise ValueError(
+            f"Expected `region` to have shape (B, 1, H, W) = {expected}, but got "
+            f"{tuple(region.shape)}."
+        )
+    return region

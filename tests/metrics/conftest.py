@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+
+class Pictures(NamedTuple):
+    result: Tensor
+    truth: Tensor
+    source: Tensor
+    mask: Tensor
+
+
+@pytest.fixture
+def pictures() -> Pictures:
+    """Return a batch of three: a mask in the middle, one at the border, and an empty one."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.rand(3, 3, 40, 56, generator=generator)
+    result = (truth + 0.2 * torch.randn(truth.shape, generator=generator)).clamp(0, 1)
+    mask = torch.zeros(3, 1, 40, 56)
+    mask[0, :, 10:25, 12:40] = 1
+    mask[1, :, :9, 50:] = 1
+    source = torch.where(mask > 0, 0.3, truth)
+    source[0, :, 25:30, 12:40] *= 0.4
+    return Pictures(result, truth, source, mask)
