@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from moe_lora.alignment import align_weights, weights_by_row
+from moe_lora.alignment import align_weights, level_of, resample, weights_by_row
 
 E, D_IN = 3, 6
 
@@ -50,3 +52,70 @@ def test_weights_that_do_not_fit_raise():
         align_weights(torch.rand(2, E), torch.rand(3, 4, D_IN))
     with pytest.raises(ValueError, match=r"for the 5 tokens .* weights for 4 tokens"):
         align_weights(torch.rand(2, 4, E), torch.rand(2, 5, D_IN))
+
+
+def test_joint_layers_put_the_image_first_where_their_model_does():
+    tokens = torch.rand(2, 4, E)
+    mean = tokens.mean(1, keepdim=True)
+    joint = align_weights(tokens, torch.rand(2, 7, D_IN), "joint_image_first")
+    torch.testing.assert_close(joint, torch.cat([tokens, mean.expand(-1, 3, -1)], 1))
+    for stream in ("joint", "joint_image_first"):
+        assert torch.equal(align_weights(tokens, torch.rand(2, 4, D_IN), stream), tokens)
+        with pytest.raises(ValueError, match="for the 3 tokens"):
+            align_weights(tokens, torch.rand(2, 3, D_IN), stream)
+
+
+@pytest.mark.parametrize("grid", [(8, 12), (7, 10), (5, 1), (1, 1)])
+def test_levels_are_found_from_tokens_and_from_sizes(grid):
+    rows, columns = grid
+    sizes = {grid}
+    for factor in range(2, 13):
+        sizes |= {
+            (math.ceil(rows / factor), math.ceil(columns / factor)),
+            (rows * factor, columns * factor),
+        }
+    for size in sizes:
+        assert level_of(grid, size) == size
+        assert level_of(grid, (size[0] * size[1],)) == size
+    counts = {a * b for a, b in sizes}
+    for tokens in range(1, 4 * rows * columns + 1):
+        assert (level_of(grid, (tokens,)) is not None) == (tokens in counts), tokens
+    assert level_of((4, 6), (6, 4)) is None
+    assert level_of((4, 6), (3, 8)) is None
+
+
+@pytest.mark.parametrize("size", [(4, 6), (2, 3), (16, 24), (3, 5), (8, 12)])
+def test_resampling_averages_areas(size):
+    weights = torch.rand(2, 96, E, dtype=torch.float64).softmax(-1).requires_grad_()
+    found = resample(weights, (8, 12), size)
+    expected = torch.zeros(2, *size, E, dtype=torch.float64)
+    plane = weights.detach().view(2, 8, 12, E)
+    for u in range(size[0]):
+        for v in range(size[1]):
+            total = 0.0
+            for r in range(8):
+                for c in range(12):
+                    high = min((u + 1) * 8 / size[0], r + 1) - max(u * 8 / size[0], r)
+                    wide = min((v + 1) * 12 / size[1], c + 1) - max(v * 12 / size[1], c)
+                    share = max(high, 0) * max(wide, 0)
+                    expected[:, u, v] += share * plane[:, r, c]
+                    total += share
+            expected[:, u, v] /= total
+    torch.testing.assert_close(found.view_as(expected), expected)
+    torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]))
+    torch.testing.assert_close(found.mean(1), weights.mean(1))
+    assert torch.autograd.gradcheck(lambda w: resample(w, (8, 12), size), weights)
+
+
+def test_weights_on_a_grid_follow_the_layers_resolution_or_raise():
+    weights = torch.rand(1, 24, E)
+    small = resample(weights, (4, 6), (2, 3))
+    assert torch.equal(align_weights(weights, torch.rand(1, 6, D_IN), grid=(4, 6)), small)
+    plane = align_weights(weights, torch.rand(1, 2, 3, D_IN), grid=(4, 6))
+    assert torch.equal(plane, small.view(1, 2, 3, E))
+    same = align_weights(weights, torch.rand(1, 4, 6, D_IN), grid=(4, 6))
+    assert torch.equal(same, weights.view(1, 4, 6, E))
+    with pytest.raises(ValueError, match=r"7 tokens .* for 24 tokens on a grid of 4 x 6"):
+        align_weights(weights, torch.rand(1, 7, D_IN), grid=(4, 6))
+    with pytest.raises(ValueError, match="for the 24 tokens"):  # as many, but another picture
+        align_weights(weights, torch.rand(1, 6, 4, D_IN), grid=(4, 6))

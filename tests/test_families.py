@@ -28,7 +28,7 @@ from moe_lora.families import (
     row_layout,
     token_stream,
 )
-from moe_lora.layer import MoELoraLayer
+from moe_lora.layer import MoELoraLayer, MoELoraLinear
 
 cases = pytest.mark.parametrize("case", table.CASES, ids=lambda case: case.name)
 
@@ -232,31 +232,87 @@ def test_checkpointing_changes_no_gradient(case: Case) -> None:
         torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in table.CASES if case.tokens], ids=lambda case: case.name
+by_token = pytest.mark.parametrize(
+    ("case", "tokens"),
+    [(case, tokens) for case in table.CASES for tokens in table.TOKENS.get(case.name, ())],
+    ids=lambda value: value if isinstance(value, int) else value.name,
 )
+
+
+@by_token
 @torch.no_grad()
-def test_weights_per_token_are_followed(case: Case) -> None:
-    assert case.tokens is not None
+def test_weights_per_token_are_followed(case: Case, tokens: int) -> None:
     model, arguments = adapt(build(case), case), calls(case)
     by_sample = weights_for(BATCH)
     with moe_lora.route(model, by_sample):
         expected = output(model, arguments)
-    same = by_sample[:, None].expand(-1, case.tokens, -1)
+    same = by_sample[:, None].expand(-1, tokens, -1)
     with moe_lora.route(model, same):
         assert distance(output(model, arguments), expected) < 1e-5
-    by_token = weights_for(BATCH, case.tokens)
-    with moe_lora.route(model, by_token):
+    weights = weights_for(BATCH, tokens)
+    with moe_lora.route(model, weights):
         together = output(model, arguments)
-    with moe_lora.route(model, by_token.flip(1)):
+    with moe_lora.route(model, weights.flip(1)):
         assert distance(output(model, arguments), together) > 1e-3
     for index in range(BATCH):
         alone = {name: one_of(value, index) for name, value in arguments.items()}
-        with moe_lora.route(model, by_token[index : index + 1]):
+        with moe_lora.route(model, weights[index : index + 1]):
             assert distance(output(model, alone), together[index : index + 1]) < 1e-5
-    wrong = weights_for(BATCH, case.tokens + 1)
-    with moe_lora.route(model, wrong), pytest.raises(ValueError, match="tokens of the layer's"):
+    wrong = weights_for(BATCH, max(table.TOKENS[case.name]) + 1)
+    with moe_lora.route(model, wrong), pytest.raises(ValueError, match="tokens"):
         output(model, arguments)
+
+
+def rows_of_first_image_layer(
+    model: nn.Module, arguments: dict[str, Any], weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return input and weights of the first layer that sees image tokens, row by row."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        (x,) = args
+        if x.ndim > 2 and layer.stream != "text" and not found:
+            aligned, _ = layer._routing("default", x)
+            found.append((x.clone(), aligned.expand(*x.shape[:-1], -1).clone()))
+
+    handles = [
+        module.register_forward_pre_hook(keep)
+        for module in model.modules()
+        if isinstance(module, MoELoraLinear)
+    ]
+    with moe_lora.route(model, weights):
+        output(model, arguments)
+    for handle in handles:
+        handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in table.CASES if case.name in table.TOKENS], ids=lambda case: case.name
+)
+@torch.no_grad()
+def test_a_token_has_the_weights_of_its_own_place_in_the_picture(case: Case) -> None:
+    """What changes with a place of the latents is what takes the weights of that place."""
+    model, arguments = adapt(build(case), case), calls(case)
+    name = next(n for n in ("hidden_states", "sample", "x") if n in arguments)
+    latents: Tensor = arguments[name]
+    pixels = latents.shape[-2] * latents.shape[-1]
+    tokens = table.TOKENS[case.name][0] if latents.ndim == 3 else pixels
+    swapped, moved, weights = [1, tokens - 2], latents.clone(), weights_for(BATCH, tokens)
+    exchanged = weights.clone()
+    exchanged[:, swapped] = weights[:, swapped[::-1]]  # which leaves the mean what it is
+    for place in swapped:
+        if latents.ndim == 3:
+            moved[:, place::tokens] += 3
+        else:
+            moved[..., place // latents.shape[-1], place % latents.shape[-1]] += 3
+    x, used = rows_of_first_image_layer(model, arguments, weights)
+    touched = x != rows_of_first_image_layer(model, {**arguments, name: moved}, weights)[0]
+    _, again = rows_of_first_image_layer(model, arguments, exchanged)
+    taking = ((used - again).abs() > 1e-4).any(-1)
+    assert taking.any()
+    assert not (taking & ~touched.any(-1)).any()
+    assert not taking.all()
 
 
 @pytest.mark.parametrize(

@@ -285,3 +285,31 @@ def test_half_precision_bases_take_experts_of_full_precision():
     torch.testing.assert_close(out.float(), exact, rtol=5e-2, atol=5e-2)
     out.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in mixed.moe_lora_experts.parameters())
+
+
+def test_a_convolution_is_taught_by_the_samples_that_it_is_said():
+    mixed, x = conv(kernel_size=3), torch.randn(2, 4, 7, 6, requires_grad=True)
+    mixed.slot.put({"default": torch.rand(2, E).softmax(-1)})
+    experts = list(mixed.moe_lora_experts.parameters())
+    learners = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+
+    def gradients(out):
+        return torch.autograd.grad(out.square().sum(), [x, *experts])
+
+    out = mixed(x)
+    expected = gradients(out)
+    mixed.slot.teach(learners)
+    taught = mixed(x)
+    found = gradients(taught)
+    torch.testing.assert_close(taught, out)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    mixed.slot.teach(None)
+    alone = []
+    for i in range(2):
+        kept = torch.zeros(2, 1, 1, 1)
+        kept[i] = 1
+        alone.append(gradients(mixed(x) * kept)[1:])
+    of_A = sum(g[0] * learners[i].view(-1, 1, 1, 1, 1) for i, g in enumerate(alone))
+    of_B = sum(g[1] * learners[i].view(1, -1, 1) for i, g in enumerate(alone))
+    torch.testing.assert_close(found[1], of_A, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[2], of_B, rtol=1e-4, atol=1e-4)

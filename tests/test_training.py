@@ -100,3 +100,54 @@ def test_the_modes_switch_during_training(make_flux, make_flux_inputs, flux_targ
         model(**inputs)[0].square().mean().backward()
         learned = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in routers]
         assert all(learned) if mode == "routed" else not any(learned)
+
+
+def test_expert_signals_let_each_loss_train_its_own_expert(
+    vae, make_flux, make_flux_inputs, flux_targets
+):
+    rows, columns = 4, 6
+    model = make_flux()
+    model.add_adapter(
+        MoELoraConfig(
+            r=2,
+            target_modules=flux_targets,
+            router="three_expert_removal",
+            init_lora_weights=False,
+        )
+    )
+    names = model.peft_config["default"].expert_names
+    loss = RemovalLoss(decoder=LatentDecoder(vae), max_sigma=1.0)
+    signals = moe_lora.losses.ExpertSignals(loss, expert_names=names)
+    mask = torch.zeros(2, 1, 16 * rows, 16 * columns)
+    mask[:, :, 10:40, 12:50] = 1
+    sigma = torch.tensor([0.2, 0.5])
+    x0, noise = torch.randn(2, 2, 16, 2 * rows, 2 * columns)
+    x_t = pack_latents(interpolate(x0, noise, sigma))
+    inputs = make_flux_inputs(rows=rows, columns=columns)
+    for place, component in enumerate(signals.components):
+        assignment = torch.full((2,), place)
+        model.zero_grad()
+        with moe_lora.teach_experts(model, signals.learners(assignment)):
+            velocity = model(**inputs)[0]
+        total, components = signals(
+            velocity,
+            pack_latents(noise - x0),
+            assignment=assignment,
+            x_t=x_t,
+            sigma=sigma,
+            mask=mask,
+            target=torch.rand(2, 3, 16 * rows, 16 * columns),
+            height=2 * rows,
+            width=2 * columns,
+        )
+        assert set(components) == {component}
+        total.backward()
+        wanted = [
+            component == "base" or name == moe_lora.losses.EXPERT_OF.get(component)
+            for name in names
+        ]
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                assert (parameter.grad.abs().sum((1, 2)) > 0).tolist() == wanted, name
+            elif "lora_B" in name:
+                assert (parameter.grad.abs().sum((0, 2)) > 0).tolist() == wanted, name

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe_lora.checkpointing import wrap_checkpointing
 from moe_lora.config import MoELoraConfig
-from moe_lora.layer import MoELoraLayer
+from moe_lora.layer import MoELoraLayer, RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.router import Router
 from moe_lora.routing.state import RoutingState
@@ -55,6 +55,12 @@ class AdapterRouters(nn.Module, MoELoraLayer):
                 f"Expected `adapter_name` to be one of {sorted(self.configs)}, but got "
                 f"{adapter_name!r}."
             )
+        layers = len(self.state.layer_names.get(adapter_name, ()))
+        if router.num_layers not in (None, layers):
+            raise ValueError(
+                f"Expected `num_layers` of {type(router).__name__} to be the number of layers that "
+                f"adapter {adapter_name!r} adapts, {layers}, but got {router.num_layers}."
+            )
         config = self.configs[adapter_name]
         router.configure(
             config.experts,
@@ -62,6 +68,7 @@ class AdapterRouters(nn.Module, MoELoraLayer):
             temperature=config.routing_temperature,
             top_k=config.top_k,
         )
+        router.expert_dropout = config.expert_dropout
         router.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         config.router = router.registered_name or type(router).__qualname__
         config.router_kwargs = dict(router.init_kwargs)
@@ -112,6 +119,23 @@ def route_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         wrap_checkpointing(model, routers.state)
     routers.state.route(model, args, kwargs, routers.active_adapters)
+
+
+def number_layers(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
+    """Tell every layer of an adapter its place in weights per layer, and list their paths.
+
+    Args:
+        model: the adapted model.
+        adapter_name: whose layers; they are counted in the order of the model's modules.
+    """
+    layers = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, RoutedLayer) and adapter_name in module.moe_lora_experts
+    ]
+    for place, (_, layer) in enumerate(layers):
+        layer.places[adapter_name] = torch.tensor([place], device="cpu")
+    return tuple(path for path, _ in layers)
 
 
 def place_routers(model: nn.Module, routers: AdapterRouters) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
+from moe_lora.routing.dropout import check_expert_dropout
 from moe_lora.routing.gating import check_gate
 from moe_lora.stored import WEIGHTS_NAME, StoredWeights
 
@@ -93,6 +94,13 @@ class MoELoraConfig(PeftConfig):
         default="routed",
         metadata={"help": "The mode that the model starts in; set_routing_mode notes it here."},
     )
+    expert_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "In training, the router's choice leaves each expert out of a sample with this "
+            "probability, never all of them; in [0, 1)."
+        },
+    )
     use_rslora: bool = field(
         default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (arXiv 2312.03732)."}
     )
@@ -166,6 +174,7 @@ class MoELoraConfig(PeftConfig):
                 f'Expected `routing_mode` to be "routed" or "uniform", but got '
                 f"{self.routing_mode!r}."
             )
+        check_expert_dropout(self.expert_dropout)
         check_gate(self.routing_strategy, self.routing_temperature, self.top_k, len(self.experts))
 
     @classmethod

@@ -67,6 +67,7 @@ class MoELoraExperts(nn.Module):
         weights: Tensor | None = None,
         *,
         chosen: Tensor | None = None,
+        learners: Tensor | None = None,
         stamp: Tensor | None = None,
     ) -> Tensor:
         """Add the mixture's output for `x` to that of the base layer; see `add_mixture`.
@@ -76,9 +77,10 @@ class MoELoraExperts(nn.Module):
             base: the base layer's output, or a frozen linear layer yet to be applied.
             weights: aligned with `x`; `None` means 1/E.
             chosen: aligned with `x`, the experts whose weights are not zero.
+            learners: aligned with `x`, 1 for the experts that a sample teaches; `None` for all.
             stamp: names the routing.
         """
-        mix = mixed(self.lora_A, self.lora_B, weights, self.scaling, chosen)
+        mix = mixed(self.lora_A, self.lora_B, weights, self.scaling, chosen, learners)
         return add_mixture(self.dropout(x), mix, base, stamp)
 
     def delta_weight(self, weights: Tensor | None = None) -> Tensor:
@@ -109,6 +111,7 @@ class MoELoraConvExperts(MoELoraExperts):
         convolve: Callable[[Tensor, Tensor], Tensor],
         weights: Tensor | None = None,
         *,
+        learners: Tensor | None = None,
         stamp: Tensor | None = None,
     ) -> Tensor:
         """Add the mixture's output for `x` to that of the base layer.
@@ -118,13 +121,27 @@ class MoELoraConvExperts(MoELoraExperts):
             base: `(B, out, H', W')`, the base layer's output.
             convolve: the base's convolution of an input with a weight.
             weights: `(E, 1, 1)` or `(B, E, 1 or H', 1 or W')`; `None` means 1/E.
+            learners: `(B, E, 1, 1)`, 1 for the experts that a sample teaches; `None` for all.
             stamp: names the routing.
         """
-        hidden = convolve(self.dropout(x), self.lora_A.flatten(0, 1).to(x.dtype))
+        x = self.dropout(x)
+        A = self.lora_A.flatten(0, 1).to(x.dtype)
+        B = self.lora_B.flatten(1).to(x.dtype)[..., None, None]
+        hidden = convolve(x, A)
+        if learners is not None:
+            untaught = convolve(x, A.detach())
+            hidden = untaught + _gated(hidden - untaught, learners)
         if weights is None:
             hidden = hidden * (self.scaling / self.lora_A.shape[0])
         else:
-            hidden = apply_gate(hidden.movedim(-3, -1), weights.movedim(-3, -1) * self.scaling)
-            hidden = hidden.movedim(-1, -3)
-        delta = F.conv2d(hidden, self.lora_B.flatten(1).to(x.dtype)[..., None, None])
+            hidden = _gated(hidden, weights * self.scaling)
+        if learners is None:
+            delta = F.conv2d(hidden, B)
+        else:
+            taught = _gated(hidden, learners)
+            delta = F.conv2d(taught, B) + F.conv2d(hidden - taught, B.detach())
         return base + guarded(delta, stamp)
+
+
+def _gated(hidden: Tensor, gate: Tensor) -> Tensor:
+    return apply_gate(hidden.movedim(-3, -1), gate.movedim(-3, -1)).movedim(-1, -3)

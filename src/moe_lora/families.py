@@ -70,12 +70,13 @@ _STREAMS: dict[str, tuple[tuple[str, TokenStream], ...]] = {
     **dict.fromkeys(
         (
             "HunyuanImageTransformer2DModel",
-            "HunyuanVideoFramepackTransformer3DModel",
             "HunyuanVideoTransformer3DModel",
             "MotifVideoTransformer3DModel",
         ),
-        ((r"single_transformer_blocks\..*", "image"),),
+        ((r"single_transformer_blocks\..*", "joint_image_first"),),
     ),
+    # Earlier frames, image, text.
+    "HunyuanVideoFramepackTransformer3DModel": ((r"single_transformer_blocks\..*", "image"),),
 }
 
 _FOLDED: dict[str, str] = {
@@ -92,6 +93,51 @@ _PACKED: dict[str, str] = {
     "ErnieImageTransformer2DModel": r"layers\.\d+\.mlp\..*|final_linear",
     "HiDreamImageTransformer2DModel": r".*\.experts\..*",
     "ZImageTransformer2DModel": r"all_x_embedder\..*|(cap|siglip)_embedder\..*",
+}
+
+
+_TIMESTEPS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        (
+            "AuraFlowTransformer2DModel",
+            "BriaFibo2Transformer2DModel",
+            "ChromaTransformer2DModel",
+            "Flux2Transformer2DModel",
+            "Flux3Transformer2DModel",
+            "FluxTransformer2DModel",
+            "LongCatImageTransformer2DModel",
+            "NucleusMoEImageTransformer2DModel",
+            "OvisImageTransformer2DModel",
+            "QwenImage21Transformer2DModel",
+            "QwenImageTransformer2DModel",
+        ),
+        (0.0, 1.0),
+    ),
+    **dict.fromkeys(
+        ("Lumina2Transformer2DModel", "LuminaNextDiT2DModel", "ZImageTransformer2DModel"),
+        (1.0, 0.0),
+    ),
+    **dict.fromkeys(
+        (
+            "CogVideoXTransformer3DModel",
+            "CogView4Transformer2DModel",
+            "HunyuanDiT2DModel",
+            "HunyuanImageTransformer2DModel",
+            "HunyuanVideoTransformer3DModel",
+            "LTXVideoTransformer3DModel",
+            "MochiTransformer3DModel",
+            "MotifVideoTransformer3DModel",
+            "PixArtTransformer2DModel",
+            "SD3Transformer2DModel",
+            "UNet2DConditionModel",
+            "UNet2DModel",
+            "UNet3DConditionModel",
+            "UNetMotionModel",
+            "WanTransformer3DModel",
+            "WanVACETransformer3DModel",
+        ),
+        (0.0, 1000.0),
+    ),
 }
 
 
@@ -152,7 +198,8 @@ def token_stream(path: str, model: nn.Module | None = None) -> TokenStream:
 
     Returns:
         "text" for the text stream of double-stream blocks and the keys and values of
-        cross-attention, "joint" for single-stream blocks that put the text first, else "image".
+        cross-attention, "joint" for single-stream blocks that put the text first,
+        "joint_image_first" for those that put it last, else "image".
 
     Example:
         >>> token_stream("transformer_blocks.3.attn.add_q_proj")
@@ -165,6 +212,24 @@ def token_stream(path: str, model: nn.Module | None = None) -> TokenStream:
     if _TEXT_LAYERS.fullmatch(path):
         return "text"
     return "joint" if _JOINT_LAYERS.fullmatch(path) else "image"
+
+
+def timestep_range(model: nn.Module) -> tuple[float, float] | None:
+    """Return the timesteps of clean data and of pure noise, as a model's pipelines count them.
+
+    Args:
+        model: any model.
+
+    Returns:
+        `(clean, noise)`, or `None` for a model of a family of which it is not known.
+
+    Example:
+        >>> class ZImageTransformer2DModel(nn.Module): ...
+        >>> timestep_range(ZImageTransformer2DModel())
+        (1.0, 0.0)
+    """
+    name = _known_class(model, _TIMESTEPS)
+    return None if name is None else _TIMESTEPS[name]
 
 
 def row_layout(path: str, model: nn.Module) -> RowLayout:

@@ -87,6 +87,7 @@ class RoutedLayer(nn.Module, MoELoraLayer):
         self.base_layer = base_layer
         self.slot, self.stream, self.rows = slot, stream, rows
         self.moe_lora_experts = nn.ModuleDict()
+        self.places: dict[str, Tensor] = {}
         self.merged_adapters: list[str] = []
         self._merged_weights: dict[str, Tensor | None] = {}
         self._kept_weight: KeptWeight | None = None
@@ -124,6 +125,13 @@ class RoutedLayer(nn.Module, MoELoraLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         return [] if self.disable_adapters or self.merged else list(self.experts())
+
+    def learners_of(self, x: Tensor) -> Tensor | None:
+        """Return which experts each sample teaches, aligned with `x`; `None` for all."""
+        if self.slot.learners is None:
+            return None
+        learners = weights_by_row(self.slot.learners.to(x.device), x.shape[0], self.rows)
+        return align_weights(learners, x, self.stream)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str, weights: Tensor | None = None) -> Tensor:
@@ -230,19 +238,18 @@ class MoELoraLinear(RoutedLayer):
             x = x.to(result.dtype)
         for adapter_name, experts in acting:
             weights, chosen = self._routing(adapter_name, x)
-            stamp = stamp_of(self.slot)
-            result = cast(Tensor, experts(x, result, weights, chosen=chosen, stamp=stamp))
+            named = {"learners": self.learners_of(x), "stamp": stamp_of(self.slot)}
+            result = cast(Tensor, experts(x, result, weights, chosen=chosen, **named))
         assert isinstance(result, Tensor)
         return result
 
     def _routing(self, adapter_name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return an adapter's weights and the experts that count, aligned with `x`."""
-        weights = self.slot.weights.get(adapter_name)
+        weights, chosen = self.slot.of_layer(adapter_name, self.places.get(adapter_name))
         if weights is None:
             return None, None
         weights = weights_by_row(weights.to(x.device), x.shape[0], self.rows)
-        weights = align_weights(weights, x, self.stream)
-        chosen = self.slot.chosen.get(adapter_name)
+        weights = align_weights(weights, x, self.stream, self.slot.grid_of(adapter_name))
         if chosen is None or self.rows != "sample":
             return weights, None
         if x.ndim == 2:
@@ -291,13 +298,17 @@ class MoELoraConv2d(RoutedLayer):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = self.base_layer(input, *args, **kwargs)
         for adapter_name, experts in self.acting_experts():
-            weights = self.slot.weights.get(adapter_name)
+            weights, _ = self.slot.of_layer(adapter_name, self.places.get(adapter_name))
             if weights is not None:
                 weights = weights_by_row(weights.to(input.device), input.shape[0], self.rows)
-                weights = align_weights(weights, result.movedim(1, -1))
+                grid = self.slot.grid_of(adapter_name)
+                weights = align_weights(weights, result.movedim(1, -1), grid=grid)
                 weights = weights.movedim(-1, 1) if weights.ndim > 1 else weights.view(-1, 1, 1)
-            x, stamp = input.to(result.dtype), stamp_of(self.slot)
-            result = experts(x, result, self._convolve, weights, stamp=stamp)
+            learners = self.learners_of(result.movedim(1, -1))
+            if learners is not None:
+                learners = learners.movedim(-1, 1)
+            x, named = input.to(result.dtype), {"learners": learners, "stamp": stamp_of(self.slot)}
+            result = experts(x, result, self._convolve, weights, **named)
         return result
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:

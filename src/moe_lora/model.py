@@ -14,13 +14,18 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from moe_lora.adapter_routers import AdapterRouters, place_routers, remove_routers
+from moe_lora.adapter_routers import (
+    AdapterRouters,
+    number_layers,
+    place_routers,
+    remove_routers,
+)
 from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.families import default_targets, row_layout, token_stream
 from moe_lora.layer import MoELoraLayer, RoutedLayer, layer_class
 from moe_lora.merging import check_mergeable
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
-from moe_lora.routing.registry import router_class
+from moe_lora.routing.registry import counts_layers, router_class
 from moe_lora.routing.router import Router
 from moe_lora.stored import check_base_width
 from moe_lora.undo import all_or_nothing
@@ -76,7 +81,8 @@ class MoELoraModel(BaseTuner):
         width = check_base_width(config, model)
         if config.stored is not None:
             config.stored.check_base(model)
-        router = self._build_router(config, model, low_cpu_mem_usage)
+        by_layer = counts_layers(config.router, config.router_kwargs)
+        router = None if by_layer else self._build_router(config, model, low_cpu_mem_usage)
         with all_or_nothing(model):
             routers = model._modules.get(ROUTER_ATTRIBUTE) or AdapterRouters(self.peft_config)
             assert isinstance(routers, AdapterRouters)
@@ -91,11 +97,14 @@ class MoELoraModel(BaseTuner):
             )
             place_routers(model, routers)
             routers.configs = self.peft_config
-            routers.state.add_adapter(adapter_name, config.experts)
+            layers = number_layers(model, adapter_name)
+            routers.state.add_adapter(adapter_name, config.experts, layers)
             if is_new:
                 # The mode is the model's, so that its first adapter decides it.
                 routers.state.mode = config.routing_mode
                 routers.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            if by_layer:
+                router = self._build_router(config, model, low_cpu_mem_usage, len(layers))
             if router is not None:
                 routers.attach(adapter_name, router.train(model.training))
             if config.stored is not None:
@@ -103,12 +112,18 @@ class MoELoraModel(BaseTuner):
         config.base_in_channels, config.stored = width, None
 
     def _build_router(
-        self, config: MoELoraConfig, model: nn.Module, low_cpu_mem_usage: bool
+        self,
+        config: MoELoraConfig,
+        model: nn.Module,
+        low_cpu_mem_usage: bool,
+        num_layers: int | None = None,
     ) -> Router | None:
         if config.router is None:
             return None
         cls = router_class(config.router)
         kwargs = {**cls.default_kwargs(model, config.router_kwargs), **config.router_kwargs}
+        if num_layers is not None:
+            kwargs["num_layers"] = num_layers
         try:
             inspect.signature(cls).bind(**kwargs)
         except TypeError as error:

@@ -118,8 +118,8 @@ class StoredWeights:
     def _misshapen(self, expected: Shapes) -> str | None:
         for name, shape in self.shapes.items():
             wanted = expected[name]
-            if shape == wanted:
-                continue
+            if shape == wanted or (shape, wanted) == ((), (1,)):
+                continue  # one number was stored without a dimension by 0.1.0
             both = f"{name!r} has the shape {shape} where {wanted} is needed"
             axes = (0, 1) if name.endswith(".lora_A") else (1, 2)
             same_experts = (

@@ -23,7 +23,6 @@ class Case:
         variant: tells several cases of one class apart.
         targets: name endings to adapt; None takes the class's default.
         router: what the router must be told: `input_dim`, `grid_size`.
-        tokens: number of image tokens, where weights per token hold.
         checkpointing: "none" where the class has none, "broken" where it fails without an adapter.
         idle: a regex of adapted layers that do not influence the output.
         apart: a regex of linear layers that have neither one row per sample nor a known layout.
@@ -35,7 +34,6 @@ class Case:
     variant: str = ""
     targets: tuple[str, ...] | None = None
     router: Mapping[str, Any] = field(default_factory=dict)
-    tokens: int | None = None
     checkpointing: Literal["yes", "none", "broken"] = "yes"
     idle: str | None = None
     apart: str | None = None

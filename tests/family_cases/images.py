@@ -184,7 +184,6 @@ CASES = [
         "SD3Transformer2DModel",
         SD3,
         POOLED,
-        tokens=HEIGHT * WIDTH // 4,
         idle=LAST_TEXT_QUERY,
     ),
     Case(
@@ -193,7 +192,6 @@ CASES = [
         POOLED,
         variant="3.5",
         idle=LAST_TEXT_QUERY,
-        tokens=HEIGHT * WIDTH // 4,
     ),
     Case("ZImageTransformer2DModel", Z_IMAGE, z_image),
     Case(

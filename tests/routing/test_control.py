@@ -203,3 +203,44 @@ def test_wrappers_are_looked_through(model):
     wrapped = torch.nn.Sequential(torch.nn.Identity(), model)
     moe_lora.set_routing_mode(wrapped, "uniform")
     assert moe_lora.routing.control.routing_state(model).mode == "uniform"
+
+
+def test_samples_teach_the_experts_that_they_are_said_also_when_backward_comes_later(model):
+    experts = {n: p for n, p in model.named_parameters() if "lora_B" in n}
+    learners = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    with moe_lora.teach_experts(model, learners):
+        taught = model(X)
+    plain = model(X)
+    torch.testing.assert_close(taught, plain)
+    taught[:1].sum().backward()
+    for parameter in experts.values():
+        assert (parameter.grad != 0).any(dim=2).any(dim=0).tolist() == [True, False, False]
+        parameter.grad = None
+    plain[:1].sum().backward()
+    assert all((p.grad != 0).any(dim=2).any(dim=0).all() for p in experts.values())
+
+
+@pytest.mark.parametrize(
+    ("learners", "message"),
+    [(torch.ones(2, 4), r"E in \[3\], but got \(2, 4\)"), (torch.full((2, 3), 0.5), "0 or 1")],
+)
+def test_what_says_not_who_learns_raises(model, learners, message):
+    with pytest.raises(ValueError, match=message), moe_lora.teach_experts(model, learners):
+        pass
+
+
+def test_a_checkpointed_block_teaches_the_same(make_flux, make_flux_inputs, flux_targets):
+    results = []
+    for checkpointing in (False, True):
+        model = make_flux(layers=2).eval()
+        torch.manual_seed(2)
+        model.add_adapter(MoELoraConfig(r=2, target_modules=flux_targets, init_lora_weights=False))
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        with moe_lora.teach_experts(model, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])):
+            out = model(**make_flux_inputs())[0]
+        out.square().mean().backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        assert all(g[:, 2].eq(0).all() for n, g in results[-1].items() if "lora_B" in n)
+    for name, found in results[1].items():
+        torch.testing.assert_close(found, results[0][name], rtol=1e-4, atol=1e-7, msg=name)

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from moe_lora.routing.features import MaskAwareFeatureExtractor
+from moe_lora.masks import boundary_band
+from moe_lora.routing.features import (
+    MaskAwareFeatureExtractor,
+    noise_features,
+    token_mask_features,
+)
 
 MODES = ["mask_focused", "boundary_aware", "content_adaptive"]
 GRID = (3, 5)
@@ -184,3 +189,37 @@ def test_an_unknown_mode_raises():
 def test_shapes_that_disagree_raise(hidden, mask, grid, message):
     with pytest.raises(ValueError, match=message):
         MaskAwareFeatureExtractor(6)(hidden, mask, grid)
+
+
+def test_token_mask_features_equal_their_definition():
+    grid, shape = (6, 8), torch.zeros(2, 1, 96, 128)
+    shape[0, :, 16:80, 32:112] = 1
+    shape[1, :, :32, :16] = 1
+    mask = (torch.rand(2, 1, 96, 128) > 0.5).float() * shape
+    found = token_mask_features(mask, grid).view(2, *grid, 4)
+    band = boundary_band(mask, 8)
+    cover = torch.zeros(2, *grid)
+    for r in range(grid[0]):
+        for c in range(grid[1]):
+            token = (..., slice(r * 16, r * 16 + 16), slice(c * 16, c * 16 + 16))
+            cover[:, r, c] = mask[token].mean((1, 2, 3))
+            torch.testing.assert_close(found[:, r, c, 1], band[token].mean((1, 2, 3)))
+    torch.testing.assert_close(found[..., 0], cover)
+    for place, reach in ((2, 1), (3, 3)):
+        for r in range(grid[0]):
+            for c in range(grid[1]):
+                around = cover[
+                    :, max(r - reach, 0) : r + reach + 1, max(c - reach, 0) : c + reach + 1
+                ]
+                torch.testing.assert_close(found[:, r, c, place], around.mean((1, 2)))
+
+
+def test_noise_features_tell_levels_apart_and_keep_their_dtype():
+    sigma = torch.linspace(0, 1, 11, dtype=torch.float64)
+    found = noise_features(sigma)
+    assert found.dtype == torch.float64
+    expected = [
+        [s, *(f(k * torch.pi * s) for k in (1, 2) for f in (torch.sin, torch.cos))] for s in sigma
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    assert torch.cdist(found, found).add(torch.eye(11)).min() > 0.1

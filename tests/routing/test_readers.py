@@ -89,7 +89,7 @@ def test_contradictions_raise():
         read_inputs(Model(384), {"hidden_states": hidden, "img_ids": grid(4, 5)})
     with pytest.raises(ValueError, match=r"grid_size=\(rows, columns\)"):
         read_inputs(Model(384), {"hidden_states": hidden})
-    with pytest.raises(ValueError, match=r"for 2 samples .* got a mask for 3"):
+    with pytest.raises(ValueError, match=r"mask, .* for the 2 samples .* got 3"):
         read_inputs(
             Model(),
             {"hidden_states": torch.randn(2, 5, 7)},

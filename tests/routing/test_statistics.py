@@ -107,6 +107,25 @@ def test_collapse_is_reported_once_until_reset():
     assert stats.collapse_warning() is not None
 
 
+def test_idle_experts_are_named_by_their_running_mean():
+    stats = RoutingStats(NAMES)
+    assert stats.idle_experts() == ()
+    stats.update(torch.tensor([[0.6, 0.395, 0.005], [0.6, 0.395, 0.005]]))
+    assert stats.idle_experts() == ("completion_expert",)
+    assert stats.idle_experts(threshold=0.5) == NAMES[1:]
+    assert not stats.is_collapsed()
+    stats.update(torch.tensor([[0.0, 0.0, 1.0], [0.99, 0.01, 0.0]]))
+    assert stats.idle_experts() == ()
+
+
+def test_the_warning_names_what_helps():
+    stats = RoutingStats(NAMES)
+    stats.update(torch.tensor([[0.95, 0.03, 0.02]]))
+    warning = stats.collapse_warning()
+    for remedy in ("load-balancing", "entropy floor", "temperature", "drop experts", "uniform"):
+        assert remedy in warning
+
+
 def test_balanced_hard_routing_is_no_collapse():
     stats = RoutingStats(NAMES)
     for index in range(3):

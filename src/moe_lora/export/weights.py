@@ -67,8 +67,8 @@ def weights_for(
 
     Raises:
         ValueError: when the adapter has no router, for a batch of more than one sample, or when the
-            router gives weights per token: no single LoRA equals either, and an average is the
-            caller's to take.
+            router gives weights per token or per layer: no LoRA of a mixture equals these, and an
+            average is the caller's to take.
     """
     if mask is not None and mask_info is not None:
         raise ValueError("Expected one of `mask` and `mask_info`, but got both.")
@@ -93,7 +93,7 @@ def weights_for(
     home = next((p.device for p in router.parameters() if not p.is_meta), None)
     weights = _in_eval(router, inputs if home is None else inputs.to(home))
     if weights.ndim != 2 or weights.shape[0] != 1:
-        per = "token" if weights.ndim == 3 else "sample"
+        per = "sample" if weights.ndim == 2 else "layer" if router.num_layers else "token"
         raise ValueError(
             f"Expected routing weights of one input, but {type(router).__name__} gives them per "
             f"{per}, in the shape {tuple(weights.shape)}. Give a batch of 1, or average them "

@@ -1,7 +1,12 @@
 """Routers, what they read and return, and the hand-over of their weights to the layers."""
 
-from moe_lora.routing.balance import load_balancing_loss, router_z_loss
+from moe_lora.routing.balance import (
+    entropy_floor_loss,
+    load_balancing_loss,
+    router_z_loss,
+)
 from moe_lora.routing.control import (
+    adapted_layers,
     attach_router,
     current_routing,
     route,
@@ -10,6 +15,7 @@ from moe_lora.routing.control import (
     routing_stats,
     set_router_inputs,
     set_routing_mode,
+    teach_experts,
 )
 from moe_lora.routing.features import MaskAwareFeatureExtractor
 from moe_lora.routing.gating import HINT_BIAS, gate, task_hints
@@ -19,6 +25,7 @@ from moe_lora.routing.router import Router, RoutingDecision
 from moe_lora.routing.simple import FixedRouter, UniformRouter
 from moe_lora.routing.statistics import RoutingStats
 from moe_lora.routing.three_expert import ThreeExpertRemovalRouter
+from moe_lora.routing.token_removal import TokenRemovalRouter
 
 __all__ = [
     "HINT_BIAS",
@@ -29,9 +36,12 @@ __all__ = [
     "RoutingDecision",
     "RoutingStats",
     "ThreeExpertRemovalRouter",
+    "TokenRemovalRouter",
     "UniformRouter",
+    "adapted_layers",
     "attach_router",
     "current_routing",
+    "entropy_floor_loss",
     "gate",
     "load_balancing_loss",
     "register_router",
@@ -44,4 +54,5 @@ __all__ = [
     "set_router_inputs",
     "set_routing_mode",
     "task_hints",
+    "teach_experts",
 ]

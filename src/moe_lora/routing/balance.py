@@ -1,6 +1,8 @@
-"""Auxiliary losses that keep a router balanced and its logits small."""
+"""Auxiliary losses that keep a router balanced, undecided enough and its logits small."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ def load_balancing_loss(weights: Tensor) -> Tensor:
     on one expert. The gradient flows through P only; f counts.
 
     Args:
-        weights: `(B, E)` or `(B, T, E)` routing weights, rows sum to 1.
+        weights: `(B, E)`, `(B, T, E)` or `(B, L, E)` routing weights, rows sum to 1.
 
     Returns:
         A scalar in [0, E], the mean over samples and tokens.
@@ -43,7 +45,7 @@ def router_z_loss(logits: Tensor) -> Tensor:
     mean over samples and tokens of (log Σ_e exp logit_e)².
 
     Args:
-        logits: `(B, E)` or `(B, T, E)` router logits, before temperature and hint.
+        logits: `(B, E)`, `(B, T, E)` or `(B, L, E)` router logits, before temperature and hint.
 
     Returns:
         A non-negative scalar.
@@ -60,6 +62,43 @@ def router_z_loss(logits: Tensor) -> Tensor:
     """
     _check_experts_last("logits", logits)
     return logits.logsumexp(-1).square().mean()
+
+
+def entropy_floor_loss(weights: Tensor, floor: float = 0.5) -> Tensor:
+    """Penalise weights that are more decided, on average, than a floor allows.
+
+    max(0, floor − mean over samples and tokens of H), with the entropy H = −Σ_e w_e log w_e / log E
+    of a sample's weights. Above the floor neither value nor gradient is left, so that a router is
+    free to choose there.
+
+    Weights of the strategy "hard" have no entropy, and those of "topk" at most log k / log E: give
+    `logits.softmax(-1)` for the first, and a floor below that limit for the second.
+
+    Args:
+        weights: `(B, E)`, `(B, T, E)` or `(B, L, E)` routing weights, rows sum to 1; E >= 2.
+        floor: in (0, 1); 1 would be equal weights, 0 one expert for every sample.
+
+    Returns:
+        A scalar in [0, floor].
+
+    Raises:
+        ValueError: for another number of dimensions, fewer than two experts, or a `floor` outside
+            (0, 1).
+
+    Example:
+        >>> entropy_floor_loss(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), floor=0.75)
+        tensor(0.2500)
+    """
+    _check_experts_last("weights", weights)
+    num_experts = weights.shape[-1]
+    if num_experts < 2:
+        raise ValueError(f"Expected `weights` of at least 2 experts, but got {num_experts}.")
+    if not 0 < floor < 1:
+        raise ValueError(f"Expected `floor` to be in (0, 1), but got {floor}.")
+    # The logarithm's slope at 0 is infinite, and a softmax would make NaN of it.
+    logs = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
+    entropy = -(weights * logs).sum(-1).mean() / math.log(num_experts)
+    return (floor - entropy).clamp_min(0)
 
 
 def _check_experts_last(name: str, value: Tensor) -> None:

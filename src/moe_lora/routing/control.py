@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
@@ -17,6 +17,8 @@ from moe_lora.routing.state import GivenInputs, RoutingMode, RoutingState
 from moe_lora.routing.statistics import RoutingStats
 
 ROUTER_ATTRIBUTE = "moe_router"
+
+Value = TypeVar("Value")
 
 
 class HasSpecialisedLosses(Protocol):
@@ -68,6 +70,39 @@ def route(model: nn.Module, weights: Tensor, *, top_k: int | None = None) -> Ite
         yield
     finally:
         state.set_override(*previous)
+
+
+@contextmanager
+def teach_experts(model: nn.Module, learners: Tensor) -> Iterator[None]:
+    """Let every sample's gradient reach the parameters of some experts only.
+
+    The mixture computes what it always does, and gradients pass through it to everything else, the
+    router included. The passes of the context remember it: their backward may follow later.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+        learners: `(B, E)`, 1 where a sample teaches an expert and 0 where not.
+
+    Raises:
+        ValueError: for a tensor of another shape or with other values, or a model without an
+            adapter.
+    """
+    state = routing_state(model)
+    experts = {len(names) for names in state.expert_names.values()}
+    if learners.ndim != 2 or experts != {learners.shape[-1]}:
+        raise ValueError(
+            f"Expected `learners` to have shape (batch, E) with E in {sorted(experts)}, but got "
+            f"{tuple(learners.shape)}."
+        )
+    learners = learners.detach().float()
+    if not ((learners == 0) | (learners == 1)).all():
+        raise ValueError("Expected `learners` to be 0 or 1, but got other values.")
+    previous = state.learners
+    state.teach(learners)
+    try:
+        yield
+    finally:
+        state.teach(previous)
 
 
 def set_routing_mode(model: nn.Module, mode: RoutingMode) -> None:
@@ -162,6 +197,19 @@ def attach_router(model: nn.Module, router: Router, adapter_name: str = "default
     getattr(module, ROUTER_ATTRIBUTE).attach(adapter_name, router)
 
 
+def adapted_layers(model: nn.Module, adapter_name: str = "default") -> tuple[str, ...]:
+    """List the paths of the layers that an adapter adapts, in the order of weights per layer.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+        adapter_name: whose layers.
+
+    Raises:
+        ValueError: when the adapter does not exist.
+    """
+    return _of(routing_state(model).layer_names, adapter_name)
+
+
 def routing_stats(model: nn.Module, adapter_name: str = "default") -> RoutingStats:
     """Return what an adapter's router decided since the statistics were last reset.
 
@@ -204,7 +252,7 @@ def routed_checkpoint(
     return RoutedCheckpoint(checkpoint or torch_checkpoint, routing_state(model))
 
 
-def _of(known: dict[str, RoutingStats], adapter_name: str) -> RoutingStats:
+def _of(known: dict[str, Value], adapter_name: str) -> Value:
     if adapter_name not in known:
         raise ValueError(
             f"Expected `adapter_name` to be one of {sorted(known)}, but got {adapter_name!r}."

@@ -6,6 +6,7 @@ import math
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lora.masks import boundary_band, to_tokens
@@ -14,6 +15,12 @@ FeatureMode = Literal["mask_focused", "boundary_aware", "content_adaptive"]
 
 EMPTY_WEIGHT = 1e-6
 """Token weights that sum to no more than this pool over nothing; all tokens are used instead."""
+
+NOISE_FEATURES = 5
+"""The width of `noise_features`."""
+
+TOKEN_MASK_FEATURES = 4
+"""The width of `token_mask_features`."""
 
 MASK_BIAS = 2.0
 """Initial attention score that a fully masked token has over an unmasked one (e² = 7.4 times)."""
@@ -124,3 +131,52 @@ def _normalised(weights: Tensor) -> Tensor:
     some = total > EMPTY_WEIGHT
     uniform = torch.full_like(weights, 1 / weights.shape[-1])
     return torch.where(some, weights / torch.where(some, total, 1.0), uniform)
+
+
+def noise_features(sigma: Tensor) -> Tensor:
+    """Describe a noise level by smooth functions of it.
+
+    [σ, sin πσ, cos πσ, sin 2πσ, cos 2πσ]
+
+    Args:
+        sigma: `(B,)`, in [0, 1].
+
+    Returns:
+        `(B, NOISE_FEATURES)`, in [-1, 1].
+
+    Example:
+        >>> noise_features(torch.tensor([0.5])).round(decimals=2) + 0
+        tensor([[ 0.5000,  1.0000,  0.0000,  0.0000, -1.0000]])
+    """
+    turns = math.pi * sigma.unsqueeze(-1) * torch.tensor([1.0, 2.0], device=sigma.device)
+    waves = torch.stack([turns.sin(), turns.cos()], dim=-1).flatten(-2)
+    return torch.cat([sigma.unsqueeze(-1), waves], dim=-1)
+
+
+def token_mask_features(mask: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Tell for every token where it lies relative to the mask.
+
+    The share of the token that the mask covers; the share that lies in the band along the mask's
+    edge (`boundary_band`), half a token wide on each side of it (at least a pixel); and the mean
+    cover of the 3 x 3 and of the 7 x 7 tokens around it, as far as they are in the image.
+
+    Args:
+        mask: `(B, 1, H, W)`, in [0, 1], any resolution; 1 = remove.
+        grid_size: `(rows, columns)` of the tokens.
+
+    Returns:
+        `(B, rows * columns, TOKEN_MASK_FEATURES)`, float32 in [0, 1].
+
+    Example:
+        >>> mask = torch.tensor([[[[0.0, 0.0, 1.0, 1.0]]]])
+        >>> token_mask_features(mask, (1, 4))[0, 1].round(decimals=2)
+        tensor([0.0000, 1.0000, 0.3300, 0.5000])
+    """
+    band = boundary_band(mask, max(1, round(mask.shape[-2] / grid_size[0] / 2)))
+    covered = to_tokens(mask, grid_size)
+    plane = covered.unflatten(1, grid_size).unsqueeze(1)
+    near, far = (
+        F.avg_pool2d(plane, side, 1, side // 2, count_include_pad=False).flatten(1)
+        for side in (3, 7)
+    )
+    return torch.stack([covered, to_tokens(band, grid_size), near, far], dim=-1)

@@ -25,6 +25,9 @@ class RouterInputs:
         grid_size: `(rows, columns)` of the `T` tokens, or `None` when the call does not tell.
         model_inputs: every argument of the call by its parameter name, for routers that read more
             (for example `pooled_projections`).
+        timestep_range: the timesteps of clean data and of pure noise in the model's own counting:
+            `(0, 1)` for FLUX, `(0, 1000)` for UNets and SD3, `(1, 0)` for Z-Image. `None` when the
+            model's family is not known: then timesteps up to 1 count to 1, others to 1000.
     """
 
     hidden_states: Tensor
@@ -33,11 +36,65 @@ class RouterInputs:
     task_hint: str | None = None
     grid_size: tuple[int, int] | None = None
     model_inputs: Mapping[str, Any] = field(default_factory=dict)
+    timestep_range: tuple[float, float] | None = None
 
     @property
     def batch_size(self) -> int:
         """Return the number of samples `B`."""
         return self.hidden_states.shape[0]
+
+    def known_grid(self) -> tuple[int, int]:
+        """Return `grid_size`, for a router that cannot do without.
+
+        Raises:
+            ValueError: when it is unknown, or does not give the number of tokens.
+        """
+        tokens = self.hidden_states.shape[1]
+        if self.grid_size is None:
+            raise ValueError(
+                "Expected `grid_size`, the (rows, columns) of the tokens, to be known, but the "
+                "call does not tell. Give it with "
+                "moe_lora.set_router_inputs(model, mask=mask, grid_size=(rows, columns))."
+            )
+        if self.grid_size[0] * self.grid_size[1] != tokens:
+            raise ValueError(
+                f"Expected `grid_size` to give {tokens} tokens, but got {tuple(self.grid_size)}."
+            )
+        return self.grid_size
+
+    @property
+    def sigma(self) -> Tensor:
+        """Return how much of every sample is noise, whatever the model counts its timesteps in.
+
+        sigma = (timestep - clean) / (noise - clean), with `(clean, noise)` of `timestep_range`. It
+        is the flow's sigma for models of rectified flow, and the share of the schedule that is yet
+        to be denoised for others.
+
+        Returns:
+            `(B,)`, in [0, 1]; float32, or float64 for float64 timesteps.
+
+        Raises:
+            ValueError: when the call has no timestep, or one outside of the range.
+
+        Example:
+            >>> latents, steps = torch.zeros(2, 4, 8), torch.tensor([250, 999])
+            >>> RouterInputs(latents, timestep=steps, timestep_range=(0, 1000)).sigma
+            tensor([0.2500, 0.9990])
+        """
+        if self.timestep is None:
+            raise ValueError(
+                "Expected the model to be called with a timestep, of which the router makes a "
+                f"noise level, but got the arguments {sorted(self.model_inputs)}."
+            )
+        steps = self.timestep.to(torch.promote_types(self.timestep.dtype, torch.float32))
+        lowest, highest = float(steps.min()), float(steps.max())
+        clean, noise = self.timestep_range or (0.0, 1.0 if highest <= 1 else 1000.0)
+        if lowest < min(clean, noise) or highest > max(clean, noise):
+            raise ValueError(
+                f"Expected timesteps from {clean:g} (clean) to {noise:g} (noise), as the model "
+                f"counts them, but got values from {lowest:g} to {highest:g}."
+            )
+        return (steps - clean) / (noise - clean)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RouterInputs:
         """Return the same inputs with the tensors on another device.

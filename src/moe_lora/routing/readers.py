@@ -10,22 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_lora.families import timestep_range
 from moe_lora.masks import MaskInfo, analyze, from_flux_fill, from_inpainting_unet
 from moe_lora.routing.inputs import RouterInputs
+from moe_lora.routing.placement import CHANNELS_LAST, FRAMES_FIRST, image_tokens, sample_index
 
 FLUX_FILL_CHANNELS, FLUX_FILL_MASK_CHANNELS = 384, 256
 INPAINTING_UNET_CHANNELS = 9
 _INPUT_NAMES = ("hidden_states", "sample", "x")
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")
 _CHANNEL_NAMES = ("in_channels", "in_visual_dim", "in_dim", "io_channels")
-_CHANNELS_LAST = ("Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel")
-_REFERENCES_FIRST = ("QwenImage21Transformer2DModel",)
-_FRAMES_FIRST = (
-    "AnyFlowTransformer3DModel",
-    "CogVideoXTransformer3DModel",
-    "ConsisIDTransformer3DModel",
-    "UNetSpatioTemporalConditionModel",
-)
 
 
 def visual_channels(model: nn.Module) -> int | None:
@@ -70,7 +64,9 @@ def read_inputs(
 
     Images of the model's latent space become one token per latent pixel. Videos are averaged over
     their frames: a mask is one picture, which holds for every frame. Of packed tokens, those that
-    follow the image as its references are left out, when the call numbers its tokens.
+    follow the image as its references are left out, when the call numbers its tokens. A mask for
+    fewer samples than the call has goes to those that it is for; see
+    `moe_lora.routing.placement.sample_index`.
 
     Args:
         model: the adapted model.
@@ -85,7 +81,8 @@ def read_inputs(
     Raises:
         ValueError: when the call holds no tensor to read, or the sizes contradict each other.
     """
-    hidden = _one_picture(_hidden_states(arguments), model)
+    latents = read_latents(arguments)
+    hidden = _one_picture(latents, model)
     channels = _input_channels(model)
     if hidden.ndim == 4:
         grid_size = (hidden.shape[2], hidden.shape[3])
@@ -98,20 +95,30 @@ def read_inputs(
     elif hidden.shape[1] == channels != hidden.shape[2]:
         hidden = hidden.transpose(1, 2)
     elif grid_size is None:
-        hidden, grid_size = _tokens_of_image(arguments, hidden, model)
+        image = image_tokens(arguments, hidden.shape[1], model)
+        if image is not None:
+            hidden, grid_size = image.one_picture(hidden), image.grid
     if channels == FLUX_FILL_CHANNELS and hidden.shape[-1] == channels:
         if mask_info is None:
             rows, columns = _known(grid_size)
             mask_info = analyze(from_flux_fill(hidden, 16 * rows, 16 * columns))
         hidden = hidden[..., :-FLUX_FILL_MASK_CHANNELS]
+    timestep = _timestep(arguments, hidden)
     return RouterInputs(
         hidden_states=hidden,
-        mask_info=None if mask_info is None else _match_batch(mask_info, hidden),
-        timestep=_timestep(arguments, hidden),
+        mask_info=None if mask_info is None else _match_samples(mask_info, latents, arguments),
+        timestep=timestep,
+        timestep_range=_timestep_range(timestep, model),
         task_hint=task_hint,
         grid_size=grid_size,
         model_inputs=arguments,
     )
+
+
+def latents_of(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Return the latents that a model is called with, if they are one named tensor."""
+    named = (arguments.get(name) for name in _INPUT_NAMES)
+    return next((value for value in named if isinstance(value, Tensor)), None)
 
 
 def _input_channels(model: nn.Module) -> int | None:
@@ -120,7 +127,12 @@ def _input_channels(model: nn.Module) -> int | None:
     return next((value for value in found if value is not None), None)
 
 
-def _hidden_states(arguments: Mapping[str, Any]) -> Tensor:
+def read_latents(arguments: Mapping[str, Any]) -> Tensor:
+    """Return what a model is called with, lists of samples stacked.
+
+    Raises:
+        ValueError: when there is no floating-point tensor, or a list of different sizes.
+    """
     named = [arguments.get(name) for name in _INPUT_NAMES]
     for value in [*named, *arguments.values()]:
         tensor = _stacked(value)
@@ -153,63 +165,9 @@ def _one_picture(hidden: Tensor, model: nn.Module) -> Tensor:
     if hidden.ndim != 5:
         return hidden
     names = {cls.__name__ for cls in type(model).__mro__}
-    if names.intersection(_CHANNELS_LAST):
+    if names.intersection(CHANNELS_LAST):
         return hidden.mean(dim=1).movedim(-1, 1)
-    return hidden.mean(dim=1 if names.intersection(_FRAMES_FIRST) else 2)
-
-
-def _tokens_of_image(
-    arguments: Mapping[str, Any], hidden: Tensor, model: nn.Module
-) -> tuple[Tensor, tuple[int, int] | None]:
-    """Return the tokens of the image to be made and their grid, as far as the call tells."""
-    if arguments.get("img_ids") is not None:
-        return _numbered_tokens(arguments["img_ids"], hidden)
-    last = type(model).__name__ in _REFERENCES_FIRST
-    shape = _shape_of_image(arguments, -1 if last else 0)
-    if shape is None:
-        return hidden, None
-    frames, rows, columns = shape
-    tokens = frames * rows * columns
-    if tokens > hidden.shape[1]:
-        raise ValueError(
-            f"Expected {frames} * {rows} * {columns} image tokens (frames, rows, columns), as the "
-            f"call says, but got {hidden.shape[1]}."
-        )
-    image = hidden[:, -tokens:] if last else hidden[:, :tokens]
-    return image.unflatten(1, (frames, rows * columns)).mean(dim=1), (rows, columns)
-
-
-def _shape_of_image(arguments: Mapping[str, Any], place: int) -> tuple[int, int, int] | None:
-    # Qwen-Image: (frames, rows, columns) of every image of every sample. LTX: three arguments.
-    shapes = arguments.get("img_shapes")
-    if shapes is None:
-        shapes = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
-        return None if None in shapes else (int(shapes[0]), int(shapes[1]), int(shapes[2]))
-    samples = shapes if isinstance(shapes, list) else [shapes]
-    own = {tuple(images[place]) if isinstance(images, list) else images for images in samples}
-    if len(own) > 1:
-        raise ValueError(
-            f"Expected images of one size for the router to read, but got `img_shapes` {shapes}. "
-            "Call the model once for each size, or route by hand with "
-            "moe_lora.route(model, weights)."
-        )
-    frames, rows, columns = own.pop()
-    return int(frames), int(rows), int(columns)
-
-
-def _numbered_tokens(ids: Tensor, hidden: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    # FLUX numbers its tokens: ids[..., 1] is the row, ids[..., 2] the column; ids[..., 0] tells
-    # the reference images that follow from the image.
-    ids = ids[0] if ids.ndim == 3 else ids
-    same = (ids[:, 0] == ids[0, 0]).long()
-    image = ids[: int(same.cumprod(0).sum())]
-    rows, columns = (int(index) + 1 for index in image[:, 1:3].amax(dim=0).tolist())
-    if rows * columns != len(image) or len(ids) != hidden.shape[1]:
-        raise ValueError(
-            f"Expected `img_ids` to number the {hidden.shape[1]} image tokens, but got {rows} rows "
-            f"of {columns}. Give the grid with moe_lora.set_router_inputs(model, grid_size=...)."
-        )
-    return hidden[:, : len(image)], (rows, columns)
+    return hidden.mean(dim=1 if names.intersection(FRAMES_FIRST) else 2)
 
 
 def _known(grid_size: tuple[int, int] | None) -> tuple[int, int]:
@@ -234,17 +192,16 @@ def _timestep(arguments: Mapping[str, Any], hidden: Tensor) -> Tensor | None:
     return values.reshape(batch, -1).amax(dim=1) if values.shape[0] == batch else values.reshape(-1)
 
 
-def _match_batch(info: MaskInfo, hidden: Tensor) -> MaskInfo:
-    given, needed = info.mask.shape[0], hidden.shape[0]
-    if given == needed:
+def _timestep_range(timestep: Tensor | None, model: nn.Module) -> tuple[float, float] | None:
+    known = timestep_range(model)
+    if known is None and timestep is not None and not timestep.is_floating_point():
+        return (0.0, 1000.0)
+    return known
+
+
+def _match_samples(info: MaskInfo, latents: Tensor, arguments: Mapping[str, Any]) -> MaskInfo:
+    index = sample_index(info.mask.shape[0], latents, arguments)
+    if index is None:
         return info
-    if given != 1:
-        raise ValueError(
-            f"Expected router inputs for {needed} samples (or for one, which then serves all), but "
-            f"got a mask for {given}."
-        )
     tensors = {f.name: getattr(info, f.name) for f in fields(info)}
-    return replace(
-        info,
-        **{k: v.expand(needed, *v.shape[1:]) for k, v in tensors.items() if v is not None},
-    )
+    return replace(info, **{k: v[index.to(v.device)] for k, v in tensors.items() if v is not None})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from moe_lora.routing.router import Router
@@ -59,6 +60,28 @@ def router_class(name: str) -> type[Router]:
             "of your own must be registered with @moe_lora.register_router before it is named."
         )
     return _ROUTERS[name]
+
+
+def counts_layers(name: str | None, kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a router must be told the number of the adapted layers.
+
+    That is so when its constructor has a parameter `num_layers`, and that is "auto" or, having no
+    default, missing.
+
+    Args:
+        name: of a registered router; or `None`.
+        kwargs: the arguments that are given.
+
+    Raises:
+        ValueError: when no class is registered under the name.
+    """
+    if name is None:
+        return False
+    parameter = inspect.signature(router_class(name)).parameters.get("num_layers")
+    if parameter is None:
+        return False
+    missing = "num_layers" not in kwargs and parameter.default is inspect.Parameter.empty
+    return missing or kwargs.get("num_layers") == "auto"
 
 
 def _full_name(cls: type[Router]) -> str:

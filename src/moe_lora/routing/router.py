@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe_lora.routing.dropout import drop_experts
 from moe_lora.routing.gating import RoutingStrategy, apply_task_hint, check_gate, gate
 from moe_lora.routing.inputs import RouterInputs
 
@@ -19,7 +20,7 @@ class RoutingDecision(NamedTuple):
     """Pair the weights of one call with the logits that they came from.
 
     Attributes:
-        weights: `(B, E)` or `(B, T, E)`, rows sum to 1.
+        weights: `(B, E)`, `(B, T, E)` or `(B, L, E)`, rows sum to 1.
         logits: the same shape, before temperature, hint and strategy.
     """
 
@@ -28,7 +29,7 @@ class RoutingDecision(NamedTuple):
 
 
 class Router(nn.Module, ABC):
-    """Decide per sample, or per token, how much each expert counts.
+    """Decide per sample, per token, or per layer, how much each expert counts.
 
     A subclass writes `logits(inputs)`; strategy, temperature, task hints, statistics, saving and
     loading come from here. Create every parameter in `__init__`: the optimizer must see them. The
@@ -37,6 +38,13 @@ class Router(nn.Module, ABC):
     Class attributes:
         needs_mask: whether a call without a mask is an error.
         registered_name: set by `register_router`; what a checkpoint calls the class.
+
+    Attributes:
+        num_layers: `None`, or the number of adapted layers for which the router decides one by one:
+            it then returns logits `(B, num_layers, E)`, in the order of `adapted_layers(model)`.
+            Set it in `__init__`, from an argument of this name.
+        expert_dropout: in training, the probability of leaving an expert out of a sample; the
+            config's, once the router is in a model.
 
     Example:
         >>> class Favourite(Router):
@@ -68,10 +76,14 @@ class Router(nn.Module, ABC):
         self.strategy: RoutingStrategy = "soft"
         self.temperature = 1.0
         self.top_k: int | None = None
+        self.expert_dropout = 0.0
+        self.num_layers: int | None = None
 
     @abstractmethod
     def logits(self, inputs: RouterInputs) -> Tensor:
         """Return one logit per expert, `(B, E)`, or per token and expert, `(B, T, E)`.
+
+        With `num_layers` set, per layer and expert, `(B, L, E)`.
 
         Args:
             inputs: what the model was called with; floating tensors arrive in float32.
@@ -138,23 +150,51 @@ class Router(nn.Module, ABC):
         with torch.autocast(inputs.hidden_states.device.type, enabled=False):
             logits = self.logits(_in_float32(inputs))
             self._check_logits(logits, inputs)
-            hinted = logits
-            if inputs.task_hint is not None:
-                names = self.expert_names or [f"expert_{i}" for i in range(logits.shape[-1])]
-                hinted = apply_task_hint(logits, inputs.task_hint, names)
-            weights = gate(hinted, self.strategy, temperature=self.temperature, top_k=self.top_k)
+            weights = self._gate(self._hinted(logits, inputs.task_hint))
         return RoutingDecision(weights, logits)
+
+    def weights_to_use(self, decision: RoutingDecision, task_hint: str | None = None) -> Tensor:
+        """Return the weights that the layers get: in training, with experts dropped at random.
+
+        The decision itself, which auxiliary losses and statistics see, is that of all experts.
+
+        Args:
+            decision: what the router returned.
+            task_hint: the hint of that call.
+
+        Returns:
+            The shape of `decision.weights`, rows sum to 1; `decision.weights` itself outside of
+            training or with an `expert_dropout` of 0.
+
+        Raises:
+            ValueError: when `expert_dropout` is not in [0, 1).
+        """
+        if not self.training or self.expert_dropout == 0:
+            return decision.weights
+        return self._gate(
+            drop_experts(self._hinted(decision.logits, task_hint), self.expert_dropout)
+        )
+
+    def _hinted(self, logits: Tensor, task_hint: str | None) -> Tensor:
+        names = self.expert_names or [f"expert_{i}" for i in range(logits.shape[-1])]
+        return apply_task_hint(logits, task_hint, names)
+
+    def _gate(self, logits: Tensor) -> Tensor:
+        return gate(logits, self.strategy, temperature=self.temperature, top_k=self.top_k)
 
     def _check_logits(self, logits: Tensor, inputs: RouterInputs) -> None:
         experts = logits.shape[-1] if self.expert_names is None else len(self.expert_names)
-        if (
-            logits.ndim not in (2, 3)
-            or logits.shape[0] != inputs.batch_size
-            or logits.shape[-1] != experts
-        ):
+        batch, layers = inputs.batch_size, self.num_layers
+        if layers is None:
+            expected = f"(batch={batch}, experts={experts}) or (batch, tokens, experts)"
+            fits = logits.ndim in (2, 3)
+        else:
+            expected = f"(batch={batch}, layers={layers}, experts={experts})"
+            fits = logits.ndim == 3 and logits.shape[1] == layers
+        if not fits or logits.shape[0] != batch or logits.shape[-1] != experts:
             raise ValueError(
-                f"Expected {type(self).__name__}.logits to return (batch={inputs.batch_size}, "
-                f"experts={experts}) or (batch, tokens, experts), but got {tuple(logits.shape)}."
+                f"Expected {type(self).__name__}.logits to return {expected}, but got "
+                f"{tuple(logits.shape)}."
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:

@@ -43,7 +43,7 @@ class RoutingStats:
         """Add the weights of one call.
 
         Args:
-            weights: `(B, E)` or `(B, T, E)`, rows sum to 1; detached here.
+            weights: `(B, E)`, `(B, T, E)` or `(B, L, E)`, rows sum to 1; detached here.
 
         Raises:
             ValueError: when `weights` has another shape.
@@ -130,6 +130,23 @@ class RoutingStats:
         """
         return max(self.mean_weights) > threshold
 
+    def idle_experts(self, threshold: float = 0.01) -> tuple[str, ...]:
+        """Name the experts whose running mean weight is below a threshold.
+
+        An expert may be idle without a collapse: with three, two may share all the weight.
+
+        Args:
+            threshold: in (0, 1).
+
+        Example:
+            >>> stats = RoutingStats(["a", "b", "c"])
+            >>> stats.update(torch.tensor([[0.6, 0.4, 0.0]]))
+            >>> stats.idle_experts(), stats.is_collapsed()
+            (('c',), False)
+        """
+        pairs = zip(self.expert_names, self.mean_weights, strict=True)
+        return tuple(name for name, weight in pairs if weight < threshold)
+
     def collapse_warning(self, threshold: float = 0.9) -> str | None:
         """Return a warning the first time that the router is found collapsed, else `None`.
 
@@ -145,6 +162,7 @@ class RoutingStats:
         taker = max(range(len(means)), key=means.__getitem__)
         return (
             f"The router has collapsed: {self.expert_names[taker]} takes {means[taker]:.0%} of the "
-            f"weight over the last {self._samples} samples. Raise the load-balancing weight or "
-            "the routing temperature, or train longer with uniform weights first."
+            f"weight over the last {self._samples} samples. Raise the load-balancing weight, the "
+            "entropy floor's weight or the routing temperature, drop experts in training, or train "
+            "longer with uniform weights first."
         )

@@ -2,55 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from moe_lora.routing.features import FeatureMode, MaskAwareFeatureExtractor
-from moe_lora.routing.gating import RoutingStrategy
 from moe_lora.routing.inputs import RouterInputs
-from moe_lora.routing.readers import visual_channels
 from moe_lora.routing.registry import register_router
-from moe_lora.routing.router import Router
-
-REMOVAL_EXPERTS = ("removal_expert", "background_expert", "completion_expert")
-"""The three experts in the order of the router's logits."""
+from moe_lora.routing.removal import (
+    REMOVAL_EXPERTS,
+    RemovalRouter,
+    SoftThreshold,
+    check_num_layers,
+    small_network,
+)
 
 MASK_FEATURES = 5
 """The width of `MaskInfo.features()`."""
-
-
-class SoftThreshold(nn.Module):
-    """Say smoothly whether a value is above a learned threshold.
-
-    sigmoid(exp(log_slope) · (value − threshold))
-
-    Args:
-        threshold: where the answer is 0.5, initially.
-        slope: how sharp the step is, initially; > 0.
-    """
-
-    def __init__(self, threshold: float, slope: float) -> None:
-        super().__init__()
-        # FSDP refuses to shard parameters without a dimension.
-        self.threshold = nn.Parameter(torch.tensor([threshold]))
-        self.log_slope = nn.Parameter(torch.tensor([math.log(slope)]))
-
-    def forward(self, value: Tensor) -> Tensor:
-        """Return the answer in (0, 1), in the shape of `value`."""
-        return torch.sigmoid(self.log_slope.exp() * (value - self.threshold))
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # Version 0.1.0 saved numbers without a dimension.
-        for key in (f"{prefix}threshold", f"{prefix}log_slope"):
-            if key in state_dict:
-                state_dict[key] = state_dict[key].view(-1)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class RemovalRules(nn.Module):
@@ -100,10 +67,13 @@ class RemovalRules(nn.Module):
 
 
 @register_router("three_expert_removal")
-class ThreeExpertRemovalRouter(Router):
+class ThreeExpertRemovalRouter(RemovalRouter):
     """Choose between removal, background and completion by the mask and the visual tokens.
 
     logits = router([extractor(hidden_states, mask) ‖ mask features]) + rules(mask features)
+
+    With `time_aware=True` the network reads `noise_features(sigma)`, too. With `num_layers` every
+    adapted layer adds its own learned logits to these, zero at first; the network still runs once.
 
     where `router` is Linear, ReLU, Dropout(0.1), Linear and `rules` the learned `RemovalRules`. The
     last Linear starts small, so that at first the rules decide: ragged masks of medium or large
@@ -115,6 +85,11 @@ class ThreeExpertRemovalRouter(Router):
         hidden_dim: the width of the hidden layer.
         mode: how the tokens are pooled, see `MaskAwareFeatureExtractor`.
         prior_scale: the initial strength of the rules, a logit; 0 starts without them.
+        time_aware: read the noise level of the call.
+        num_layers: the number of adapted layers, for a decision in each; "auto" in `router_kwargs`.
+
+    Raises:
+        ValueError: for a `num_layers` that is not an integer >= 1.
 
     Example:
         >>> from moe_lora import masks
@@ -128,8 +103,6 @@ class ThreeExpertRemovalRouter(Router):
         'background_expert'
     """
 
-    needs_mask: ClassVar[bool] = True
-
     def __init__(
         self,
         input_dim: int = 128,
@@ -137,84 +110,28 @@ class ThreeExpertRemovalRouter(Router):
         *,
         mode: FeatureMode = "mask_focused",
         prior_scale: float = 2.0,
+        time_aware: bool = False,
+        num_layers: int | None = None,
     ) -> None:
-        super().__init__()
-        self.input_dim = input_dim
+        super().__init__(input_dim, time_aware)
         self.extractor = MaskAwareFeatureExtractor(input_dim, mode)
         self.rules = RemovalRules(prior_scale)
-        last = nn.Linear(hidden_dim, len(REMOVAL_EXPERTS))
-        # Not zero: then the first layer and the extractor would get no gradient in the first step.
-        nn.init.normal_(last.weight, std=0.01)
-        nn.init.zeros_(last.bias)
-        self.router = nn.Sequential(
-            nn.Linear(self.extractor.feature_dim + MASK_FEATURES, hidden_dim),
-            nn.ReLU(),
-            nn.Dropout(0.1),
-            last,
+        self.router = small_network(
+            self.extractor.feature_dim + MASK_FEATURES + self.noise_width, hidden_dim
         )
-
-    @classmethod
-    def default_kwargs(cls, model: nn.Module, given: Collection[str] = ()) -> Mapping[str, Any]:
-        """Read `input_dim` off the model's `config.in_channels`, less the mask's channels.
-
-        384 channels are FLUX Fill's (256 hold the mask), 9 an inpainting UNet's (1 holds it); any
-        other number is taken as it is.
-
-        Args:
-            model: the model that the router will live in.
-            given: names of the arguments that the caller gives; with `input_dim` among them nothing
-                is read.
-
-        Raises:
-            ValueError: when the model has no `config.in_channels`.
-        """
-        if "input_dim" in given:
-            return {}
-        channels = visual_channels(model)
-        if channels is None:
-            raise ValueError(
-                f"Expected {type(model).__name__} to have `config.in_channels`, which tells the "
-                "router how wide its tokens are; pass router_kwargs={'input_dim': ...} instead."
-            )
-        return {"input_dim": channels}
-
-    def configure(
-        self,
-        expert_names: Sequence[str],
-        *,
-        strategy: RoutingStrategy = "soft",
-        temperature: float = 1.0,
-        top_k: int | None = None,
-    ) -> Router:
-        """Set what turns logits into weights; see `Router.configure`.
-
-        Raises:
-            ValueError: unless there are three experts, with those of `REMOVAL_EXPERTS` that occur
-                in their own places.
-        """
-        if len(expert_names) != len(REMOVAL_EXPERTS):
-            raise ValueError(
-                f"Expected exactly {len(REMOVAL_EXPERTS)} experts for ThreeExpertRemovalRouter, "
-                f"but got {len(expert_names)}."
-            )
-        for index, name in enumerate(expert_names):
-            if name in REMOVAL_EXPERTS and REMOVAL_EXPERTS[index] != name:
-                raise ValueError(
-                    f"Expected `expert_names` in the order of ThreeExpertRemovalRouter's logits, "
-                    f"{list(REMOVAL_EXPERTS)}, but got {list(expert_names)}."
-                )
-        return super().configure(
-            expert_names, strategy=strategy, temperature=temperature, top_k=top_k
-        )
+        if num_layers is not None:
+            self.num_layers = check_num_layers(num_layers)
+            self.layer_offsets = nn.Parameter(torch.zeros(num_layers, len(REMOVAL_EXPERTS)))
 
     def logits(self, inputs: RouterInputs) -> Tensor:
         """Return the logits of removal, background and completion.
 
         Args:
-            inputs: hidden states `(B, T, input_dim)`, the analysed mask and the grid size count.
+            inputs: hidden states `(B, T, input_dim)`, the analysed mask, the grid size and, when
+                it is time-aware, the timestep count.
 
         Returns:
-            `(B, 3)`.
+            `(B, 3)`, or `(B, num_layers, 3)`.
 
         Raises:
             ValueError: when the tokens are not `input_dim` wide, or their grid is unknown.
@@ -223,6 +140,7 @@ class ThreeExpertRemovalRouter(Router):
         visual = self.extractor(inputs.hidden_states, inputs.mask_info.mask, inputs.grid_size)
         mask_features = inputs.mask_info.features()
         dtype = self.rules.strengths.dtype
-        joined = torch.cat([visual.to(dtype), mask_features.to(dtype)], dim=-1)
+        parts = [visual, mask_features, *self.noise(inputs)]
+        joined = torch.cat([part.to(dtype) for part in parts], dim=-1)
         logits: Tensor = self.router(joined) + self.rules(mask_features.to(dtype))
-        return logits
+        return logits if self.num_layers is None else logits.unsqueeze(1) + self.layer_offsets

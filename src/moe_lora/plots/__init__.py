@@ -1,0 +1,28 @@
+"""Pictures of what router and experts do, as matplotlib figures.
+
+Every function takes tensors, arrays or lists and returns a `matplotlib.figure.Figure` of 800 pixels
+width or more that belongs to nobody: no `pyplot`, no global state, no window, nothing to close.
+`figure.savefig("weights.png")` writes it, `SummaryWriter.add_figure` logs it, a notebook shows it.
+An expert has the same colour in all pictures. matplotlib is imported by the first call; the extra
+`moe-lora[plots]` installs it.
+"""
+
+from moe_lora.plots.canvas import expert_colours
+from moe_lora.plots.matrix import specialisation_matrix
+from moe_lora.plots.relations import (
+    weights_by_area,
+    weights_by_edge_complexity,
+    weights_over_sigma,
+)
+from moe_lora.plots.tokens import token_weights
+from moe_lora.plots.training import usage_over_training
+
+__all__ = [
+    "expert_colours",
+    "specialisation_matrix",
+    "token_weights",
+    "usage_over_training",
+    "weights_by_area",
+    "weights_by_edge_complexity",
+    "weights_over_sigma",
+]

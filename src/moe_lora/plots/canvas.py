@@ -1,0 +1,196 @@
+"""What the pictures have in common: figures, colours, and how numbers come in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind people tell apart, without yellow and black: yellow is
+# hard to see on white, and black is for what is no expert.
+PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+KNOWN = {"removal": PALETTE[0], "background": PALETTE[1], "completion": PALETTE[2]}
+LINE_STYLES = ("-", "--", "-.", ":")
+
+WIDTH, HEIGHT, DPI = 8.0, 4.5, 100
+"""Inches, and pixels per inch: 800 × 450 pixels."""
+
+
+class SupportsArray(Protocol):
+    """Describe tensors and arrays."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+Numbers = Sequence[Any] | SupportsArray
+
+
+def new_figure(width: float = WIDTH, height: float = HEIGHT) -> Figure:
+    """Make a figure that belongs to nobody.
+
+    Args:
+        width: in inches of 100 pixels.
+        height: likewise.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise ModuleNotFoundError(
+            "moe_lora.plots needs matplotlib, which is not installed. Install it with "
+            "`pip install 'moe-lora[plots]'`.",
+            name="matplotlib",
+        ) from error
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def short(name: str) -> str:
+    """Return an expert's name without `_expert`."""
+    return name.removesuffix("_expert")
+
+
+def expert_colours(expert_names: Sequence[str]) -> dict[str, str]:
+    """Return the colour of every expert, the same in all pictures.
+
+    The removal, background and completion expert have colours of their own, whatever their order;
+    others take the rest of seven colours in turn, which colour-blind people tell apart.
+
+    Args:
+        expert_names: of one adapter.
+
+    Example:
+        >>> expert_colours(["other", "removal_expert"])
+        {'other': '#0072B2', 'removal_expert': '#D55E00'}
+    """
+    taken = [KNOWN[short(name)] for name in expert_names if short(name) in KNOWN]
+    free = [colour for colour in PALETTE if colour not in taken]
+    colours: dict[str, str] = {}
+    others = 0
+    for name in expert_names:
+        if short(name) in KNOWN:
+            colours[name] = KNOWN[short(name)]
+        else:
+            colours[name] = free[others % len(free)]
+            others += 1
+    return colours
+
+
+def line_styles(expert_names: Sequence[str]) -> dict[str, str]:
+    """Return a line style for every expert: another one each time that the colours start anew."""
+    return {
+        name: LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)]
+        for index, name in enumerate(expert_names)
+    }
+
+
+def numbers(values: Numbers, name: str) -> Tensor:
+    """Return values as a float64 tensor on the CPU.
+
+    Args:
+        values: a tensor, an array, or a list of numbers, of lists or of tensors of one shape.
+        name: of the argument, for errors.
+
+    Raises:
+        ValueError: for values that are not finite.
+    """
+    if isinstance(values, Sequence) and values and isinstance(values[0], Tensor):
+        values = torch.stack(list(values))
+    tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
+    if not tensor.isfinite().all():
+        raise ValueError(f"Expected `{name}` to be finite, but got NaN or inf in it.")
+    return tensor
+
+
+def one_per_sample(values: Numbers, name: str) -> Tensor:
+    """Return values as `(N,)`, N > 0.
+
+    Raises:
+        ValueError: for another shape, or no values.
+    """
+    tensor = numbers(values, name)
+    if tensor.ndim != 1 or len(tensor) == 0:
+        raise ValueError(
+            f"Expected `{name}` to have shape (N,) with N > 0, but got {tuple(tensor.shape)}."
+        )
+    return tensor
+
+
+def weights_of_samples(weights: Numbers, samples: int, expert_names: Sequence[str]) -> Tensor:
+    """Return routing weights as `(N, E)`; token weights become their mean over the tokens.
+
+    Args:
+        weights: `(N, E)` or `(N, T, E)`.
+        samples: N.
+        expert_names: the E experts.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    tensor, experts = numbers(weights, "weights"), len(expert_names)
+    if tensor.ndim == 3:
+        tensor = tensor.mean(1)
+    if tensor.shape != (samples, experts):
+        raise ValueError(
+            f"Expected `weights` to have shape (N={samples}, E={experts}) or (N, tokens, E), but "
+            f"got {tuple(tensor.shape)}."
+        )
+    return tensor
+
+
+def weight_axes(figure: Figure, xlabel: str) -> Axes:
+    """Add axes whose height is a routing weight in [0, 1]."""
+    axes = figure.add_subplot()
+    axes.set(xlabel=xlabel, ylabel="mean routing weight", ylim=(-0.02, 1.02))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def add_legend(figure: Figure, axes: Axes, title: str | None) -> None:
+    """Put title and legend above the axes, where they cover no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=min(len(labels), 5),
+        frameon=False,
+        title=title,
+        title_fontsize=12,
+    )
+
+
+def draw_uniform(axes: Axes, experts: int) -> None:
+    """Draw where all weights would lie if no expert were preferred."""
+    axes.axhline(1 / experts, color="black", linewidth=0.8, alpha=0.5, linestyle=(0, (1, 3)))
+
+
+def draw_phases(axes: Axes, phases: Mapping[str, float]) -> None:
+    """Draw where phases of a run begin; a name that would cover another is put above it."""
+    for start in phases.values():
+        axes.axvline(start, color="grey", linewidth=1)
+    low, high = axes.get_xlim()
+    ends: list[float] = []
+    for name, start in sorted(phases.items(), key=lambda item: item[1]):
+        left = (start - low) / (high - low)
+        level = next((i for i, end in enumerate(ends) if end < left), len(ends))
+        ends[level : level + 1] = [left + 0.02 + 0.011 * len(name)]
+        axes.annotate(
+            name,
+            (start, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3 + 12 * level),
+            textcoords="offset points",
+            color="dimgrey",
+            fontsize=9,
+        )

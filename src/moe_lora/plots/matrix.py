@@ -1,0 +1,87 @@
+"""What each expert is for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from moe_lora.plots.canvas import WIDTH, expert_colours, new_figure, short
+from moe_lora.specialising import Specialisation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DARK = 0.65
+"""Beyond this share of the largest rise a cell is too dark for black letters."""
+
+
+def specialisation_matrix(found: Specialisation, *, title: str | None = None) -> Figure:
+    """Draw what `moe_lora.specialisation` found as a heat map.
+
+    A cell holds the rise of a component without an expert, ± its standard deviation. Its colour is
+    the rise over the largest rise or fall of the component, since components differ in unit and
+    size. A frame marks the component that an expert is meant for.
+
+    Args:
+        found: rises of experts and components.
+        title: of the picture; the diagonal share by default, where there is one.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+    """
+    experts, components = found.rises.shape
+    figure = new_figure(max(WIDTH, 2.6 + 1.1 * components), 1.7 + 0.75 * experts)
+    axes = figure.add_subplot()
+    largest = found.rises.abs().amax(0)
+    shade = found.rises / largest.where(largest > 0, 1.0)
+    shown = axes.imshow(shade.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    _label(axes, found)
+    for row in range(experts):
+        for column in range(components):
+            _write(axes, found, shade, row, column)
+    figure.colorbar(
+        shown, ax=axes, label="rise / largest of the column", ticks=[-1, 0, 1], pad=0.02
+    )
+    if title is None and found.score is not None:
+        title = f"diagonal share {found.score:.2f} (no specialisation: {1 / experts:.2f})"
+    if title is not None:
+        figure.suptitle(title)
+    return figure
+
+
+def _label(axes: Axes, found: Specialisation) -> None:
+    baseline = zip(found.component_names, found.baseline.tolist(), strict=True)
+    axes.set_xticks(
+        range(len(found.component_names)), [f"{name}\n{value:.4g}" for name, value in baseline]
+    )
+    axes.set_yticks(range(len(found.expert_names)), [short(name) for name in found.expert_names])
+    colours = expert_colours(found.expert_names)
+    for name, label in zip(found.expert_names, axes.get_yticklabels(), strict=True):
+        label.set_color(colours[name])
+        label.set_fontweight("bold")
+    axes.tick_params(length=0)
+    axes.set(xlabel="component, and its value with all experts", ylabel="rise without")
+    axes.spines[:].set_visible(False)
+
+
+def _write(axes: Axes, found: Specialisation, shade: Tensor, row: int, column: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    rise, spread = float(found.rises[row, column]), float(found.spreads[row, column])
+    axes.text(
+        column,
+        row,
+        f"{rise:+.3g}\n± {spread:.2g}",
+        ha="center",
+        va="center",
+        color="white" if abs(float(shade[row, column])) > DARK else "black",
+        fontsize=10,
+    )
+    if found.pairs.get(found.expert_names[row]) == found.component_names[column]:
+        axes.add_patch(
+            Rectangle(
+                (column - 0.47, row - 0.45), 0.94, 0.9, fill=False, edgecolor="black", linewidth=2
+            )
+        )

@@ -1,0 +1,162 @@
+"""Routing weights over what the router may have read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_lora.masks import MaskInfo
+from moe_lora.plots.canvas import (
+    Numbers,
+    add_legend,
+    draw_uniform,
+    expert_colours,
+    line_styles,
+    new_figure,
+    one_per_sample,
+    short,
+    weight_axes,
+    weights_of_samples,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_GROUPS, SMALLEST_GROUP = 8, 4
+
+
+def weights_by_area(
+    area: Numbers | MaskInfo,
+    weights: Numbers,
+    expert_names: Sequence[str],
+    *,
+    title: str | None = None,
+) -> Figure:
+    """Draw samples' routing weights over the area of their masks.
+
+    A point is a sample; a line goes through the means of groups of equally many samples, and the
+    band around it is one standard deviation in the group.
+
+    Args:
+        area: `(N,)`, masked share of the picture in [0, 1]; or the analysed masks.
+        weights: `(N, E)`, or `(N, T, E)`, whose mean over the tokens is drawn.
+        expert_names: the experts, in the order of the weights.
+        title: of the picture.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+        ValueError: for shapes that do not fit, or values that are not finite.
+
+    Example:
+        >>> figure = weights_by_area([0.1, 0.3], [[0.9, 0.1], [0.2, 0.8]], ["a", "b"])
+        >>> figure.axes[0].get_xlabel()
+        'masked share of the picture, %'
+    """
+    values = area.area_ratio if isinstance(area, MaskInfo) else area
+    x = 100 * one_per_sample(values, "area")
+    return _relation(x, weights, expert_names, "masked share of the picture, %", title)
+
+
+def weights_by_edge_complexity(
+    edge_complexity: Numbers | MaskInfo,
+    weights: Numbers,
+    expert_names: Sequence[str],
+    *,
+    title: str | None = None,
+) -> Figure:
+    """Draw samples' routing weights over how ragged their masks are.
+
+    Args:
+        edge_complexity: `(N,)`, in [0, 1], 0 for a disk; or the analysed masks.
+        weights: as in `weights_by_area`, and so is what is drawn.
+        expert_names: the experts, in the order of the weights.
+        title: of the picture.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+        ValueError: for shapes that do not fit, or values that are not finite.
+    """
+    if isinstance(edge_complexity, MaskInfo):
+        edge_complexity = edge_complexity.edge_complexity
+    x = one_per_sample(edge_complexity, "edge_complexity")
+    label = "edge complexity of the mask (0 = disk, 1 = ragged)"
+    return _relation(x, weights, expert_names, label, title)
+
+
+def weights_over_sigma(
+    sigma: Numbers, weights: Numbers, expert_names: Sequence[str], *, title: str | None = None
+) -> Figure:
+    """Draw routing weights over the noise level at which they were decided.
+
+    Args:
+        sigma: `(N,)`, in [0, 1]; 1 is pure noise.
+        weights: as in `weights_by_area`, and so is what is drawn.
+        expert_names: the experts, in the order of the weights.
+        title: of the picture.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+        ValueError: for shapes that do not fit, or values that are not finite.
+    """
+    x = one_per_sample(sigma, "sigma")
+    label = "noise level σ (0 = picture, 1 = pure noise)"
+    return _relation(x, weights, expert_names, label, title)
+
+
+def groups_of(x: Tensor) -> list[Tensor]:
+    """Split samples into groups of neighbours, as equal in size as can be.
+
+    Args:
+        x: `(N,)`.
+
+    Returns:
+        Indices of every group, in the order of `x`; at most `MOST_GROUPS` groups, none of fewer
+        than `SMALLEST_GROUP` samples unless there is only one.
+    """
+    count = max(1, min(MOST_GROUPS, len(x) // SMALLEST_GROUP))
+    return list(torch.tensor_split(x.argsort(stable=True), count))
+
+
+def _relation(
+    x: Tensor, weights: Numbers, expert_names: Sequence[str], xlabel: str, title: str | None
+) -> Figure:
+    y = weights_of_samples(weights, len(x), expert_names)
+    figure = new_figure()
+    axes = weight_axes(figure, xlabel)
+    axes.set_ylabel("routing weight")
+    colours, styles = expert_colours(expert_names), line_styles(expert_names)
+    groups = groups_of(x)
+    centres = [float(x[group].mean()) for group in groups]
+    for index, name in enumerate(expert_names):
+        column, colour = y[:, index], colours[name]
+        # Many points are to look like a cloud, and few are to be seen.
+        alpha = min(0.6, max(0.15, 40 / len(x)))
+        axes.scatter(
+            x.tolist(), column.tolist(), s=14, alpha=alpha, color=colour, edgecolors="none"
+        )
+        means = torch.stack([column[group].mean() for group in groups])
+        spread = torch.stack([column[group].std(correction=0) for group in groups])
+        axes.fill_between(
+            centres,
+            (means - spread).tolist(),
+            (means + spread).tolist(),
+            color=colour,
+            alpha=0.12,
+            linewidth=0,
+        )
+        axes.plot(
+            centres,
+            means.tolist(),
+            color=colour,
+            linestyle=styles[name],
+            linewidth=2,
+            marker="o",
+            markersize=4,
+            label=short(name),
+        )
+    draw_uniform(axes, len(expert_names))
+    add_legend(figure, axes, title)
+    return figure
