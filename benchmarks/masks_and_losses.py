@@ -43,8 +43,8 @@ from measuring import (
 from pixel_losses import build_vae, pixel_rows
 from torch import Tensor, nn
 
-from moe_lora import RemovalLoss, flow, masks
-from moe_lora.losses import LatentDecoder
+from moe_lora import RemovalLoss, flow, masks, teach_experts
+from moe_lora.losses import ExpertSignals, LatentDecoder
 
 SOBEL = "kornia Sobel pass"
 BASE = "base"
@@ -106,8 +106,11 @@ class LossStep(Training):
         self.beside += [*tensors_of(decoder), self.mask, self.image, self.sigma]
 
     def forward(self) -> Tensor:
-        return self.loss(
-            self.model(**self.inputs, return_dict=False)[0],
+        return self.total(self.model(**self.inputs, return_dict=False)[0], self.loss)
+
+    def total(self, velocity: Tensor, loss: Callable[..., Any]) -> Tensor:
+        return loss(
+            velocity,
             self.target,
             x_t=self.x_t,
             sigma=self.sigma,
@@ -116,6 +119,17 @@ class LossStep(Training):
             height=self.side,
             width=self.side,
         ).total
+
+
+class SignalStep(LossStep):
+    """Run the same steps with every sample's gradient for one component and its expert."""
+
+    def forward(self) -> Tensor:
+        signals = ExpertSignals(self.loss)
+        assignment = signals.assign(self.sigma)
+        with teach_experts(self.model, signals.learners(assignment)):
+            velocity = self.model(**self.inputs, return_dict=False)[0]
+        return self.total(velocity, partial(signals, assignment=assignment))
 
 
 def losses(vae: AutoencoderKL) -> dict[str, RemovalLoss]:
@@ -139,6 +153,8 @@ def loss_rows(size: Size, args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     steps = {name: LossStep(model, inputs, size.grid, loss) for name, loss in losses(vae).items()}
+    everything = steps["all"].loss
+    steps["all, expert signals"] = SignalStep(model, inputs, size.grid, everything)
     latents = flow.unpack_latents(steps[BASE].x_t, 2 * size.grid, 2 * size.grid)
     decode = partial(torch.no_grad()(LatentDecoder(vae, dtype=None)), latents)
     times = interleaved(
@@ -149,6 +165,7 @@ def loss_rows(size: Size, args: argparse.Namespace) -> list[dict[str, Any]]:
             "loss": name,
             "seconds": times.seconds(name),
             "/ base": times.ratio(name, BASE),
+            "/ all": times.ratio(name, "all"),
             "share": 1 - times.ratio(BASE, name),
             "peak": peak_bytes(step, args.device),
             "saved": step.saved(),

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset import RemovalDataset
-from moe_lora import flow
+from moe_lora import flow, masks
+from moe_lora.masks.augmentation import AUGMENTATIONS
 
 
 def picture_sizes(dataset: RemovalDataset) -> list[tuple[int, int]]:
@@ -190,6 +191,28 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.items[index]
+
+
+def augment_masks(
+    batch: dict[str, Tensor], share: float, *, seed: int, position: int, process: int = 0
+) -> dict[str, Tensor]:
+    """Draw a share of a batch's masks anew, the same at this position of every run.
+
+    Pictures stay as they are: what a mask that is too tight leaves of the object has to go, too.
+
+    Args:
+        batch: with `mask` `(B, 1, H, W)` in [0, 1].
+        share: in [0, 1].
+        seed: of the run.
+        position: batches dealt before.
+        process: the index of this process.
+    """
+    if not share:
+        return batch
+    number = (seed * 1_000_003 + position) * 10_007 + process
+    generator = torch.Generator().manual_seed(number)
+    probabilities = dict.fromkeys(AUGMENTATIONS, share / len(AUGMENTATIONS))
+    return batch | {"mask": masks.augment(batch["mask"], generator, probabilities=probabilities)}
 
 
 def batch_stream(

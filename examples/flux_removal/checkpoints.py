@@ -138,7 +138,8 @@ def save_checkpoint(
 def _save_model(model: nn.Module, folder: Path) -> None:
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder))
-        moe_lora.save_experts(model, folder / "experts")
+        if isinstance(model.active_peft_config, moe_lora.MoELoraConfig):
+            moe_lora.save_experts(model, folder / "experts")
     else:
         assert isinstance(model, FluxTransformer2DModel)
         model.save_pretrained(folder / TRANSFORMER)

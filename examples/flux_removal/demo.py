@@ -1,13 +1,16 @@
 """Remove objects from real photographs: data, training, evaluation and pictures in a few minutes.
 
 Everything is left in outputs/demo/: checkpoint/ (each expert also by itself), logs/, metrics.json,
-contact_sheet.png, routing_over_training.png and routing_by_mask_size.png.
+contact_sheet.png, routing_over_training.png, routing_by_mask_size.png,
+routing_by_edge_complexity.png and specialisation.png. The pictures of routing are in TensorBoard,
+too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import time
@@ -15,22 +18,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 from diffusers.utils import logging as diffusers_logging
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 
+from batches import BucketBatches, LatentEncoder, picture_sizes
 from checkpoints import step_of
 from dataset import RemovalDataset
 from evaluation import Results, measure, regions, run_pipeline, table
 from make_data import make_data
 from models import Conditioner, load_checkpoint, load_pipeline
-from moe_lora import routing_stats
+from moe_lora import Specialisation, masks, plots, specialisation
 from options import TrainOptions, parse_options
-from pictures import (
-    contact_sheet,
-    plot_routing_by_mask_size,
-    plot_routing_over_training,
-    show_mask,
-)
-from train import train
+from parts import Parts, build_loss
+from pictures import contact_sheet, show_mask
+from routing_pictures import usage_over_training
+from train import to_device, train, training_step
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 ROWS = 8
@@ -58,26 +65,86 @@ class Clock:
 
 def evaluate(
     options: TrainOptions, checkpoint: Path, dataset: RemovalDataset, steps: int
-) -> tuple[Results, Results, list[str]]:
+) -> tuple[Results, Results]:
     """Run base model and checkpoint with the same noise, through the stock pipeline.
 
     Returns:
-        What the base model made, what the checkpoint made, and the experts' names.
+        What the base model made, and what the checkpoint made.
     """
     pipe = load_pipeline(options.flux_fill_id)
     conditioner = Conditioner(pipe)
     base = run_pipeline(pipe, conditioner, dataset, steps=steps)
     load_checkpoint(pipe, checkpoint)
-    ours = run_pipeline(pipe, conditioner, dataset, steps=steps)
-    return base, ours, list(routing_stats(pipe.transformer).expert_names)
+    return base, run_pipeline(pipe, conditioner, dataset, steps=steps)
 
 
-def draw(
-    output: Path, dataset: RemovalDataset, base: Results, ours: Results, experts: list[str]
-) -> None:
-    """Write the three pictures.
+def specialise(
+    options: TrainOptions, checkpoint: Path, dataset: RemovalDataset, *, samples: int = 16
+) -> Specialisation:
+    """Measure by the losses of the training what each expert of a checkpoint is for.
 
-    The sheet runs from small masks to large ones: of every group of samples with masks of like size
+    Args:
+        options: of the training.
+        checkpoint: whose experts are left out, one at a time.
+        dataset: that training has not seen.
+        samples: how many of it, at even distances.
+    """
+    accelerator = Accelerator()
+    pipe = load_pipeline(options.flux_fill_id, device=accelerator.device)
+    conditioner = Conditioner(pipe, prompt=options.prompt, redux_id=options.flux_redux_id)
+    load_checkpoint(pipe, checkpoint)
+    model = pipe.transformer.to(accelerator.device)
+    parts = Parts(accelerator, pipe, model, LatentEncoder(pipe), conditioner, options)
+    loss = build_loss(options, pipe.vae)
+    chosen, sizes = range(0, len(dataset), max(1, len(dataset) // samples)), picture_sizes(dataset)
+    deal = BucketBatches([sizes[i] for i in chosen[:samples]], options.batch_size, seed=0)
+    batches = [[chosen[i] for i in indices] for indices in deal.epoch(0)]
+
+    def evaluate(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        _, output, sigma = training_step(to_device(batch, accelerator.device), parts, loss)
+        measured = bool((sigma <= loss.max_sigma).any())  # else there is no pixel loss to speak of
+        return {
+            name: value if name == "base" or measured else torch.tensor(math.nan)
+            for name, value in output.components.items()
+        }
+
+    return specialisation(model, DataLoader(dataset, batch_sampler=batches), evaluate)
+
+
+def draw_routing(
+    output: Path, dataset: RemovalDataset, weights: list[Tensor], found: Specialisation
+) -> dict[str, Figure]:
+    """Return the pictures of routing by the names of their files."""
+    figures = {
+        "routing_over_training": usage_over_training(output / "logs" / "metrics.jsonl"),
+        "specialisation": plots.specialisation_matrix(found),
+    }
+    if weights:
+        infos = [masks.analyze(dataset[index]["mask"][None]) for index in range(len(dataset))]
+        area = torch.cat([info.area_ratio for info in infos])
+        edge = torch.cat([info.edge_complexity for info in infos])
+        names = found.expert_names
+        figures["routing_by_mask_size"] = plots.weights_by_area(area, weights, names)
+        figures["routing_by_edge_complexity"] = plots.weights_by_edge_complexity(
+            edge, weights, names
+        )
+    return figures
+
+
+def write_figures(figures: dict[str, Figure], output: Path, options: TrainOptions) -> None:
+    """Write pictures as files and, where the run has its curves there, into TensorBoard."""
+    for name, figure in figures.items():
+        figure.savefig(output / f"{name}.png")
+    if options.report_to == "tensorboard":
+        with SummaryWriter(str(output / "logs" / "flux_removal")) as writer:
+            for name, figure in figures.items():
+                writer.add_figure(f"test/{name}", figure, options.max_train_steps)
+
+
+def draw_sheet(output: Path, dataset: RemovalDataset, base: Results, ours: Results) -> None:
+    """Write the contact sheet.
+
+    It runs from small masks to large ones: of every group of samples with masks of like size
     it shows the one with the largest shadow.
     """
     items = [dataset[index] for index in range(len(dataset))]
@@ -97,10 +164,6 @@ def draw(
         for i in shown
     ]
     contact_sheet(rows, output / "contact_sheet.png")
-    plot_routing_over_training(
-        output / "logs" / "metrics.jsonl", output / "routing_over_training.png"
-    )
-    plot_routing_by_mask_size(areas, ours.weights, experts, output / "routing_by_mask_size.png")
 
 
 def write_metrics(
@@ -108,12 +171,14 @@ def write_metrics(
     options: TrainOptions,
     dataset: RemovalDataset,
     results: dict[str, dict[str, float]],
+    found: Specialisation,
     seconds: dict[str, float],
 ) -> None:
     """Write `metrics.json`."""
     shadowed = sum(bool(regions(dataset[i])["shadow"].any()) for i in range(len(dataset)))
     entries = {
         "psnr": results,
+        "specialisation": found.as_dict(),
         "samples": len(dataset),
         "samples_with_shadow": shadowed,
         "seconds": seconds,
@@ -160,13 +225,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     dataset = RemovalDataset(output / "data" / "test")
     clock.begin("evaluation", f"{len(dataset)} photographs that training has not seen")
-    base, ours, experts = evaluate(options, checkpoint, dataset, 3 if args.quick else args.steps)
+    base, ours = evaluate(options, checkpoint, dataset, 3 if args.quick else args.steps)
     results = {"base": measure(base.images, dataset), "ours": measure(ours.images, dataset)}
+    clock.begin("specialisation", "the losses again, with one expert left out at a time")
+    found = specialise(options, checkpoint, dataset)
     clock.begin("pictures", f"drawing into {output}")
-    draw(output, dataset, base, ours, experts)
+    draw_sheet(output, dataset, base, ours)
+    write_figures(draw_routing(output, dataset, ours.weights, found), output, options)
     clock.end()
-    write_metrics(output, options, dataset, results, clock.seconds)
-    print(f"\n{table(results)}\n")
+    write_metrics(output, options, dataset, results, found, clock.seconds)
+    print(f"\n{table(results)}\n\n{found}\n")
     print("seconds:", ", ".join(f"{name} {value:.0f}" for name, value in clock.seconds.items()))
     print(f"Look at {output / 'contact_sheet.png'}.")
     return 0

@@ -12,13 +12,17 @@ from torch import Tensor
 from batches import BucketBatches, picture_sizes
 from dataset import RemovalDataset
 from models import Conditioner, guidance_for
-from moe_lora import current_routing, masks
-from moe_lora.losses import default_band_width
+from moe_lora import MoELoraConfig, current_routing, metrics
+from moe_lora.metrics import Measured
 
-REGIONS = ("whole", "inside", "outside", "boundary", "shadow")
-
-SHADOW_CONTRAST = 0.05
-"""Outside the mask, a mean difference above this between source and truth is the shadow."""
+REGIONS = {
+    "whole": "whole",
+    "inside": "inside",
+    "outside": "outside",
+    "boundary": "boundary",
+    "shadow": "effect",
+}
+"""The regions of `moe_lora.metrics.regions` by the names that this example gives them."""
 
 SMALLEST_REGION = 16
 """Fewer pixels than this are not measured."""
@@ -30,8 +34,8 @@ class Results:
 
     Attributes:
         images: `(3, H, W)` each, in [0, 1].
-        weights: `(E,)` each, routing weights averaged over the denoising steps; empty without
-            a router.
+        weights: `(E,)` each, routing weights averaged over the denoising steps and, where every
+            token has its own, over the tokens; empty without a router.
     """
 
     images: list[Tensor] = field(default_factory=list)
@@ -79,7 +83,8 @@ def run_pipeline(
         ) -> dict[str, Any]:
             decision = current_routing(pipe.transformer) if has_experts(pipe) else None
             if decision is not None:
-                seen.append(decision.weights)
+                weights = decision.weights
+                seen.append(weights.mean(1) if weights.ndim == 3 else weights)
             return {}
 
         filled = pipe(
@@ -103,34 +108,37 @@ def run_pipeline(
 
 
 def has_experts(pipe: FluxFillPipeline) -> bool:
-    """Tell whether a checkpoint is loaded into the pipeline's transformer."""
-    return bool(getattr(pipe.transformer, "peft_config", None))
+    """Tell whether a mixture of experts is loaded into the pipeline's transformer."""
+    configs = getattr(pipe.transformer, "peft_config", {}).values()
+    return any(isinstance(config, MoELoraConfig) for config in configs)
 
 
 def regions(item: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return where to measure a sample: boolean maps `(H, W)` by the names of `REGIONS`."""
-    mask = (item["mask"] >= 0.5).float()[None]
-    inside = mask[0, 0] > 0
-    height, width = inside.shape
-    band = masks.boundary_band(mask, default_band_width(height, width))[0, 0] > 0
-    changed = (item["src"] - item["result"]).abs().mean(0) > SHADOW_CONTRAST
-    return {
-        "whole": torch.ones_like(inside),
-        "inside": inside,
-        "outside": ~inside,
-        "boundary": band,
-        "shadow": changed & ~inside,
-    }
+    mask = cut(item["mask"])[None]
+    found = metrics.regions(mask, item["src"][None], item["result"][None])
+    return {name: found[region][0, 0] for name, region in REGIONS.items()}
 
 
-def psnr(image: Tensor, truth: Tensor, where: Tensor) -> float:
-    """Return the PSNR in dB of images `(3, H, W)` in [0, 1] over the pixels of a boolean map.
+def cut(mask: Tensor) -> Tensor:
+    """Make a mask of zeros and ones, as the pipeline does."""
+    return (mask >= 0.5).float()
 
-    >>> psnr(torch.full((3, 2, 2), 0.1), torch.zeros(3, 2, 2), torch.ones(2, 2, dtype=torch.bool))
-    20.0
+
+def measure_samples(images: list[Tensor], dataset: RemovalDataset) -> dict[str, Measured]:
+    """Measure every sample by all metrics of `moe_lora.metrics.measure`, in the order of the data.
+
+    Args:
+        images: `(3, H, W)` each, in [0, 1].
+        dataset: the triplets that they were made from.
     """
-    error = (image - truth)[:, where].double().square().mean()
-    return round(float(-10 * error.clamp_min(1e-10).log10()), 6)
+    return metrics.join(measure_one(image, dataset[i]) for i, image in enumerate(images))
+
+
+def measure_one(image: Tensor, item: dict[str, Tensor]) -> dict[str, Measured]:
+    """Measure one picture `(3, H, W)` against its sample."""
+    picture, truth, source = (value[None] for value in (image, item["result"], item["src"]))
+    return metrics.measure(picture, truth, cut(item["mask"])[None], source)
 
 
 def measure(images: list[Tensor], dataset: RemovalDataset) -> dict[str, float]:
@@ -138,13 +146,9 @@ def measure(images: list[Tensor], dataset: RemovalDataset) -> dict[str, float]:
 
     The mean runs over the samples in which the region has at least `SMALLEST_REGION` pixels.
     """
-    found: dict[str, list[float]] = {name: [] for name in REGIONS}
-    for index, image in enumerate(images):
-        item = dataset[index]
-        for name, where in regions(item).items():
-            if int(where.sum()) >= SMALLEST_REGION:
-                found[name].append(psnr(image, item["result"], where))
-    return {name: sum(values) / len(values) for name, values in found.items() if values}
+    found = measure_samples(images, dataset)
+    means = {k: found[f"psnr/{region}"].mean(SMALLEST_REGION) for k, region in REGIONS.items()}
+    return {name: value for name, value in means.items() if value is not None}
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:

@@ -82,20 +82,18 @@ def add_experts(
     A run that never asks a router gets none, so that its checkpoint is used as it was trained: with
     uniform weights.
     """
-    targets: list[str] | str = options.target_modules
-    if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
-        targets = targets[0]
     config = moe_lora.MoELoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         num_experts=options.num_experts,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=options.targets,
         router=options.router if routed else None,
         router_kwargs=json.loads(options.router_kwargs) if routed else {},
         routing_strategy=options.routing_strategy,
         routing_temperature=options.routing_temperature,
         top_k=options.top_k,
+        expert_dropout=options.expert_dropout,
     )
     return get_peft_model(transformer, config)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from transformers import HfArgumentParser
+
+from routing_options import BalanceOptions, CourseOptions, check_balance, check_course, option
 
 BUNDLED_MODEL = Path(__file__).parent / "tiny_flux_fill"
 
@@ -21,11 +24,6 @@ ATTENTION_AND_FEED_FORWARD = (
     *("proj_mlp", "proj_out"),
 )
 """What is adapted by default, in the names of diffusers' `FluxTransformer2DModel`."""
-
-
-def option(default: Any, text: str) -> Any:
-    """Return a dataclass field with a default and a help text."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(kw_only=True)
@@ -47,10 +45,14 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
-class MixtureOptions:
+class MixtureOptions(BalanceOptions):
     """Describe the experts and their router."""
 
     use_lora: bool = option(True, "Train LoRA experts; false trains the whole transformer.")
+    adapter: Literal["moe_lora", "lora"] = option(
+        "moe_lora",
+        "A mixture of experts; or lora, PEFT's own LoRA of rank lora_r, to compare with.",
+    )
     num_experts: int = option(3, "Experts per layer; one alone is a plain LoRA without a router.")
     lora_r: int = option(256, "Rank of each expert.")
     lora_alpha: float = option(256.0, "The experts' output is scaled by lora_alpha / lora_r.")
@@ -60,18 +62,26 @@ class MixtureOptions:
         metadata={"help": "Layers to adapt: name endings; or one regex, or all-linear."},
     )
     router: str = option("three_expert_removal", "Name of a registered router.")
+    routing: Literal["by_losses", "always", "never"] = option(
+        "by_losses", "Ask the router once a specialised loss is on; whatever is on; or never."
+    )
     router_kwargs: str = option("{}", "Arguments of the router, as JSON.")
     routing_temperature: float = option(1.0, "Divides the router's logits; 0.5 to 2 is usual.")
     routing_strategy: Literal["soft", "hard", "topk"] = option("soft", "From logits to weights.")
     top_k: int | None = option(None, "Experts that stay under the strategy topk.")
     task_hint: str | None = option(None, "Guidance in training, for example removal_focus.")
-    load_balancing_weight: float = option(0.0, "Weight of the loss against uneven expert usage.")
-    router_z_weight: float = option(0.0, "Weight of the loss against large router logits.")
     router_learning_rate: float | None = option(None, "As learning_rate, for the router alone.")
+
+    @property
+    def targets(self) -> list[str] | str:
+        """Return the layers to adapt as PEFT takes them: name endings, a regex, or all-linear."""
+        names = self.target_modules
+        is_rule = len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0])
+        return names[0] if is_rule else names
 
 
 @dataclass(kw_only=True)
-class LossOptions:
+class LossOptions(CourseOptions):
     """Switch losses on and weigh them."""
 
     enable_base_loss: bool = option(True, "Velocities in latent space.")
@@ -85,10 +95,19 @@ class LossOptions:
     enable_mask_info: bool = option(
         False, "Analyse the masks, which routing needs, and log what was found."
     )
-    max_sigma: float = option(0.7, "Noisier samples than this are left out of the pixel losses.")
-    uniform_steps: int = option(
-        0, "Steps of phase 1: base loss and uniform weights only, before all that is enabled."
+    expert_signals: bool = option(
+        False, "Give each sample one loss, and let a specialised one train its own expert only."
     )
+    effect_band: int = option(
+        0, "Pixels around the mask where consistency is relaxed, for shadows and reflections."
+    )
+    specialised_every: int = option(
+        1, "Boundary, consistency and detail loss at every n-th step only, n times as strong."
+    )
+    window_margin: int | None = option(
+        None, "Decode with gradient only the mask's box and so many latents around it."
+    )
+    max_sigma: float = option(0.7, "Noisier samples than this are left out of the pixel losses.")
     weighting_scheme: Literal["logit_normal", "mode", "none", "sigma_sqrt", "cosmap"] = option(
         "logit_normal", "How noise levels are drawn (the first two) or weighed, as in diffusers."
     )
@@ -125,6 +144,9 @@ class RunOptions:
         "no", "Autocast; the frozen weights are held in this precision, too."
     )
     gradient_checkpointing: bool = option(False, "Trade time for memory in the transformer.")
+    mask_augmentation: float = option(
+        0.0, "Share of the masks that are drawn anew, too tight or too loose, as users draw them."
+    )
     cache_latents: bool = option(False, "Read and encode the data once, and keep it in memory.")
     dataloader_num_workers: int = option(0, "Processes that read images.")
     seed: int = option(0, "Decides initial weights, noise and the order of the data.")
@@ -137,6 +159,9 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
     def __post_init__(self) -> None:
         self.check_losses()
         self.check_mixture()
+        check_balance(self)
+        check_course(self)
+        self.check_pixels()
         for name in ("logging_steps", "checkpointing_steps", "batch_size", "num_train_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected `{name}` to be >= 1, but got {getattr(self, name)}.")
@@ -152,9 +177,15 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
         return self.enable_boundary_loss or self.enable_consistency_loss or self.enable_detail_loss
 
     @property
+    def mixed(self) -> bool:
+        """Tell whether the run trains a mixture of experts."""
+        return self.use_lora and self.adapter == "moe_lora"
+
+    @property
     def routed(self) -> bool:
         """Tell whether the run ever asks a router."""
-        return self.use_lora and self.specialised and self.num_experts > 1
+        wanted = self.specialised if self.routing == "by_losses" else self.routing == "always"
+        return self.mixed and wanted and self.num_experts > 1
 
     def check_losses(self) -> None:
         """Raise for losses that are off, lack what they need, or have weights without effect."""
@@ -172,27 +203,74 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
                 "Expected --enable_mask_info together with a boundary, consistency or detail loss: "
                 "these switch routing on, and routing needs the masks analysed."
             )
-        if self.uniform_steps and not (self.specialised and self.enable_base_loss):
+        if self.expert_signals and not (
+            self.specialised and self.enable_base_loss and self.mixed and self.num_experts == 3
+        ):
             raise ValueError(
-                f"Expected the base loss and a specialised loss with `uniform_steps` "
-                f"{self.uniform_steps}: phase 1 trains by the first, phase 2 by both."
+                "Expected a mixture of three experts, the base loss and a specialised loss with "
+                "`expert_signals`."
             )
 
     def check_mixture(self) -> None:
-        """Raise for options of a router that the run never asks."""
+        """Raise for options of a mixture or of a router that the run does not have."""
+        if self.adapter == "lora":
+            self.check_plain()
+        if self.routing != "by_losses" and not (self.mixed and self.num_experts > 1):
+            raise ValueError(
+                f"Expected LoRA experts, more than one of them, with `routing` {self.routing}."
+            )
         if not isinstance(json.loads(self.router_kwargs), dict):
             raise ValueError(
                 f"Expected `router_kwargs` to be a JSON object, but got {self.router_kwargs}."
             )
-        for name in ("task_hint", "load_balancing_weight", "router_z_weight"):
-            if getattr(self, name) and not self.routed:
-                raise ValueError(
-                    f"Expected a routed run with `{name}`: LoRA experts, more than one of them, "
-                    "and a boundary, consistency or detail loss."
-                )
+        if self.task_hint and not self.routed:
+            raise ValueError(
+                "Expected a routed run with `task_hint`: LoRA experts, more than one of them, "
+                "and a boundary, consistency or detail loss or `routing` always."
+            )
         if self.router_learning_rate is not None and not self.routed:
             raise ValueError("Expected a routed run with `router_learning_rate`.")
 
+    def check_pixels(self) -> None:
+        """Raise for options of pixel losses or masks that are out of range or have no effect."""
+        ways = {"window_margin": None, "specialised_every": 1}
+        for name, off in ways.items():
+            if getattr(self, name) != off and not self.specialised:
+                raise ValueError(
+                    f"Expected a boundary, consistency or detail loss with `{name}`, which has no "
+                    "effect without one."
+                )
+        if self.effect_band and not self.enable_consistency_loss:
+            raise ValueError("Expected --enable_consistency_loss together with `effect_band`.")
+        if self.specialised_every != 1 and self.expert_signals:
+            raise ValueError("Expected `specialised_every` 1 with `expert_signals`.")
+        if not 0 <= self.mask_augmentation <= 1:
+            raise ValueError(
+                f"Expected `mask_augmentation` to be in [0, 1], but got {self.mask_augmentation}."
+            )
+        if self.mask_augmentation and self.cache_latents:
+            raise ValueError(
+                "Expected no `cache_latents` with `mask_augmentation`: what is encoded of a source "
+                "depends on its mask."
+            )
+
+    def check_plain(self) -> None:
+        """Raise for options that PEFT's own LoRA does not have."""
+        if not self.use_lora:
+            raise ValueError("Expected `use_lora` with `adapter` lora, but it is off.")
+        fields = MixtureOptions.__dataclass_fields__
+        for name in OF_THE_MIXTURE:
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(
+                    f"Expected no `{name}` with `adapter` lora, but got {getattr(self, name)}: "
+                    "it has no experts and no router."
+                )
+
+
+OF_THE_MIXTURE = (
+    *("num_experts", "router", "routing", "router_kwargs"),
+    *("routing_temperature", "routing_strategy", "top_k"),
+)
 
 LOSS_DEFAULTS = {
     name: LossOptions.__dataclass_fields__[f"{name}_loss_weight"].default

@@ -14,11 +14,15 @@ import torch
 from diffusers import FluxFillPipeline
 from PIL import Image, UnidentifiedImageError
 
-from models import Conditioner, guidance_for, load_checkpoint, load_pipeline
+from models import Conditioner, guidance_for, load_checkpoint, load_pipeline, to_pictures
+from moe_lora.masks import composite
 from options import BUNDLED_MODEL
 
 MULTIPLE = 16
 """Flux packs 2x2 latents of 8x8 pixels into a token."""
+
+FEATHER = 4
+"""Pixels of soft edge around the mask, where the background is kept."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -125,6 +129,27 @@ def remove_object(
     return result.crop((0, 0, image.width, image.height))
 
 
+def keep_background(
+    result: Image.Image, image: Image.Image, mask: Image.Image, feather: int
+) -> Image.Image:
+    """Paste the result into the picture, which stays as it was `feather + 1` pixels off the mask.
+
+    Without it every pixel changes a little, since the VAE encodes and decodes all of them. With it
+    a shadow outside the mask stays, too.
+
+    Args:
+        result: of `remove_object`.
+        image: mode RGB, what it was made from.
+        mask: mode L, 0 and 255; white = remove.
+        feather: pixels around the mask in which the two are blended.
+    """
+    made, before, where = (
+        torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1)[None] / 255
+        for picture in (result, image, mask)
+    )
+    return to_pictures(composite(made, before, where, feather))[0]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     cuda = torch.cuda.is_available()
@@ -145,6 +170,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--guidance_scale", type=float, help="30 where the model reads one")
     parser.add_argument("--threshold_mask", action="store_true", help="cut grey masks at 128")
+    parser.add_argument(
+        "--keep_background",
+        action="store_true",
+        help="leave every pixel outside the mask as it was; shadows there stay, too",
+    )
+    parser.add_argument(
+        "--feather",
+        type=int,
+        help=f"pixels of soft edge around the mask then; {FEATHER} if not set",
+    )
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="where to run")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="of weights"
@@ -160,6 +195,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--ref needs --flux_redux_id, which is what reads it")
     if args.steps < 1:
         parser.error(f"expected --steps to be >= 1, but got {args.steps}")
+    if args.feather is not None and not args.keep_background:
+        parser.error("--feather needs --keep_background, whose edge it softens")
+    feather = FEATHER if args.feather is None else args.feather
+    if feather < 0:
+        parser.error(f"expected --feather to be >= 0, but got {feather}")
     image = open_picture(args.image, "RGB")
     mask = check_mask(image, open_picture(args.mask, "L"), threshold=args.threshold_mask)
     ref = open_picture(args.ref, "RGB") if args.ref else None
@@ -180,6 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         guidance_scale=args.guidance_scale,
         ref=ref,
     )
+    if args.keep_background:
+        result = keep_background(result, image, mask, feather)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     result.save(args.output)
     print(f"Wrote {args.output}.")

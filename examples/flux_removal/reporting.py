@@ -1,4 +1,4 @@
-"""Tell how a run goes: `training.log`, `metrics.jsonl` and TensorBoard."""
+"""Tell how a run goes: `training.log`, `metrics.jsonl`, curves and pictures in TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import moe_lora
 from moe_lora import RemovalLoss
 from moe_lora.losses import RemovalLossOutput
 from options import TrainOptions
+from routing_pictures import RoutingPictures, usage_over_training
 
 
 class LossWindow:
@@ -24,11 +25,13 @@ class LossWindow:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        self.sigma = torch.zeros(0)
 
     def add(
         self, loss: RemovalLoss, output: RemovalLossOutput, total: Tensor, sigma: Tensor
     ) -> None:
         """Add a batch: the components, what they contribute to `total`, and how many samples."""
+        self.sigma = sigma.detach()  # of the last batch
         passed = (sigma <= loss.max_sigma).sum()
         self._add("batches", torch.ones(()))
         self._add("total", total)
@@ -84,6 +87,7 @@ class Reporter:
         self.accelerator, self.options = accelerator, options
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.window, self.collapsed = LossWindow(), False
+        self.pictures: RoutingPictures | None = None
         self.folder = Path(options.logging_dir)
         self.logger = logging.getLogger("flux_removal")
         self.logger.setLevel(logging.INFO)
@@ -103,7 +107,14 @@ class Reporter:
         if self.accelerator.is_main_process:
             tqdm.write(f"{logging.getLevelName(level)} - {message}")
 
-    def entry(self, step: int, model: nn.Module, mode: str, curves: dict[str, float]) -> str:
+    def entry(
+        self,
+        step: int,
+        model: nn.Module,
+        mode: str,
+        curves: dict[str, float],
+        batch: dict[str, Tensor] | None = None,
+    ) -> str:
         """Write what happened since the last entry; called by every process.
 
         Args:
@@ -111,6 +122,7 @@ class Reporter:
             model: the adapted model, whose routing statistics start anew (this process's).
             mode: "routed" or "uniform".
             curves: further numbers for TensorBoard.
+            batch: the last one, whose masks the pictures show; the weights are the model's last.
 
         Returns:
             The entry in a few words.
@@ -128,9 +140,11 @@ class Reporter:
         self.logger.info("Total Loss: %.4f%s", values["total"], told)
         losses = ", ".join(f"{name}={values[f'loss/{name}']:.4f}" for name in shares)
         self.logger.info("Component Losses: %s", losses)
-        if self.options.use_lora:
+        if self.options.mixed:
             values |= self._routing(model, mode)
         self._write(values, step)
+        if self.options.mixed and self.accelerator.is_main_process:
+            self._draw(step, model, batch)
         return f"loss {values['total']:.4f}, {mode}"
 
     def _routing(self, model: nn.Module, mode: str) -> dict[str, float]:
@@ -141,10 +155,10 @@ class Reporter:
             stats.reset()
             stats.update(torch.full((1, experts), 1 / experts))
             strategy = "uniform"
+        adapted = self.accelerator.unwrap_model(model)
+        temperature = adapted.peft_config[adapted.active_adapter].routing_temperature
         self.logger.info(stats.log_line())
-        self.logger.info(
-            "Routing Temperature: %s, Strategy: %s", self.options.routing_temperature, strategy
-        )
+        self.logger.info("Routing Temperature: %s, Strategy: %s", round(temperature, 4), strategy)
         if mode == "routed" and stats.is_collapsed() and not self.collapsed:
             self.say(stats.collapse_warning() or "", logging.WARNING)
         self.collapsed = mode == "routed" and stats.is_collapsed()
@@ -153,8 +167,27 @@ class Reporter:
         if mode == "routed":
             found |= {f"routing/expert_{i}_usage": n for i, n in enumerate(stats.usage)}
         found["routing/entropy"] = stats.entropy
+        found["routing/temperature"] = temperature
+        found["routing/idle_experts"] = len(stats.idle_experts())
         stats.reset()
         return found
+
+    def _draw(self, step: int, model: nn.Module, batch: dict[str, Tensor] | None) -> None:
+        if self.options.report_to != "tensorboard":
+            return
+        if self.pictures is None:
+            writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
+            names = moe_lora.routing_stats(model).expert_names
+            self.pictures = RoutingPictures(writer, names)
+        decision = moe_lora.current_routing(model)
+        if decision is not None:
+            self.pictures.note(decision.weights, self.window.sigma, batch)
+        last = step == self.total_steps
+        if last or (decision is not None and self.pictures.due):
+            self.pictures.draw(step)
+        if last:
+            figure = usage_over_training(self.folder / "metrics.jsonl")
+            self.pictures.writer.add_figure("routing/usage", figure, step)
 
     def _write(self, values: dict[str, float], step: int) -> None:
         curves = {

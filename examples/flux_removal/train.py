@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 import moe_lora
-from batches import CachedDataset, LatentEncoder, batch_stream
+from batches import CachedDataset, LatentEncoder, augment_masks, batch_stream
 from checkpoints import (
     Progress,
     find_checkpoint,
@@ -34,9 +36,18 @@ from dataset import RemovalDataset
 from interrupts import Interruption
 from models import Conditioner, guidance_for, load_pipeline
 from moe_lora import RemovalLoss, flow
-from moe_lora.losses import RemovalLossOutput
+from moe_lora.losses import ExpertSignals, RemovalLossOutput
 from options import TrainOptions, parse_options
-from parts import Parts, build_batches, build_losses, build_model, build_optimizer, order_of_data
+from parts import (
+    Parts,
+    auxiliary_loss,
+    build_batches,
+    build_loss,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    order_of_data,
+)
 from reporting import Reporter
 
 SMALLEST_SIGMA = 1e-3
@@ -44,7 +55,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def training_step(
-    batch: dict[str, Tensor], parts: Parts, loss: RemovalLoss
+    batch: dict[str, Tensor], parts: Parts, loss: RemovalLoss, step: int = 0
 ) -> tuple[Tensor, RemovalLossOutput, Tensor]:
     """Run the model on a batch and compute the losses that are on.
 
@@ -52,6 +63,7 @@ def training_step(
         batch: `src`, `result`, `ref` `(B, 3, H, W)` and `mask` `(B, 1, H, W)`, in [0, 1].
         parts: the models.
         loss: of the current phase.
+        step: optimizer steps done.
 
     Returns:
         The loss to train by, what the removal loss found, and the noise levels `(B,)`.
@@ -62,17 +74,19 @@ def training_step(
     sigma = draw_sigma(len(latents.x0), options).to(latents.x0.device)
     noise = torch.randn_like(latents.x0)
     x_t = flow.interpolate(latents.x0, noise, sigma)
-    velocity = parts.model(
-        hidden_states=torch.cat([x_t, latents.condition], dim=-1),
-        timestep=sigma.to(x_t.dtype),
-        guidance=guidance_for(parts.pipe.transformer, options.guidance_scale, len(sigma)),
-        pooled_projections=pooled_embeds,
-        encoder_hidden_states=prompt_embeds,
-        txt_ids=prompt_embeds.new_zeros(prompt_embeds.shape[1], 3),
-        img_ids=latents.image_ids,
-        return_dict=False,
-    )[0]
-    output = loss(
+    criterion, teaching = assign_signals(loss, sigma, parts)
+    with teaching:
+        velocity = parts.model(
+            hidden_states=torch.cat([x_t, latents.condition], dim=-1),
+            timestep=sigma.to(x_t.dtype),
+            guidance=guidance_for(parts.pipe.transformer, options.guidance_scale, len(sigma)),
+            pooled_projections=pooled_embeds,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=prompt_embeds.new_zeros(prompt_embeds.shape[1], 3),
+            img_ids=latents.image_ids,
+            return_dict=False,
+        )[0]
+    output = criterion(
         velocity,
         flow.velocity(latents.x0, noise),
         x_t=x_t,
@@ -81,15 +95,24 @@ def training_step(
         target=batch["result"],
         height=latents.height,
         width=latents.width,
+        step=step,
     )
-    total = output.total
-    decision = moe_lora.current_routing(parts.model) if options.use_lora else None
-    if decision is not None and options.load_balancing_weight:
-        balance = moe_lora.load_balancing_loss(decision.weights)
-        total = total + options.load_balancing_weight * balance
-    if decision is not None and options.router_z_weight:
-        total = total + options.router_z_weight * moe_lora.router_z_loss(decision.logits)
-    return total, output, sigma
+    return output.total + auxiliary_loss(parts.model, options), output, sigma
+
+
+def assign_signals(
+    loss: RemovalLoss, sigma: Tensor, parts: Parts
+) -> tuple[Callable[..., RemovalLossOutput], AbstractContextManager[None]]:
+    """Return the loss, and the context that the model is called in.
+
+    With `expert_signals` every sample gets one component, which trains its own expert.
+    """
+    if not (parts.options.expert_signals and loss.specialised):
+        return loss, nullcontext()
+    signals = ExpertSignals(loss)
+    assignment = signals.assign(sigma)
+    teaching = moe_lora.teach_experts(parts.model, signals.learners(assignment))
+    return partial(signals, assignment=assignment), teaching
 
 
 def draw_sigma(batch: int, options: TrainOptions) -> Tensor:
@@ -139,7 +162,7 @@ def train(options: TrainOptions) -> Path:
     pipe = load_pipeline(options.flux_fill_id, dtype=dtype, device=accelerator.device)
     conditioner = Conditioner(pipe, prompt=options.prompt, redux_id=options.flux_redux_id)
     model, encoder = build_model(pipe, options), LatentEncoder(pipe)
-    losses = build_losses(options, pipe.vae)
+    loss = build_loss(options, pipe.vae)
     fresh = load_model(model, resumed) if resumed else []
 
     dataset = RemovalDataset(options.train_data_dir)
@@ -168,12 +191,12 @@ def train(options: TrainOptions) -> Path:
     if note:
         reporter.say(note, logging.WARNING)
     parts = Parts(accelerator, pipe, model, encoder, conditioner, options)
-    return run(parts, losses, stream, optimizer, scheduler, progress, reporter)
+    return run(parts, loss, stream, optimizer, scheduler, progress, reporter)
 
 
 def run(
     parts: Parts,
-    losses: tuple[RemovalLoss, RemovalLoss],
+    loss: RemovalLoss,
     stream: Iterator[dict[str, Tensor]],
     optimizer: Optimizer,
     scheduler: LRScheduler,
@@ -182,7 +205,8 @@ def run(
 ) -> Path:
     """Make the steps that are left, with log entries and checkpoints on the way."""
     accelerator, model, options = parts.accelerator, parts.model, parts.options
-    output_dir, total_steps, mode = Path(options.output_dir), reporter.total_steps, ""
+    output_dir, total_steps = Path(options.output_dir), reporter.total_steps
+    schedule = build_schedule(options)
     folder = output_dir / f"checkpoint-{progress.step}"
     bar = tqdm(
         total=total_steps,
@@ -192,14 +216,17 @@ def run(
     )
     with Interruption() as interruption, bar:
         while progress.step < total_steps:
-            loss = losses[0] if progress.step < options.uniform_steps else losses[1]
-            wanted = moe_lora.routing_mode_for(loss) if options.routed else "uniform"
-            if options.use_lora and wanted != mode:
-                moe_lora.set_routing_mode(model, wanted)
-            mode = wanted
+            mode = schedule.apply(model if options.mixed else None, loss, progress.step).mode
             batch = to_device(next(stream), accelerator.device)
+            batch = augment_masks(
+                batch,
+                options.mask_augmentation,
+                seed=options.seed,
+                position=progress.position,
+                process=accelerator.process_index,
+            )
             with accelerator.accumulate(model):
-                total, output, sigma = training_step(batch, parts, loss)
+                total, output, sigma = training_step(batch, parts, loss, progress.step)
                 accelerator.backward(total)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
@@ -215,7 +242,7 @@ def run(
             if progress.step % options.logging_steps == 0 or progress.step == total_steps:
                 curves = mask_curves(batch) if options.enable_mask_info else {}
                 curves["lr"] = scheduler.get_last_lr()[0]
-                bar.set_postfix_str(reporter.entry(progress.step, model, mode, curves))
+                bar.set_postfix_str(reporter.entry(progress.step, model, mode, curves, batch))
             stopping = agree_to_stop(accelerator, interruption)
             due = progress.step % options.checkpointing_steps == 0
             if stopping or due or progress.step == total_steps:

@@ -8,7 +8,14 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import batches
-from batches import BucketBatches, CachedDataset, LatentEncoder, batch_stream, picture_sizes
+from batches import (
+    BucketBatches,
+    CachedDataset,
+    LatentEncoder,
+    augment_masks,
+    batch_stream,
+    picture_sizes,
+)
 from dataset import RemovalDataset
 from models import load_pipeline
 
@@ -118,3 +125,28 @@ def test_a_cached_sample_gives_the_latents_of_a_fresh_one(
     torch.manual_seed(2)
     again = encoder({name: value[None] for name, value in cached[1].items()})
     assert not torch.equal(again.x0, found[1].x0)
+
+
+def objects(count: int = 64) -> dict[str, torch.Tensor]:
+    mask = torch.zeros(count, 1, 48, 48)
+    mask[..., 16:30, 16:34] = mask[..., 8:40, 22:26] = 1
+    return {"mask": mask, "src": torch.rand(count, 3, 48, 48)}
+
+
+def test_masks_are_drawn_anew_by_seed_position_and_process() -> None:
+    batch = objects()
+    found = augment_masks(batch, 0.5, seed=1, position=7)
+    again = augment_masks(batch, 0.5, seed=1, position=7)
+    assert torch.equal(found["mask"], again["mask"])
+    assert found["src"] is batch["src"]
+    for other in ({"seed": 2}, {"position": 8}, {"process": 1}):
+        changed = augment_masks(batch, 0.5, **({"seed": 1, "position": 7} | other))
+        assert not torch.equal(found["mask"], changed["mask"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_share_of_masks_that_are_drawn_anew(share: float) -> None:
+    batch = objects(400)
+    found = augment_masks(batch, share, seed=0, position=0)["mask"]
+    changed = (found != batch["mask"]).flatten(1).any(1).float().mean().item()
+    assert changed == pytest.approx(share, abs=0.06)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from peft import PeftConfig
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import demo
 from evaluation import REGIONS
@@ -23,6 +25,14 @@ enable_mask_info: true
 """
 
 
+def figures_in(folder: Path) -> set[str]:
+    """Return the names of the pictures in TensorBoard's event files."""
+    found: set[str] = set()
+    for file in folder.rglob("events.*"):
+        found |= set(EventAccumulator(str(file)).Reload().Tags()["images"])
+    return found
+
+
 def test_the_quick_demo_leaves_all_that_it_promises(
     random_flux_fill: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -32,8 +42,21 @@ def test_the_quick_demo_leaves_all_that_it_promises(
         assert demo.main(["--quick", "--config", str(config), "--output_dir", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "PSNR, dB" in printed
-    for name in ("contact_sheet", "routing_over_training", "routing_by_mask_size"):
-        assert (output / f"{name}.png").stat().st_size > 1000
+    assert "diagonal share" in printed
+    assert (output / "contact_sheet.png").stat().st_size > 1000
+    pictures = [
+        "routing_by_edge_complexity",
+        "routing_by_mask_size",
+        "routing_over_training",
+        "specialisation",
+    ]
+    for name in pictures:
+        assert Image.open(output / f"{name}.png").width >= 800
+    assert figures_in(output / "logs") == {
+        *(f"test/{name}" for name in pictures),
+        "routing/sigma",
+        "routing/usage",
+    }
     checkpoint = output / "checkpoint"
     assert PeftConfig.from_pretrained(checkpoint).router == "three_expert_removal"
     assert len(list((checkpoint / "experts").iterdir())) == 3
@@ -42,5 +65,11 @@ def test_the_quick_demo_leaves_all_that_it_promises(
     assert list((output / "logs").rglob("events.*"))
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["psnr"]["base"].keys() == metrics["psnr"]["ours"].keys() == set(REGIONS)
-    assert set(metrics["seconds"]) == {"data", "training", "evaluation", "pictures"}
+    assert set(metrics["seconds"]) == {
+        *("data", "training", "evaluation", "specialisation", "pictures")
+    }
+    found = metrics["specialisation"]
+    assert set(found["baseline"]) == {"base", "boundary", "consistency", "detail"}
+    assert len(found["rises"]) == 3
+    assert 0 <= found["score"] <= 1
     assert metrics["samples"] == 6

@@ -9,7 +9,7 @@ from PIL import Image
 
 import evaluation
 from dataset import RemovalDataset
-from evaluation import measure, psnr, regions, run_pipeline, table
+from evaluation import measure, measure_samples, regions, run_pipeline, table
 from models import Conditioner, add_experts, load_pipeline
 from options import parse_options
 
@@ -36,18 +36,6 @@ def test_regions_lie_where_they_should() -> None:
     assert found["shadow"][16:20, 8:16].all()
 
 
-def test_psnr_is_that_of_the_region_alone() -> None:
-    image, truth = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
-    image[:, :2] = 0.1
-    upper = torch.zeros(4, 4, dtype=torch.bool)
-    upper[:2] = True
-    assert psnr(image, truth, upper) == pytest.approx(20.0)
-    assert psnr(image, truth, ~upper) == pytest.approx(100.0)
-    skimage = pytest.importorskip("skimage.metrics")
-    expected = skimage.peak_signal_noise_ratio(truth.numpy(), image.numpy(), data_range=1)
-    assert psnr(image, truth, torch.ones(4, 4, dtype=torch.bool)) == pytest.approx(expected)
-
-
 def write(folder: Path, items: list[dict[str, torch.Tensor]]) -> RemovalDataset:
     for index, item in enumerate(items):
         for name, value in item.items():
@@ -65,6 +53,27 @@ def test_samples_without_a_region_do_not_count_for_it(tmp_path: Path) -> None:
     found = measure(images, dataset)
     assert found["shadow"] == pytest.approx(20.0, abs=1e-3)
     assert found["whole"] == pytest.approx(30.0, abs=1e-3)
+
+
+def test_regions_of_a_few_pixels_do_not_count(tmp_path: Path) -> None:
+    item = make_item()
+    item["src"][:, 16:20, 8:16] = item["result"][:, 16:20, 8:16]
+    item["src"][:, 16:18, 8:15] = 0.3
+    dataset = write(tmp_path, [item])
+    assert int(regions(dataset[0])["shadow"].sum()) == evaluation.SMALLEST_REGION - 2
+    assert set(measure([dataset[0]["result"]], dataset)) == set(evaluation.REGIONS) - {"shadow"}
+
+
+def test_samples_are_measured_by_every_metric_against_their_own_truth(tmp_path: Path) -> None:
+    plain = make_item()
+    plain["src"] = plain["result"].clone()
+    dataset = write(tmp_path, [make_item(), plain])
+    images = [dataset[0]["result"], dataset[1]["result"] + 0.1 * (dataset[1]["mask"] >= 0.5)]
+    found = measure_samples(images, dataset)
+    assert found["psnr/inside"].tolist() == [100.0, pytest.approx(20.0, abs=1e-3)]
+    assert found["seam_error"].tolist() == pytest.approx([0.0, 0.1], abs=1e-6)
+    assert found["psnr/effect"].tolist() == [100.0, None]
+    assert found["ssim/whole"].tolist()[0] == pytest.approx(1.0)
 
 
 def test_a_sample_depends_on_its_index_and_the_seed_alone(
@@ -95,6 +104,16 @@ def test_routing_weights_are_those_of_the_samples(random_flux_fill: Path, triple
         assert a.sum().item() == pytest.approx(1.0)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0], found[3])
+
+
+def test_weights_of_tokens_count_by_their_mean(random_flux_fill: Path, triplets: Path) -> None:
+    pipe, dataset = load_pipeline(str(random_flux_fill)), RemovalDataset(triplets)
+    flags = ["--train_data_dir", "d", "--lora_r", "2", "--target_modules", "to_q"]
+    flags += ["--router", "token_removal"]
+    add_experts(pipe.transformer, parse_options(flags), routed=True).eval()
+    found = run_pipeline(pipe, Conditioner(pipe), dataset, steps=1).weights
+    assert [tuple(weights.shape) for weights in found] == [(3,)] * 5
+    assert [weights.sum().item() for weights in found] == pytest.approx([1.0] * 5, abs=1e-5)
 
 
 def test_the_table_has_a_gain() -> None:

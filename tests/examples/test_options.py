@@ -107,15 +107,89 @@ def test_specialised_losses_need_mask_info(name: str) -> None:
         (["--load_balancing_weight", "0.1"], "load_balancing_weight"),
         (["--router_z_weight", "0.1"], "router_z_weight"),
         (["--router_learning_rate", "0.1"], "router_learning_rate"),
+        (["--entropy_floor_weight", "0.1"], "`entropy_floor_weight`"),
+        (["--expert_dropout", "0.1"], "`expert_dropout`"),
+        (["--orthogonality_weight", "1", "--num_experts", "1"], "`orthogonality_weight`"),
+        (["--orthogonality_weight", "1", "--adapter", "lora"], "`orthogonality_weight`"),
+        (["--entropy_floor", "0.3"], "`entropy_floor_weight` together"),
+        (["--specialised_warmup_steps", "5"], "`specialised_warmup_steps`"),
+        (["--router_phase", "alone"], "`router_phase_steps` together"),
+        (["--router_phase_steps", "5"], "`router_phase_steps` together"),
+        (
+            ["--router_phase_steps", "5", "--router_phase", "alone"],
+            "routed run with `router_phase`",
+        ),
+        (["--final_temperature", "0.5"], "`temperature_steps` together"),
+        (["--temperature_steps", "5"], "`temperature_steps` together"),
+        (["--temperature_course", "linear"], "`final_temperature` together"),
+        (
+            ["--final_temperature", "0.5", "--temperature_steps", "5"],
+            "routed run with `final_temperature`",
+        ),
         (["--router_kwargs", "[1]"], "JSON object"),
+        (["--adapter", "lora", "--num_experts", "4"], "`num_experts` with `adapter` lora"),
+        (["--adapter", "lora", "--router", "uniform"], "`router` with `adapter` lora"),
+        (["--adapter", "lora", "--routing", "always"], "`routing` with `adapter` lora"),
+        (["--adapter", "lora", "--no_use_lora"], "`use_lora` with `adapter` lora"),
+        (["--routing", "always", "--num_experts", "1"], "`routing` always"),
+        (["--routing", "never", "--no_use_lora"], "`routing` never"),
+        (["--expert_signals"], "`expert_signals`"),
         (["--lr_warmup_steps", "5"], "constant_with_warmup"),
         (["--batch_size", "0"], "`batch_size` to be >= 1"),
         (["--logging_steps", "0"], "`logging_steps` to be >= 1"),
+        (["--effect_band", "8"], "--enable_consistency_loss together with `effect_band`"),
+        (["--window_margin", "0"], "detail loss with `window_margin`"),
+        (["--specialised_every", "2"], "detail loss with `specialised_every`"),
+        (["--mask_augmentation", "1.5"], r"`mask_augmentation` to be in \[0, 1\], but got 1.5"),
+        (["--mask_augmentation", "0.5", "--cache_latents"], "no `cache_latents`"),
     ],
 )
 def test_options_that_could_not_be_honoured_raise(flags: list[str], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         parse_options([*DATA, *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "highest"),
+    [
+        (["--entropy_floor", "1.0"], "1.00"),
+        (["--entropy_floor", "0.7", "--routing_strategy", "topk", "--top_k", "2"], "0.63"),
+        (["--entropy_floor", "0.1", "--routing_strategy", "hard"], "0.00"),
+    ],
+)
+def test_a_floor_that_weights_cannot_reach_raises(flags: list[str], highest: str) -> None:
+    routed = ["--routing", "always", "--entropy_floor_weight", "1"]
+    with pytest.raises(ValueError, match=rf"`entropy_floor` to be in \(0, {highest}\)"):
+        parse_options([*DATA, *routed, *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "without", "with_losses"),
+    [
+        ([], False, True),
+        (["--routing", "always"], True, True),
+        (["--routing", "never"], False, False),
+        (["--adapter", "lora"], False, False),
+        (["--num_experts", "1"], False, False),
+    ],
+)
+def test_who_asks_the_router(flags: list[str], without: bool, with_losses: bool) -> None:
+    assert parse_options([*DATA, *flags]).routed is without
+    losses = ["--enable_detail_loss", "--enable_mask_info"]
+    assert parse_options([*DATA, *flags, *losses]).routed is with_losses
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["to_q"], ["to_q"]),
+        (["attn.to_q", "to_k"], ["attn.to_q", "to_k"]),
+        (["all-linear"], "all-linear"),
+        ([r".*\.to_[qk]"], r".*\.to_[qk]"),
+    ],
+)
+def test_targets_are_names_a_rule_or_all(names: list[str], expected: list[str] | str) -> None:
+    assert parse_options([*DATA, "--target_modules", *names]).targets == expected
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scipy import ndimage
 
 import moe_lora
 import remove
@@ -165,7 +166,44 @@ def test_padding_repeats_the_edge_and_masks_nothing() -> None:
     assert padded_mask[:, 30:].max() == 0
 
 
-@pytest.mark.parametrize("flags", [["--ref", "a.png"], ["--steps", "0"], ["--stepz", "1"]])
+@pytest.mark.parametrize("feather", [0, 3])
+def test_the_background_is_kept_to_the_last_bit(
+    feather: int, checkpoint: Path, files: dict[str, Path], random_flux_fill: Path
+) -> None:
+    picture = np.array(Image.open(files["image"]))
+    inside = np.array(Image.open(files["mask"])) > 0
+    outside = ndimage.distance_transform_edt(~inside) >= feather + 1
+    plain = call(files, checkpoint, random_flux_fill)
+    assert (plain[outside] != picture[outside]).mean() > 0.5
+    kept = call(files, checkpoint, random_flux_fill, "--keep_background", "--feather", str(feather))
+    assert np.array_equal(kept[outside], picture[outside])
+    assert np.array_equal(kept[inside], plain[inside])
+    edge = ~inside & ~outside
+    assert bool(edge.any()) == (feather > 0)
+    low, high = np.minimum(plain, picture), np.maximum(plain, picture)
+    assert ((kept >= low) & (kept <= high)).all()
+
+
+def test_the_kept_background_has_a_soft_edge_by_default(
+    checkpoint: Path, files: dict[str, Path], random_flux_fill: Path
+) -> None:
+    flags = ["--keep_background", "--feather", str(remove.FEATHER)]
+    named = call(files, checkpoint, random_flux_fill, *flags)
+    assert np.array_equal(named, call(files, checkpoint, random_flux_fill, "--keep_background"))
+    hard = call(files, checkpoint, random_flux_fill, "--keep_background", "--feather", "0")
+    assert not np.array_equal(named, hard)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--ref", "a.png"],
+        ["--steps", "0"],
+        ["--stepz", "1"],
+        ["--feather", "2"],
+        ["--keep_background", "--feather", "-1"],
+    ],
+)
 def test_flags_that_could_not_be_honoured_end_the_program(
     flags: list[str], files: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from peft import get_peft_model
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import moe_lora
@@ -48,10 +52,17 @@ class Tokens(nn.Module):
         return self.linear(hidden_states)
 
 
-def make_reporter(tmp_path: Path) -> Reporter:
-    flags = ["--train_data_dir", "d", "--report_to", "none", "--logging_dir", str(tmp_path)]
+WEIGHTS = [0.45, 0.35, 0.20]
+
+
+def make_reporter(tmp_path: Path, report_to: str = "none") -> Reporter:
+    flags = ["--train_data_dir", "d", "--report_to", report_to, "--logging_dir", str(tmp_path)]
     flags += ["--enable_detail_loss", "--enable_mask_info"]
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(
+        cpu=True,
+        log_with=None if report_to == "none" else report_to,
+        project_config=ProjectConfiguration(logging_dir=str(tmp_path)),
+    )
     return Reporter(accelerator, parse_options(flags), total_steps=10, steps_per_epoch=5)
 
 
@@ -62,11 +73,17 @@ def make_model(weights: list[float]) -> nn.Module:
     return get_peft_model(Tokens(), config)
 
 
-def report(reporter: Reporter, model: nn.Module, step: int) -> None:
+def report(
+    reporter: Reporter,
+    model: nn.Module,
+    step: int,
+    batch: dict[str, torch.Tensor] | None = None,
+    mode: str = "routed",
+) -> None:
     loss = RemovalLoss(1.0, None, None, None)
     model(torch.zeros(2, 3, 4))
-    reporter.window.add(loss, output(base=1.0), torch.tensor(1.0), torch.tensor([0.5]))
-    reporter.entry(step, model, "routed", {})
+    reporter.window.add(loss, output(base=1.0), torch.tensor(1.0), torch.tensor([0.5, 0.25]))
+    reporter.entry(step, model, mode, {}, batch)
 
 
 def test_a_collapse_is_told_once_until_it_is_over(tmp_path: Path) -> None:
@@ -89,3 +106,44 @@ def test_statistics_start_anew_with_every_entry(tmp_path: Path) -> None:
     assert log.count("INFO - Expert Usage: removal=0.45, background=0.35, completion=0.20") == 2
     assert "INFO - Epoch 1/2, Step 2/10" in log
     assert moe_lora.routing_stats(model).usage == [0, 0, 0]
+
+
+def events_of(folder: Path) -> EventAccumulator:
+    (file,) = folder.rglob("events.*")
+    return EventAccumulator(str(file)).Reload()
+
+
+def test_pictures_of_routing_are_in_tensorboard(tmp_path: Path) -> None:
+    reporter, model = make_reporter(tmp_path, report_to="tensorboard"), make_model(WEIGHTS)
+    mask = torch.zeros(2, 1, 32, 32)
+    mask[..., 8:16] = 1
+    batch = {"src": torch.rand(2, 3, 32, 32), "mask": mask}
+    for step in range(1, 11):
+        report(reporter, model, step, batch)
+    reporter.accelerator.end_training()
+    events = events_of(tmp_path)
+    drawn = {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
+    assert drawn == {
+        "routing/sigma": [4, 10],
+        "routing/mask_size": [4, 10],
+        "routing/edge_complexity": [4, 10],
+        "routing/usage": [10],
+    }
+    picture = Image.open(BytesIO(events.Images("routing/usage")[0].encoded_image_string))
+    assert picture.size == (800, 450)
+    assert len(picture.getcolors(2**24)) > 10
+
+
+def test_a_uniform_run_has_its_usage_drawn_and_nothing_else(tmp_path: Path) -> None:
+    reporter, model = make_reporter(tmp_path, report_to="tensorboard"), make_model(WEIGHTS)
+    moe_lora.set_routing_mode(model, "uniform")
+    for step in (5, 10):
+        report(reporter, model, step, mode="uniform")
+    reporter.accelerator.end_training()
+    assert events_of(tmp_path).Tags()["images"] == ["routing/usage"]
+
+
+def test_nothing_is_drawn_without_tensorboard(tmp_path: Path) -> None:
+    reporter = make_reporter(tmp_path)
+    report(reporter, make_model(WEIGHTS), 10)
+    assert reporter.pictures is None

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
 import train
 from batches import CachedDataset
+from moe_lora.losses import ExpertSignals
 from options import parse_options
 
 Arguments = Callable[..., list[str]]
@@ -141,6 +142,9 @@ CHANGES = {
     "task_hint": "background_only",
     "load_balancing_weight": 10.0,
     "router_z_weight": 10.0,
+    "expert_dropout": 0.5,
+    "orthogonality_weight": 10.0,
+    "specialised_warmup_steps": 2,
     "router_learning_rate": 0.1,
     "base_loss_weight": 30.0,
     "boundary_loss_weight": 30.0,
@@ -150,6 +154,10 @@ CHANGES = {
     "enable_boundary_loss": False,
     "enable_consistency_loss": False,
     "enable_detail_loss": False,
+    "effect_band": 24,
+    "specialised_every": 2,
+    "window_margin": 0,
+    "mask_augmentation": 1.0,
     "max_sigma": 0.01,
     "uniform_steps": 1,
     "weighting_scheme": "cosmap",
@@ -193,6 +201,17 @@ def test_every_option_changes_what_is_trained(
         ({"weighting_scheme": "mode"}, "mode_scale", (0.5, 1.2)),
         ({"lr_scheduler": "constant_with_warmup"}, "lr_warmup_steps", (0, 2)),
         ({}, "num_experts", (1, 3)),
+        ({"routing_temperature": 0.1}, "entropy_floor_weight", (0.0, 100.0)),
+        ({"entropy_floor_weight": 100.0}, "entropy_floor", (0.3, 0.99)),
+        ({"router_phase_steps": 2}, "router_phase", ("frozen", "alone")),
+        ({"router_phase": "frozen"}, "router_phase_steps", (1, 2)),
+        ({"temperature_steps": 2}, "final_temperature", (0.5, 2.0)),
+        ({"final_temperature": 0.2}, "temperature_steps", (1, 3)),
+        (
+            {"final_temperature": 0.2, "temperature_steps": 3},
+            "temperature_course",
+            ("linear", "exponential"),
+        ),
         ({}, "num_train_epochs", (1, 2)),
     ],
 )
@@ -253,19 +272,54 @@ def test_the_memory_switches_reach_the_models(
     on: bool, arguments: Arguments, random_flux_fill: Path
 ) -> None:
     from models import load_pipeline
-    from parts import build_losses, build_model
+    from parts import build_loss, build_model
 
     options = parse_options(arguments(gradient_checkpointing=on, vae_checkpointing=on))
     pipe = load_pipeline(str(random_flux_fill))
     build_model(pipe, options)
     assert pipe.transformer.is_gradient_checkpointing is on
-    assert build_losses(options, pipe.vae)[1].decoder.checkpoint is on
+    assert build_loss(options, pipe.vae).decoder.checkpoint is on
 
 
 def test_a_run_without_specialised_losses_has_no_router(arguments: Arguments) -> None:
     folder = run(arguments())
     assert PeftConfig.from_pretrained(folder).router is None
     assert not any("router" in name for name in adapter(folder))
+
+
+def test_a_plain_lora_is_one_of_peft(arguments: Arguments, all_losses: dict[str, Any]) -> None:
+    folder = run(arguments(**all_losses, adapter="lora", lora_r=6, lora_alpha=3))
+    config = PeftConfig.from_pretrained(folder)
+    assert (type(config), config.r, config.lora_alpha) == (LoraConfig, 6, 3)
+    assert not (folder / "experts").exists()
+    tensors = adapter(folder)
+    assert all(tensor.abs().sum() > 0 for tensor in tensors.values())
+    mixture = adapter(run(arguments(lora_r=2, output_dir=folder.parent / "mixture")))
+    assert sum(t.numel() for t in tensors.values()) == sum(t.numel() for t in mixture.values())
+
+
+def test_with_expert_signals_a_specialised_loss_trains_its_own_expert(
+    arguments: Arguments, all_losses: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def always(signals: ExpertSignals, sigma: Tensor) -> Tensor:
+        return torch.full((len(sigma),), signals.components.index("detail"))
+
+    monkeypatch.setattr(ExpertSignals, "assign", always)
+    signals = {"expert_signals": True, "max_sigma": 1.0, "max_train_steps": 1}
+    options = arguments(**{**all_losses, **signals})
+    for name, tensor in adapter(run(options)).items():
+        if "lora_B" in name:
+            assert (tensor != 0).any(2).any(0).tolist() == [False, False, True], name
+
+
+def test_routing_can_be_told_apart_from_the_losses(
+    arguments: Arguments, all_losses: dict[str, Any], tmp_path: Path
+) -> None:
+    run(arguments(routing="always", uniform_steps=1, max_train_steps=3))
+    lines = [line for line in log_lines(tmp_path) if "Strategy" in line]
+    assert [line.rpartition(" ")[2] for line in lines] == ["uniform", "soft", "soft"]
+    folder = run(arguments(**all_losses, routing="never", output_dir=tmp_path / "never"))
+    assert PeftConfig.from_pretrained(folder).router is None
 
 
 def test_without_lora_the_whole_transformer_is_trained(
