@@ -40,7 +40,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class Case:
-    """Build every variant around copies of one frozen layer.
+    """Build every variant around one frozen layer.
 
     Args:
         args: the command's options.
@@ -62,9 +62,10 @@ class Case:
     def model(
         self, config: LoraConfig | MoELoraConfig, adapters: tuple[str, ...] = ()
     ) -> nn.Module:
-        copy = nn.Linear(self.args.width, self.args.width, **self.place)
-        copy.load_state_dict(self.base.state_dict())
-        model = get_peft_model(nn.Sequential(copy), config, autocast_adapter_dtype=False)
+        # All share the base's weight, whose place in memory would else make differences.
+        own = nn.Linear(self.args.width, self.args.width, **self.place)
+        own.weight, own.bias = self.base.weight, self.base.bias
+        model = get_peft_model(nn.Sequential(own), config, autocast_adapter_dtype=False)
         for name in adapters:
             model.add_adapter(name, config)
         if adapters:

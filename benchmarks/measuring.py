@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,7 +44,7 @@ class Times:
 def interleaved(
     steps: Mapping[str, Step], rounds: int, *, warmup: int = 3, device: str = "cpu"
 ) -> Times:
-    """Time variants in turn, every round in another order, after rounds that do not count.
+    """Time variants in turn, every round in a random order, after rounds that do not count.
 
     Args:
         steps: by name, what one measurement runs.
@@ -51,10 +52,10 @@ def interleaved(
         warmup: rounds before that; the first compiles.
         device: whose queue is emptied before a clock is read.
     """
-    times, order = Times(steps), list(steps)
+    times, order, shuffled = Times(steps), list(steps), random.Random(0)
     for round_ in range(-warmup, rounds):
         # A variant must not always inherit the caches of the same neighbour.
-        order = order[1:] + order[:1] if round_ % 2 else order[::-1]
+        shuffled.shuffle(order)
         for name in order:
             synchronize(device)
             start = time.perf_counter()

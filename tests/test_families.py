@@ -28,7 +28,8 @@ from moe_lora.families import (
     row_layout,
     token_stream,
 )
-from moe_lora.layer import MoELoraLayer, MoELoraLinear
+from moe_lora.layer import MoELoraLinear
+from moe_lora.routed_layer import MoELoraLayer
 
 cases = pytest.mark.parametrize("case", table.CASES, ids=lambda case: case.name)
 

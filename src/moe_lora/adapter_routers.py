@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe_lora.checkpointing import wrap_checkpointing
 from moe_lora.config import MoELoraConfig
-from moe_lora.layer import MoELoraLayer, RoutedLayer
+from moe_lora.routed_layer import MoELoraLayer, RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.router import Router
 from moe_lora.routing.state import RoutingState

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
-from moe_lora.layer import MoELoraLayer, RoutedLayer
+from moe_lora.routed_layer import MoELoraLayer, RoutedLayer
 from moe_lora.routing.control import routing_state
 
 

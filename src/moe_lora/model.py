@@ -22,8 +22,9 @@ from moe_lora.adapter_routers import (
 )
 from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.families import default_targets, row_layout, token_stream
-from moe_lora.layer import MoELoraLayer, RoutedLayer, layer_class
+from moe_lora.layer import layer_class
 from moe_lora.merging import check_mergeable
+from moe_lora.routed_layer import MoELoraLayer, RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.registry import counts_layers, router_class
 from moe_lora.routing.router import Router

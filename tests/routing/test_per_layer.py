@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.layer import RoutedLayer
+from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing import adapted_layers
 
 E = 3

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.layer import MoELoraConv2d, RoutedLayer
+from moe_lora.layer import MoELoraConv2d
+from moe_lora.routed_layer import RoutedLayer
 
 E = 3
 

@@ -18,7 +18,7 @@ from moe_lora.export.layouts import anchored, exact_targets, header, peft_tensor
 from moe_lora.export.plain import StoredFactors
 from moe_lora.export.sources import CONFIG_NAME, adapted_layers, some, table_of_model
 from moe_lora.files import replacing, write_tensors
-from moe_lora.layer import MoELoraLayer
+from moe_lora.routed_layer import MoELoraLayer
 from moe_lora.routing.control import routed_module
 from moe_lora.stored import WEIGHTS_NAME
 

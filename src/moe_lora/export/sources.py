@@ -16,7 +16,7 @@ from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.experts import MoELoraExperts
 from moe_lora.export.factors import ExpertTable, LayerExperts
 from moe_lora.files import read_tensors
-from moe_lora.layer import MoELoraLayer
+from moe_lora.routed_layer import MoELoraLayer
 from moe_lora.routing.control import routed_module
 from moe_lora.stored import WEIGHTS_NAME, input_width
 
