@@ -16,6 +16,7 @@ OPEN_MODULES = {
     "moe_lora.flow": moe_lora.flow,
     "moe_lora.losses": moe_lora.losses,
     "moe_lora.masks": moe_lora.masks,
+    "moe_lora.masks.augmentation": moe_lora.masks.augmentation,
     "moe_lora.metrics": moe_lora.metrics,
     "moe_lora.plots": moe_lora.plots,
     "moe_lora.schedules": moe_lora.schedules,

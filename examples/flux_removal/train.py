@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 from torch.optim import Optimizer
@@ -151,9 +151,16 @@ def train(options: TrainOptions) -> Path:
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=None if options.report_to == "none" else options.report_to,
         project_config=ProjectConfiguration(options.output_dir, logging_dir=options.logging_dir),
-        # The uniform phase leaves the router unused, and DDP must not wait for its gradients.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    folder = prepare_and_run(accelerator, options)
+    # The process group must outlive DDP: gloo's, destroyed by DDP's reducer, may wait for itself.
+    accelerator.free_memory()
+    accelerator.end_training()
+    return folder
+
+
+def prepare_and_run(accelerator: Accelerator, options: TrainOptions) -> Path:
+    """Build everything that a run needs, or restore it, and run."""
     set_seed(options.seed)
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -260,7 +267,6 @@ def run(
                     "--resume_from_checkpoint latest and otherwise the same options."
                 )
                 break
-    accelerator.end_training()
     return folder
 
 

@@ -54,8 +54,7 @@ def test_the_quick_demo_leaves_all_that_it_promises(
         assert Image.open(output / f"{name}.png").width >= 800
     assert figures_in(output / "logs") == {
         *(f"test/{name}" for name in pictures),
-        "routing/sigma",
-        "routing/usage",
+        *(f"routing/{name}" for name in ("edge_complexity", "mask_size", "sigma", "usage")),
     }
     checkpoint = output / "checkpoint"
     assert PeftConfig.from_pretrained(checkpoint).router == "three_expert_removal"
