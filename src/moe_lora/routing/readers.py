@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -56,6 +56,7 @@ def read_inputs(
     mask_info: MaskInfo | None = None,
     task_hint: str | None = None,
     grid_size: tuple[int, int] | None = None,
+    analyze: Callable[[Tensor], MaskInfo] = analyze,
 ) -> RouterInputs:
     """Make router inputs of a model's arguments.
 
@@ -74,6 +75,7 @@ def read_inputs(
         mask_info: the caller's mask, analysed.
         task_hint: the caller's hint.
         grid_size: the caller's `(rows, columns)` of the tokens.
+        analyze: what makes a `MaskInfo` of a mask that the call carries.
 
     Returns:
         The inputs, with images of the model's latent space flattened to tokens.

@@ -15,6 +15,7 @@ from moe_lora.masks import MaskInfo
 from moe_lora.routing.gating import task_hints
 from moe_lora.routing.given_weights import fit_to_call
 from moe_lora.routing.inputs import RouterInputs
+from moe_lora.routing.mask_memory import MaskMemory
 from moe_lora.routing.placement import place_tokens
 from moe_lora.routing.readers import read_arguments, read_inputs, read_latents
 from moe_lora.routing.router import Router, RoutingDecision
@@ -62,6 +63,7 @@ class RoutingState(WeightSlot):
         self.override_top_k: int | None = None
         self.knocked_out: tuple[KnockedOut, ...] = ()
         self.given = GivenInputs()
+        self.mask_memory = MaskMemory()
         self.expert_names: dict[str, tuple[str, ...]] = {}
         self.layer_names: dict[str, tuple[str, ...]] = {}
         self.stats: dict[str, RoutingStats] = {}
@@ -110,6 +112,7 @@ class RoutingState(WeightSlot):
             mask_info=self.given.mask_info,
             task_hint=self.given.task_hint,
             grid_size=self.given.grid_size,
+            analyze=self.mask_memory.analyze,
         )
         decisions = {name: _decide(self.routers[name], inputs) for name in names}
         weights: dict[str, Tensor] = {}

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+import moe_lora
+from moe_lora import MoELoraConfig, masks
+from moe_lora.routing import mask_memory
+from moe_lora.routing.mask_memory import MaskMemory
+
+
+@pytest.fixture
+def analysed(monkeypatch):
+    calls = []
+
+    def analyze(mask):
+        calls.append(mask)
+        return masks.analyze(mask)
+
+    monkeypatch.setattr(mask_memory, "analyze", analyze)
+    return calls
+
+
+def test_a_mask_is_analysed_when_it_changes(analysed):
+    memory, mask = MaskMemory(), torch.zeros(2, 1, 16, 16)
+    mask[0, :, 2:6, 3:9] = 1
+    first = memory.analyze(mask)
+    assert memory.analyze(mask.clone()) is first
+    assert torch.equal(first.area_ratio, masks.analyze(mask).area_ratio)
+    changes = [mask[:1], mask.double(), mask.flip(0), mask]
+    for number, other in enumerate(changes, start=2):
+        found = memory.analyze(other)
+        assert len(analysed) == number
+        assert torch.equal(found.mask, masks.analyze(other).mask)
+    mask[0, 0, 0, 0] = 1  # in place: what is remembered must not change with it
+    assert memory.analyze(mask).area_ratio[0] == masks.analyze(mask).area_ratio[0]
+    assert len(analysed) == 6
+
+
+def test_what_inference_mode_made_is_not_used_in_training():
+    memory, mask = MaskMemory(), torch.ones(1, 1, 16, 16)
+    with torch.inference_mode():
+        memory.analyze(mask)
+    features = memory.analyze(mask).features()
+    weight = torch.ones(features.shape[-1], requires_grad=True)
+    (features * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_copy_remembers_nothing(analysed):
+    memory, mask = MaskMemory(), torch.ones(1, 1, 16, 16)
+    memory.analyze(mask)
+    pickle.loads(pickle.dumps(memory)).analyze(mask)
+    assert len(analysed) == 2
+
+
+def test_a_denoising_loop_analyses_its_mask_once(analysed, make_flux, make_flux_inputs):
+    model = make_flux().eval()
+    model.add_adapter(MoELoraConfig(r=2, target_modules=["to_q"], router="three_expert_removal"))
+    inputs, other = make_flux_inputs(), make_flux_inputs()
+    other["hidden_states"][..., 128:] = 1 - other["hidden_states"][..., 128:]
+    weights = []
+    for step in (inputs, {**inputs, "timestep": torch.tensor([0.5, 0.5])}, other):
+        model(**step)
+        weights.append(moe_lora.current_routing(model).weights)
+    assert len(analysed) == 2
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
