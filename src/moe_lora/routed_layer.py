@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -95,8 +96,9 @@ class RoutedLayer(nn.Module, MoELoraLayer):
         self._read_shape(self.get_base_layer())
         self.update_layer(adapter_name, config, r, lora_alpha)
 
+    @abstractmethod
     def _read_shape(self, base: Any) -> None:
-        raise NotImplementedError
+        """Set `in_shape` and `out_features` to those of the base layer."""
 
     def update_layer(
         self, adapter_name: str, config: MoELoraConfig, r: int, lora_alpha: float

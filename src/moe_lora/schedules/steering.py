@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import cast, get_args
 
 from torch import Tensor, nn
 from torch.autograd import Variable
@@ -77,7 +77,7 @@ def _routers(model: nn.Module, purpose: str) -> dict[str, Router]:
             f"Expected a router for {purpose}, but the model has none. Name one with "
             "MoELoraConfig(router=...) or attach one with moe_lora.attach_router."
         )
-    return found  # type: ignore[return-value]
+    return cast(dict[str, Router], found)
 
 
 def _freeze(parameter: nn.Parameter) -> RemovableHandle:
