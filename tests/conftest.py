@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -19,6 +20,20 @@ def tolerance() -> dict[torch.dtype, float]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+# DDP's reducer outlives a test's end. Were it the last to hold its group, it would wait, with the
+# GIL, for a thread of the group that waits for the GIL.
+GROUPS: list[dist.ProcessGroup | None] = []
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """Be a process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    GROUPS.append(dist.group.WORLD)
+    yield
+    dist.destroy_process_group()
 
 
 class MLP(nn.Module):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -139,16 +138,13 @@ def test_what_cannot_be_measured_raises(mlp):
         orthogonality_loss(model, "mine")
 
 
+@pytest.mark.usefixtures("one_process")
 def test_under_ddp_its_gradient_joins_that_of_the_pass(mlp):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model, x = adapted(mlp), torch.randn(4, 6)
-        found = []
-        for wrapped in (model, DistributedDataParallel(model)):
-            model.zero_grad()
-            (wrapped(x).square().mean() + orthogonality_loss(wrapped)).backward()
-            found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-        for plain, shared in zip(*found, strict=True):
-            torch.testing.assert_close(plain, shared)
-    finally:
-        dist.destroy_process_group()
+    model, x = adapted(mlp), torch.randn(4, 6)
+    found = []
+    for wrapped in (model, DistributedDataParallel(model)):
+        model.zero_grad()
+        (wrapped(x).square().mean() + orthogonality_loss(wrapped)).backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for plain, shared in zip(*found, strict=True):
+        torch.testing.assert_close(plain, shared)

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,10 +31,8 @@ def model(make_mlp: Callable[[], nn.Module]) -> PeftModel:
 
 
 @pytest.fixture
-def wrapped(model: PeftModel) -> Iterator[DistributedDataParallel]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield DistributedDataParallel(model)
-    dist.destroy_process_group()
+def wrapped(model: PeftModel, one_process: None) -> DistributedDataParallel:
+    return DistributedDataParallel(model)
 
 
 def router_gradients(model: nn.Module) -> list[Tensor | None]:

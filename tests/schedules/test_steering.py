@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -148,14 +147,7 @@ def test_a_model_that_is_gone_is_forgotten():
     assert len(_FROZEN) == before
 
 
-@pytest.fixture
-def _one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("first", ["all", "router"])
 def test_parts_freeze_and_thaw_under_ddp(views, first):
@@ -176,7 +168,7 @@ def test_parts_freeze_and_thaw_under_ddp(views, first):
         torch.testing.assert_close(a, b, msg=name)
 
 
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("one_process")
 def test_under_fsdp2_freezing_raises():
     model = adapted()
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
