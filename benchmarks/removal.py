@@ -36,12 +36,19 @@ from dataset import RemovalDataset
 from evaluation import SMALLEST_REGION, Results, measure_samples, run_pipeline
 from make_data import make_data, save_picture
 from models import Conditioner, load_checkpoint, load_pipeline
+from moe_lora import Specialisation
 from moe_lora.metrics import mask_sizes
-from options import parse_options
+from options import TrainOptions, parse_options
+from specialise import specialise
 from train import train
 
 CONFIG = Path(__file__).parents[1] / "examples" / "flux_removal" / "configs" / "demo.yaml"
 BASE_MODEL, BATCH = "base", 8
+ALL_LOSSES = ("base_loss", "boundary_loss", "consistency_loss", "detail_loss")
+SHARED_WITH_MEASURING = (
+    *("flux_fill_id", "batch_size", "max_sigma"),
+    *("weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
+)
 
 
 class StoppedError(Exception):
@@ -90,6 +97,8 @@ def run_one(
     measured = evaluate(folder, checkpoint, settings, data)
     seconds = {"training": round(trained, 1), "evaluation": measured.pop("seconds")}
     entries = result | {"seconds": seconds} | measured
+    if not ROWS[name].plain:
+        entries["specialisation"] = specialisation_of(checkpoint, settings, data).as_dict()
     write_atomically(folder / "result.json", json.dumps(entries, indent=1))
     print(f"{folder.name}: done in {time.monotonic() - start:.0f} s", flush=True)
 
@@ -170,6 +179,15 @@ def evaluate(
         save_picture(folder / "pictures" / f"{stem}.png", picture)
     samples = measure_all(found, dataset)
     return {"samples": samples, "seconds": round(time.monotonic() - start, 1)}
+
+
+def specialisation_of(checkpoint: Path, settings: dict[str, Any], data: Path) -> Specialisation:
+    """Leave out one expert at a time on the test scenes; by all losses, whatever trained it."""
+    everything = {f"enable_{name}": True for name in (*ALL_LOSSES, "mask_info")}
+    known = {k: v for k, v in settings["train"].items() if k in SHARED_WITH_MEASURING}
+    options = TrainOptions(train_data_dir=str(data), **known, **everything)
+    steps = settings["evaluation"]["denoising_steps"]
+    return specialise(options, checkpoint, RemovalDataset(data / "test"), steps=steps)
 
 
 def model_flags(entries: dict[str, Any]) -> list[str]:

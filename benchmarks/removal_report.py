@@ -15,6 +15,7 @@ from removal_rows import ROWS
 from torch import Tensor
 
 from dataset import RemovalDataset
+from moe_lora.specialising import PAIRS
 from pictures import contact_sheet, show_mask
 
 COLUMNS = 6
@@ -156,6 +157,19 @@ def table_of_differences(runs: Runs, baseline: str, losses: str) -> str:
     return markdown(["row", *(c.title for c in METRICS)], rows)
 
 
+def table_of_specialisation(runs: Runs) -> str:
+    """Write what each expert is for: its share of the rise of its own component, and the mean."""
+    rows = []
+    for variant, seeds in runs.items():
+        found = [run["specialisation"] for run in seeds.values() if "specialisation" in run]
+        if found:
+            pairs = found[0]["pairs"]
+            own = [spread([entry["shares"][expert] for entry in found], 2) for expert in pairs]
+            rows.append([title_of(variant), *own, spread([entry["score"] for entry in found], 2)])
+    heads = [f"{expert.removesuffix('_expert')}: {of}" for expert, of in PAIRS.items()]
+    return markdown(["row", *heads, "score"], rows)
+
+
 def table_of_groups(runs: Runs, metric: str, digits: int) -> str:
     groups = [{"kind": kind} for kind in KINDS] + [{"size": size} for size in SIZES]
     rows = [
@@ -199,6 +213,9 @@ def report(runs: Runs, base: dict[str, Any] | None, baseline: str, losses: str) 
         f"Difference to {ROWS[baseline].title}, {compared}: mean, and in brackets seed by seed. "
         "✓: ahead in every seed; ✗: behind in every seed.",
         table_of_differences(runs, baseline, losses),
+        "Specialisation: leaving out one expert after the other, the share of a component's rises "
+        "that is its own expert's; a third without specialisation. The score is the mean.",
+        table_of_specialisation(runs),
         "PSNR inside the mask by kind and size of the mask:",
         table_of_groups(runs, "psnr/inside", 2),
         "PSNR in the effect region by kind and size of the mask:",

@@ -109,6 +109,22 @@ def test_every_sample_is_measured_and_kept(finished: Path) -> None:
     assert not list(finished.glob("runs/*/training"))
 
 
+def test_every_mixture_is_measured_without_each_of_its_experts(finished: Path) -> None:
+    found = results(finished)
+    assert "specialisation" not in found["plain-losses-0"]
+    for name in ("uniform-losses-0", "routed-losses-0"):
+        entry = found[name]["specialisation"]
+        assert set(entry["pairs"].values()) == {"boundary", "consistency", "detail"}
+        assert {"base", "psnr/inside"} < set(entry["baseline"])
+        assert 0 <= entry["score"] <= 1
+    by_seed = removal_report.read_runs(finished)[0]
+    told = removal_report.table_of_specialisation(by_seed)
+    routed = found["routed-losses-0"]["specialisation"]
+    wanted = [*routed["shares"].values(), routed["score"]]
+    assert line(told, "mixture routed + losses")[1:] == [f"{share:.2f}" for share in wanted]
+    assert "plain" not in told
+
+
 def test_what_is_finished_is_not_run_again(
     finished: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,24 +193,31 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         return self.items[index]
 
 
+def seed_at(seed: int, position: int, process: int = 0) -> int:
+    """Return the seed of what is drawn for a batch, the same at this position of every run.
+
+    Args:
+        seed: of the run.
+        position: batches dealt before.
+        process: the index of this process.
+    """
+    return (seed * 1_000_003 + position) * 10_007 + process
+
+
 def augment_masks(
-    batch: dict[str, Tensor], share: float, *, seed: int, position: int, process: int = 0
+    batch: dict[str, Tensor], share: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Draw a share of a batch's masks anew, the same at this position of every run.
+    """Draw a share of a batch's masks anew.
 
     Pictures stay as they are: what a mask that is too tight leaves of the object has to go, too.
 
     Args:
         batch: with `mask` `(B, 1, H, W)` in [0, 1].
         share: in [0, 1].
-        seed: of the run.
-        position: batches dealt before.
-        process: the index of this process.
+        generator: of the draw, on the CPU.
     """
     if not share:
         return batch
-    number = (seed * 1_000_003 + position) * 10_007 + process
-    generator = torch.Generator().manual_seed(number)
     probabilities = dict.fromkeys(AUGMENTATIONS, share / len(AUGMENTATIONS))
     return batch | {"mask": masks.augment(batch["mask"], generator, probabilities=probabilities)}
 

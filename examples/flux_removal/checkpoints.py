@@ -14,7 +14,6 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from diffusers import FluxTransformer2DModel
 from peft import PeftModel, set_peft_model_state_dict
@@ -113,7 +112,6 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         state.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    _save_random_state(state / f"random_{accelerator.process_index}.safetensors", accelerator)
     if accelerator.is_main_process:
         plain = accelerator.unwrap_model(model)
         _save_model(plain, temporary)
@@ -143,13 +141,6 @@ def _save_model(model: nn.Module, folder: Path) -> None:
     else:
         assert isinstance(model, FluxTransformer2DModel)
         model.save_pretrained(folder / TRANSFORMER)
-
-
-def _save_random_state(path: Path, accelerator: Accelerator) -> None:
-    tensors = {"cpu": torch.get_rng_state()}
-    if accelerator.device.type == "cuda":
-        tensors["cuda"] = torch.cuda.get_rng_state(accelerator.device)
-    save_file(tensors, path)
 
 
 def load_model(model: nn.Module, folder: Path) -> list[str]:
@@ -204,7 +195,7 @@ def read_progress(folder: Path, data: dict[str, int]) -> tuple[Progress, str | N
 def load_training_state(
     accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, folder: Path
 ) -> None:
-    """Load the optimizer's state, the gradient scaler's and this process's random state.
+    """Load the optimizer's state and the gradient scaler's.
 
     Parameters that the checkpoint does not know keep a fresh optimizer state.
     """
@@ -218,9 +209,3 @@ def load_training_state(
     scaler = json.loads((state / "state.json").read_text())["scaler"]
     if scaler is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler)
-    random = state / f"random_{accelerator.process_index}.safetensors"
-    if random.is_file():
-        tensors = load_file(random)
-        torch.set_rng_state(tensors["cpu"])
-        if "cuda" in tensors and accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["cuda"], accelerator.device)

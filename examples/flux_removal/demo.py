@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import time
@@ -19,25 +18,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers.utils import logging as diffusers_logging
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from batches import BucketBatches, LatentEncoder, picture_sizes
 from checkpoints import step_of
 from dataset import RemovalDataset
 from evaluation import Results, measure, regions, run_pipeline, table
 from make_data import make_data
 from models import Conditioner, load_checkpoint, load_pipeline
-from moe_lora import Specialisation, masks, plots, specialisation
+from moe_lora import Specialisation, masks, plots
 from options import TrainOptions, parse_options
-from parts import Parts, build_loss
 from pictures import contact_sheet, show_mask
 from routing_pictures import usage_over_training
-from train import to_device, train, training_step
+from specialise import specialise
+from train import train
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 ROWS = 8
@@ -76,39 +72,6 @@ def evaluate(
     base = run_pipeline(pipe, conditioner, dataset, steps=steps)
     load_checkpoint(pipe, checkpoint)
     return base, run_pipeline(pipe, conditioner, dataset, steps=steps)
-
-
-def specialise(
-    options: TrainOptions, checkpoint: Path, dataset: RemovalDataset, *, samples: int = 16
-) -> Specialisation:
-    """Measure by the losses of the training what each expert of a checkpoint is for.
-
-    Args:
-        options: of the training.
-        checkpoint: whose experts are left out, one at a time.
-        dataset: that training has not seen.
-        samples: how many of it, at even distances.
-    """
-    accelerator = Accelerator()
-    pipe = load_pipeline(options.flux_fill_id, device=accelerator.device)
-    conditioner = Conditioner(pipe, prompt=options.prompt, redux_id=options.flux_redux_id)
-    load_checkpoint(pipe, checkpoint)
-    model = pipe.transformer.to(accelerator.device)
-    parts = Parts(accelerator, pipe, model, LatentEncoder(pipe), conditioner, options)
-    loss = build_loss(options, pipe.vae)
-    chosen, sizes = range(0, len(dataset), max(1, len(dataset) // samples)), picture_sizes(dataset)
-    deal = BucketBatches([sizes[i] for i in chosen[:samples]], options.batch_size, seed=0)
-    batches = [[chosen[i] for i in indices] for indices in deal.epoch(0)]
-
-    def evaluate(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        _, output, sigma = training_step(to_device(batch, accelerator.device), parts, loss)
-        measured = bool((sigma <= loss.max_sigma).any())  # else there is no pixel loss to speak of
-        return {
-            name: value if name == "base" or measured else torch.tensor(math.nan)
-            for name, value in output.components.items()
-        }
-
-    return specialisation(model, DataLoader(dataset, batch_sampler=batches), evaluate)
 
 
 def draw_routing(
@@ -227,8 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clock.begin("evaluation", f"{len(dataset)} photographs that training has not seen")
     base, ours = evaluate(options, checkpoint, dataset, 3 if args.quick else args.steps)
     results = {"base": measure(base.images, dataset), "ours": measure(ours.images, dataset)}
-    clock.begin("specialisation", "the losses again, with one expert left out at a time")
-    found = specialise(options, checkpoint, dataset)
+    clock.begin("specialisation", "losses and metrics again, with one expert left out at a time")
+    found = specialise(options, checkpoint, dataset, steps=3 if args.quick else args.steps)
     clock.begin("pictures", f"drawing into {output}")
     draw_sheet(output, dataset, base, ours)
     write_figures(draw_routing(output, dataset, ours.weights, found), output, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,12 +67,10 @@ def run_pipeline(
     """
     images: dict[int, Tensor] = {}
     weights: dict[int, Tensor] = {}
-    guidance = guidance_for(pipe.transformer, guidance_scale, 1)
     pipe.set_progress_bar_config(disable=True)
     for indices in BucketBatches(picture_sizes(dataset), batch_size, seed=0).epoch(0):
         items = [dataset[index] for index in indices]
-        src, mask, ref = (torch.stack([item[k] for item in items]) for k in ("src", "mask", "ref"))
-        prompt_embeds, pooled_embeds = conditioner(ref)
+        batch = {k: torch.stack([item[k] for item in items]) for k in ("src", "mask", "ref")}
         seen: list[Tensor] = []
 
         def note(
@@ -87,24 +86,63 @@ def run_pipeline(
                 seen.append(weights.mean(1) if weights.ndim == 3 else weights)
             return {}
 
-        filled = pipe(
-            image=src,
-            mask_image=mask,
-            height=src.shape[-2],
-            width=src.shape[-1],
-            prompt_embeds=prompt_embeds,
-            pooled_prompt_embeds=pooled_embeds,
-            guidance_scale=0.0 if guidance is None else guidance.item(),
-            num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(seed * 1_000_003 + i) for i in indices],
-            output_type="pt",
+        filled = fill(
+            pipe,
+            conditioner,
+            batch,
+            steps=steps,
+            seeds=[seed * 1_000_003 + i for i in indices],
+            guidance_scale=guidance_scale,
             callback_on_step_end=note,
-        ).images
+        )
         images |= dict(zip(indices, filled.float().cpu(), strict=True))
         if seen:
             mean = torch.stack(seen).mean(0).cpu()
             weights |= dict(zip(indices, mean, strict=True))
     return Results([images[i] for i in sorted(images)], [weights[i] for i in sorted(weights)])
+
+
+@torch.no_grad()
+def fill(
+    pipe: FluxFillPipeline,
+    conditioner: Conditioner,
+    batch: dict[str, Tensor],
+    *,
+    steps: int,
+    seeds: Sequence[int],
+    guidance_scale: float | None = None,
+    **others: Any,
+) -> Tensor:
+    """Run the stock pipeline on a batch.
+
+    Args:
+        pipe: with or without a checkpoint in its transformer.
+        conditioner: makes the prompt embeddings.
+        batch: `src` and `ref` `(B, 3, H, W)`, `mask` `(B, 1, H, W)`, in [0, 1].
+        steps: of denoising.
+        seeds: of every sample's noise.
+        guidance_scale: for models with guidance embeddings.
+        others: as the pipeline takes them.
+
+    Returns:
+        `(B, 3, H, W)`, in [0, 1].
+    """
+    guidance = guidance_for(pipe.transformer, guidance_scale, 1)
+    prompt_embeds, pooled_embeds = conditioner(batch["ref"])
+    images: Tensor = pipe(
+        image=batch["src"],
+        mask_image=batch["mask"],
+        height=batch["src"].shape[-2],
+        width=batch["src"].shape[-1],
+        prompt_embeds=prompt_embeds,
+        pooled_prompt_embeds=pooled_embeds,
+        guidance_scale=0.0 if guidance is None else guidance.item(),
+        num_inference_steps=steps,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="pt",
+        **others,
+    ).images
+    return images
 
 
 def has_experts(pipe: FluxFillPipeline) -> bool:

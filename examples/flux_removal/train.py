@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 import moe_lora
-from batches import CachedDataset, LatentEncoder, augment_masks, batch_stream
+from batches import CachedDataset, LatentEncoder, augment_masks, batch_stream, seed_at
 from checkpoints import (
     Progress,
     find_checkpoint,
@@ -225,13 +225,11 @@ def run(
         while progress.step < total_steps:
             mode = schedule.apply(model if options.mixed else None, loss, progress.step).mode
             batch = to_device(next(stream), accelerator.device)
-            batch = augment_masks(
-                batch,
-                options.mask_augmentation,
-                seed=options.seed,
-                position=progress.position,
-                process=accelerator.process_index,
-            )
+            # Runs that differ in their model alone see the same noise.
+            seed = seed_at(options.seed, progress.position, accelerator.process_index)
+            torch.manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed)
+            batch = augment_masks(batch, options.mask_augmentation, generator)
             with accelerator.accumulate(model):
                 total, output, sigma = training_step(batch, parts, loss, progress.step)
                 accelerator.backward(total)

@@ -15,6 +15,7 @@ from batches import (
     augment_masks,
     batch_stream,
     picture_sizes,
+    seed_at,
 )
 from dataset import RemovalDataset
 from models import load_pipeline
@@ -133,20 +134,24 @@ def objects(count: int = 64) -> dict[str, torch.Tensor]:
     return {"mask": mask, "src": torch.rand(count, 3, 48, 48)}
 
 
+def drawn(**place: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_at(**({"seed": 1, "position": 7} | place)))
+
+
 def test_masks_are_drawn_anew_by_seed_position_and_process() -> None:
     batch = objects()
-    found = augment_masks(batch, 0.5, seed=1, position=7)
-    again = augment_masks(batch, 0.5, seed=1, position=7)
+    found = augment_masks(batch, 0.5, drawn())
+    again = augment_masks(batch, 0.5, drawn())
     assert torch.equal(found["mask"], again["mask"])
     assert found["src"] is batch["src"]
     for other in ({"seed": 2}, {"position": 8}, {"process": 1}):
-        changed = augment_masks(batch, 0.5, **({"seed": 1, "position": 7} | other))
+        changed = augment_masks(batch, 0.5, drawn(**other))
         assert not torch.equal(found["mask"], changed["mask"])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_share_of_masks_that_are_drawn_anew(share: float) -> None:
     batch = objects(400)
-    found = augment_masks(batch, share, seed=0, position=0)["mask"]
+    found = augment_masks(batch, share, drawn())["mask"]
     changed = (found != batch["mask"]).flatten(1).any(1).float().mean().item()
     assert changed == pytest.approx(share, abs=0.06)
