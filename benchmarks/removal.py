@@ -42,7 +42,7 @@ from options import TrainOptions, parse_options
 from specialise import specialise
 from train import train
 
-CONFIG = Path(__file__).parents[1] / "examples" / "flux_removal" / "configs" / "demo.yaml"
+CONFIG = Path(__file__).with_suffix(".yaml")
 BASE_MODEL, BATCH = "base", 8
 ALL_LOSSES = ("base_loss", "boundary_loss", "consistency_loss", "detail_loss")
 SHARED_WITH_MEASURING = (

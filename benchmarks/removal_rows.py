@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 import moe_lora
-from options import MixtureOptions, TrainOptions
+from options import MixtureOptions, RunOptions, TrainOptions
 
 SPECIALISED = ("boundary", "consistency", "detail")
 OF_A_ROUTER = (
@@ -29,6 +29,8 @@ class Row:
         plain: PEFT's LoRA, of the rank of all experts together.
         scale: for a plain one, its lora_alpha / r over that of an expert; "share" for 1/E, which is
             the scale that uniform weights give to a mixture.
+        rate: its learning rate over the one that is given. Weights below 1 make the experts' steps
+            small: each kind of row learned best at its own rate.
         needs_losses: without the specialised losses it is another row's double.
         optional: run only when it is asked for.
     """
@@ -37,19 +39,26 @@ class Row:
     flags: Mapping[str, Any] = field(default_factory=dict)
     plain: bool = False
     scale: float | str = 1.0
+    rate: float = 1.0
     needs_losses: bool = False
     optional: bool = False
 
 
 ROUTED = {"routing": "always"}
+BY_TOKEN = ROUTED | {"router": "token_removal"}
+SIGNALS = {"expert_signals": True}
+MIXTURE_RATE = 2.0
 
 ROWS: dict[str, Row] = {
     "plain": Row("plain LoRA", plain=True),
     "plain_share": Row("plain LoRA at 1/E", plain=True, scale="share", optional=True),
-    "uniform": Row("mixture uniform", {"routing": "never"}),
-    "routed": Row("mixture routed", ROUTED),
-    "signals": Row("routed by signals", ROUTED | {"expert_signals": True}, needs_losses=True),
-    "tokens": Row("routed by token", ROUTED | {"router": "token_removal"}),
+    "uniform": Row("mixture uniform", {"routing": "never"}, rate=MIXTURE_RATE),
+    "routed": Row("mixture routed", ROUTED, rate=MIXTURE_RATE),
+    "signals": Row("routed, signals", ROUTED | SIGNALS, rate=MIXTURE_RATE, needs_losses=True),
+    "tokens": Row("routed by token", BY_TOKEN, rate=MIXTURE_RATE),
+    "token_signals": Row(
+        "by token, signals", BY_TOKEN | SIGNALS, rate=MIXTURE_RATE, needs_losses=True
+    ),
 }
 
 
@@ -121,6 +130,10 @@ def options_of(row: Row, losses: bool, seed: int, base: Mapping[str, Any]) -> di
         if not losses:
             entries.pop(f"{name}_loss_weight", None)
     entries["enable_mask_info"] = losses
+    if row.rate != 1:
+        usual = RunOptions.__dataclass_fields__["learning_rate"].default
+        given = float(entries.get("learning_rate", usual))  # YAML takes 1e-3 for a word
+        entries["learning_rate"] = given * row.rate
     routed = entries.get("routing") == "always"
     if not routed:
         entries = {name: value for name, value in entries.items() if name not in OF_A_ROUTER}

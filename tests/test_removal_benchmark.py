@@ -185,7 +185,7 @@ def test_rows_differ_in_nothing_but_what_they_are_about() -> None:
     base = removal_rows.read_base(removal.CONFIG, [], None)
     allowed = {
         *("adapter", "num_experts", "lora_r", "lora_alpha", "routing", "uniform_steps"),
-        *("enable_mask_info", "expert_signals", *removal_rows.OF_A_ROUTER),
+        *("enable_mask_info", "expert_signals", "learning_rate", *removal_rows.OF_A_ROUTER),
         *(f"enable_{name}_loss" for name in removal_rows.SPECIALISED),
     }
     known = [name for name in ROWS if removal_rows.missing(ROWS[name]) is None]
@@ -201,6 +201,7 @@ def test_rows_differ_in_nothing_but_what_they_are_about() -> None:
         assert options.routed is (not ROWS[name].plain and name != "uniform")
         rank = options.lora_r * (1 if ROWS[name].plain else options.num_experts)
         assert rank == 3 * base["lora_r"]
+        assert options.learning_rate == base["learning_rate"] * (1 if ROWS[name].plain else 2)
         shared.append({k: v for k, v in vars(options).items() if k not in allowed})
     assert all(entries == shared[0] for entries in shared)
 
@@ -214,6 +215,19 @@ def test_a_plain_lora_has_the_scale_of_an_expert(scale: float | str, expected: f
     assert "num_experts" not in entries
     usual = removal_rows.options_of(Row("x", plain=True), False, 0, {})
     assert usual["lora_r"] == 3 * MixtureOptions().lora_r
+
+
+def test_a_row_learns_at_its_own_multiple_of_the_given_rate(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("max_train_steps: 1\n")
+    base = removal_rows.read_base(file, ["learning_rate=1e-3"], None)
+    rates = [
+        removal_rows.options_of(Row("x", rate=rate), False, 0, base)["learning_rate"]
+        for rate in (1.0, 3.0)
+    ]
+    assert [float(rate) for rate in rates] == pytest.approx([1e-3, 3e-3])
+    usual = removal_rows.options_of(Row("x", rate=2.0), False, 0, {})["learning_rate"]
+    assert usual == 2 * TrainOptions(train_data_dir="d").learning_rate
 
 
 def test_phases_keep_their_share_of_the_steps(tmp_path: Path) -> None:
