@@ -9,6 +9,7 @@ window is. Both watch calls of torch functions, so that they know nothing of the
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -126,7 +127,7 @@ class Notes:
         return scale
 
 
-class _Watching(TorchFunctionMode):
+class _Watching(TorchFunctionMode, ABC):
     def __init__(self, notes: Notes) -> None:
         super().__init__()
         self.notes = notes
@@ -143,14 +144,14 @@ class _Watching(TorchFunctionMode):
             return self.attention(AttentionCall(*args, **kwargs))
         return func(*args, **kwargs)
 
-    def conv2d(self, call: ConvCall) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def conv2d(self, call: ConvCall) -> Tensor: ...
 
-    def group_norm(self, call: NormCall) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def group_norm(self, call: NormCall) -> Tensor: ...
 
-    def attention(self, call: AttentionCall) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def attention(self, call: AttentionCall) -> Tensor: ...
 
 
 class Recording(_Watching):
