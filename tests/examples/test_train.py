@@ -298,6 +298,38 @@ def test_a_plain_lora_is_one_of_peft(arguments: Arguments, all_losses: dict[str,
     assert sum(t.numel() for t in tensors.values()) == sum(t.numel() for t in mixture.values())
 
 
+def test_runs_of_one_seed_see_the_same_noise_whatever_they_train(
+    arguments: Arguments,
+    all_losses: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    interpolate, seen = train.flow.interpolate, list[tuple[Tensor, ...]]()
+
+    def note(*inputs: Tensor) -> Tensor:
+        seen.append(inputs)
+        return interpolate(*inputs)
+
+    monkeypatch.setattr(train.flow, "interpolate", note)
+    changes = (
+        {"adapter": "lora"},
+        {"expert_signals": True},
+        {"router": "token_removal"},
+        {"seed": 1},
+    )
+    for index, changed in enumerate(changes):
+        run(arguments(**all_losses, output_dir=tmp_path / str(index), **changed))
+    plain, by_signals, by_token, other_seed = (seen[i : i + 2] for i in range(0, 8, 2))
+    for drawn in (by_signals, by_token):
+        assert all(same_inputs(a, b) for a, b in zip(plain, drawn, strict=True))
+    assert not same_inputs(plain[0], other_seed[0])
+    assert not torch.equal(plain[0][1], plain[1][1])
+
+
+def same_inputs(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def test_with_expert_signals_a_specialised_loss_trains_its_own_expert(
     arguments: Arguments, all_losses: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
