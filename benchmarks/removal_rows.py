@@ -51,7 +51,9 @@ MIXTURE_RATE = 2.0
 
 ROWS: dict[str, Row] = {
     "plain": Row("plain LoRA", plain=True),
-    "plain_share": Row("plain LoRA at 1/E", plain=True, scale="share", optional=True),
+    "plain_share": Row(
+        "plain LoRA at 1/E", plain=True, scale="share", rate=MIXTURE_RATE, optional=True
+    ),
     "uniform": Row("mixture uniform", {"routing": "never"}, rate=MIXTURE_RATE),
     "routed": Row("mixture routed", ROUTED, rate=MIXTURE_RATE),
     "signals": Row("routed, signals", ROUTED | SIGNALS, rate=MIXTURE_RATE, needs_losses=True),
