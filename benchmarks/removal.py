@@ -38,7 +38,7 @@ from make_data import make_data, save_picture
 from models import Conditioner, load_checkpoint, load_pipeline
 from moe_lora import Specialisation
 from moe_lora.metrics import mask_sizes
-from options import TrainOptions, parse_options
+from options import parse_options
 from specialise import specialise
 from train import train
 
@@ -185,7 +185,8 @@ def specialisation_of(checkpoint: Path, settings: dict[str, Any], data: Path) ->
     """Leave out one expert at a time on the test scenes; by all losses, whatever trained it."""
     everything = {f"enable_{name}": True for name in (*ALL_LOSSES, "mask_info")}
     known = {k: v for k, v in settings["train"].items() if k in SHARED_WITH_MEASURING}
-    options = TrainOptions(train_data_dir=str(data), **known, **everything)
+    given = {"train_data_dir": data} | known | everything
+    options = parse_options([word for k, v in given.items() for word in (f"--{k}", str(v))])
     steps = settings["evaluation"]["denoising_steps"]
     return specialise(options, checkpoint, RemovalDataset(data / "test"), steps=steps)
 
