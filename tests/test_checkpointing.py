@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -101,10 +103,13 @@ def direct(block, *args, **kwargs):
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
-def test_plain_checkpointing_over_several_forwards_is_an_error(requires_grad):
-    w = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]], requires_grad=requires_grad)
-    with pytest.raises(RuntimeError, match="routed_checkpoint"):
-        run_twice(adapted(Checkpointed(use_reentrant=False)), w)
+def test_plain_checkpointing_over_several_forwards_is_right(requires_grad):
+    results = []
+    for model in (adapted(Checkpointed(direct)), adapted(Checkpointed(use_reentrant=False))):
+        w = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]], requires_grad=requires_grad)
+        run_twice(model, w)
+        results.append(gradients(model) | ({"w": w.grad} if requires_grad else {}))
+    assert_same_gradients(results[1], results[0])
 
 
 def test_routed_checkpoint_keeps_the_weights_of_each_forward():
@@ -132,16 +137,24 @@ def test_plain_checkpointing_of_one_forward_is_right():
     assert_same_gradients(results[1], results[0])
 
 
-def test_a_reentrant_checkpoint_is_an_error_when_routed_and_right_when_uniform():
+def test_a_reentrant_checkpoint_is_an_error_where_weights_require_gradients():
     model = adapted(Checkpointed(use_reentrant=True))
     x = torch.linspace(-1, 1, 8).view(2, 4).requires_grad_()
+    w = torch.rand(2, 3, requires_grad=True)
     with (
-        moe_lora.route(model, torch.rand(2, 3).softmax(-1)),
+        moe_lora.route(model, w.softmax(-1)),
         pytest.raises(RuntimeError, match="use_reentrant=False"),
     ):
         model(x).square().mean().backward()
-    model = adapted(Checkpointed(use_reentrant=True))
-    model(x).square().mean().backward()
-    expected = adapted(Checkpointed(direct))
-    expected(x).square().mean().backward()
-    assert_same_gradients(gradients(model), gradients(expected))
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([[0.2, 0.8, 0.0], [1.0, 0.0, 0.0]])])
+def test_a_reentrant_checkpoint_is_right_where_they_require_none(weights):
+    results = []
+    for model in (adapted(Checkpointed(use_reentrant=True)), adapted(Checkpointed(direct))):
+        x = torch.linspace(-1, 1, 8).view(2, 4).requires_grad_()
+        with nullcontext() if weights is None else moe_lora.route(model, weights):
+            out = model(x)
+        out.square().mean().backward()
+        results.append({**gradients(model), "x": x.grad})
+    assert_same_gradients(results[0], results[1])

@@ -9,7 +9,7 @@ import moe_lora
 from moe_lora import MoELoraConfig
 from moe_lora.knockout import knocked_out
 from moe_lora.routing.control import routing_state
-from moe_lora.routing.state import left_out
+from moe_lora.routing.weights.routing import without_weight
 
 EXPERTS = ("removal_expert", "background_expert", "completion_expert")
 
@@ -197,12 +197,12 @@ def test_unknown_names_raise(expert: str, adapter: str, message: str) -> None:
     model = make_model()
     with pytest.raises(ValueError, match=message), knocked_out(model, expert, adapter_name=adapter):
         pass
-    assert routing_state(model).knocked_out == ()
+    assert routing_state(model).steering.ablations == ()
 
 
 def test_rows_without_another_weight_stay_zero() -> None:
     rows = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.25, 0.25]], requires_grad=True)
-    found = left_out(rows, 0, renormalise=True)
+    found = without_weight(rows, 0, renormalize=True)
     assert found.tolist() == [[0.0, 0.0, 0.0], [0.0, 0.5, 0.5]]
     found.square().sum().backward()
     assert torch.isfinite(rows.grad).all()

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from moe_lora.handover import WeightSlot
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from moe_lora import MoELoraConfig, MoELoraConv2d, mixture
 from moe_lora.alignment import align_weights
-from moe_lora.handover import WeightSlot
 from moe_lora.layer import MoELoraLinear
 
 E, R, D_IN, D_OUT = 3, 4, 6, 5

@@ -1,4 +1,4 @@
-"""Where the routers of an adapted model live, and the hook that asks them."""
+"""Where the routers of an adapted model live, and the hooks that ask them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from moe_lora.checkpointing import wrap_checkpointing
 from moe_lora.config import MoELoraConfig
 from moe_lora.routed_layer import MoELoraLayer, RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
@@ -73,6 +72,7 @@ class AdapterRouters(nn.Module, MoELoraLayer):
         config.router = router.registered_name or type(router).__qualname__
         config.router_kwargs = dict(router.init_kwargs)
         self.moe_lora_routers[adapter_name] = router
+        self.state.require_routing()
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.state.remove_adapter(adapter_name)
@@ -100,25 +100,36 @@ class AdapterRouters(nn.Module, MoELoraLayer):
         return "moe_lora." + super().__repr__()
 
 
-def route_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Decide the routing weights before a forward pass (a forward pre-hook of adapted models).
+def begin_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Decide the routing of a forward pass (a forward pre-hook of adapted models).
 
-    It is a plain function that finds everything through `model`, so that a copy of the model
-    routes by its own router.
+    Like `end_pass` it is a plain function that finds everything through `model`, so that a copy of
+    the model routes by its own router.
     """
     routers = model._modules.get(ROUTER_ATTRIBUTE)
     if not isinstance(routers, AdapterRouters):
         remove_routers(model)
         return
+    state = routers.state
+    state.enter(None)
     if routers.disable_adapters:
         # The layers take merged adapters out of their base weights now, too.
         routers.unmerge()
+    elif not (routers.merged and set(routers.active_adapters) <= set(routers.merged_adapters)):
+        own = routers.moe_lora_routers  # of a replica: not those of its state
+        state.decide(state.route(model, args, kwargs, routers.active_adapters, own))
+
+
+def end_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forget the routing of a forward pass (a forward hook that is called after errors, too)."""
+    routers = model._modules.get(ROUTER_ATTRIBUTE)
+    if not isinstance(routers, AdapterRouters):
         return
-    if routers.merged and set(routers.active_adapters) <= set(routers.merged_adapters):
+    routing = routers.state.leave()
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        wrap_checkpointing(model, routers.state)
-    routers.state.route(model, args, kwargs, routers.active_adapters)
+    if routing is not None and not routing.is_plain:
+        routers.state.restore_in_backward(output, routing)
 
 
 def number_layers(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
@@ -144,13 +155,19 @@ def place_routers(model: nn.Module, routers: AdapterRouters) -> None:
         return
     remove_routers(model)
     model.add_module(ROUTER_ATTRIBUTE, routers)
-    model.register_forward_pre_hook(route_call, with_kwargs=True)
+    model.register_forward_pre_hook(begin_pass, with_kwargs=True)
+    model.register_forward_hook(end_pass, with_kwargs=True, always_call=True)
 
 
 def remove_routers(model: nn.Module) -> None:
-    """Take the routers of a model away, and the hook that asks them."""
+    """Take the routers of a model away, and the hooks that ask them."""
     model._modules.pop(ROUTER_ATTRIBUTE, None)
     for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is route_call:
+        if hook is begin_pass:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, hook in list(model._forward_hooks.items()):
+        if hook is end_pass:
+            del model._forward_hooks[key]
+            model._forward_hooks_with_kwargs.pop(key, None)
+            model._forward_hooks_always_called.pop(key, None)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lora.checkpointing import guarded
 from moe_lora.config import MoELoraConfig
 from moe_lora.mixing import Linear, add_mixture, apply_gate, mixed
+from moe_lora.routing.weights.checkpointing import guarded
 
 
 class MoELoraExperts(nn.Module):

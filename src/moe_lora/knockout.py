@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_lora.adapter_routers import AdapterRouters
 from moe_lora.routing.control import ROUTER_ATTRIBUTE, routed_module, routing_state
-from moe_lora.routing.state import KnockedOut
+from moe_lora.routing.state import Ablation
 
 Batch = TypeVar("Batch")
 Evaluate = Callable[[nn.Module, Batch], Mapping[str, float | Tensor]]
@@ -42,7 +42,8 @@ def knocked_out(
     names = _experts_of(model, adapter_name)
     if expert not in names:
         raise ValueError(f"Expected `expert` to be one of {list(names)}, but got {expert!r}.")
-    with state.without_expert(KnockedOut(adapter_name, names.index(expert), renormalise)):
+    ablation = Ablation(adapter_name, names.index(expert), renormalise)
+    with state.steered(ablations=(*state.steering.ablations, ablation)):
         yield
 
 
@@ -119,31 +120,28 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """
     state = routing_state(model)
     training = {module: module.training for module in model.modules()}
-    mode, given, stats, decisions = state.mode, state.given, state.stats, state.decisions
+    mode, given, stats = state.mode, state.given, state.stats
+    decisions = state.in_thread.decisions
     state.stats = copy.deepcopy(stats)
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with (
-            state.restored(state.snapshot()),
-            torch.random.fork_rng(sorted(devices)),
-            torch.no_grad(),
-        ):
+        with torch.random.fork_rng(sorted(devices)), torch.no_grad():
             model.eval()
             yield
     finally:
         for module, trains in training.items():
             module.training = trains
-        state.mode, state.given, state.stats, state.decisions = mode, given, stats, decisions
+        state.mode, state.given, state.stats = mode, given, stats
+        state.require_routing()
+        state.in_thread.decisions = decisions
 
 
 def _run(model: nn.Module, batch: Batch, evaluate: Evaluate[Batch]) -> dict[str, Tensor]:
     state = routing_state(model)
-    stamp = state.stamp
+    state.in_thread.has_run = False
     values = evaluate(model, batch)
-    if state.knocked_out and state.stamp is stamp:
-        raise ValueError(
-            "Expected `evaluate` to run the model that it is given, but its routing never changed."
-        )
+    if not state.in_thread.has_run:
+        raise ValueError("Expected `evaluate` to run the model that it is given, but it did not.")
     found = {}
     for name, value in values.items():
         tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)

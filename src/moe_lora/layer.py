@@ -9,10 +9,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moe_lora.alignment import align_weights, weights_by_row
-from moe_lora.checkpointing import stamp_of
 from moe_lora.experts import MoELoraConvExperts, MoELoraExperts
 from moe_lora.mixing import Linear
 from moe_lora.routed_layer import RoutedLayer
+from moe_lora.routing.weights.checkpointing import version_in_graph
+from moe_lora.routing.weights.routing import Routing
 
 
 class MoELoraLinear(RoutedLayer):
@@ -38,19 +39,23 @@ class MoELoraLinear(RoutedLayer):
             result = cast(Tensor, self.base_layer(x, *args, **kwargs))
             x = x.to(result.dtype)
         for adapter_name, experts in acting:
-            weights, chosen = self._routing(adapter_name, x)
-            named = {"learners": self.learners_of(x), "stamp": stamp_of(self.slot)}
-            result = cast(Tensor, experts(x, result, weights, chosen=chosen, **named))
+            routing = self.context.of_adapter(adapter_name)
+            weights, chosen = self._weights(routing, adapter_name, x)
+            learners, stamp = self.learners_of(routing, x), version_in_graph(routing)
+            named = {"chosen": chosen, "learners": learners, "stamp": stamp}
+            result = cast(Tensor, experts(x, result, weights, **named))
         assert isinstance(result, Tensor)
         return result
 
-    def _routing(self, adapter_name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _weights(
+        self, routing: Routing, adapter_name: str, x: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Return an adapter's weights and the experts that count, aligned with `x`."""
-        weights, chosen = self.slot.of_layer(adapter_name, self.places.get(adapter_name))
+        weights, chosen = routing.of_layer(adapter_name, self.places.get(adapter_name))
         if weights is None:
             return None, None
         weights = weights_by_row(weights.to(x.device), x.shape[0], self.rows)
-        weights = align_weights(weights, x, self.stream, self.slot.grid_of(adapter_name))
+        weights = align_weights(weights, x, self.stream, routing.grid_of(adapter_name))
         if chosen is None or self.rows != "sample":
             return weights, None
         if x.ndim == 2:
@@ -99,16 +104,18 @@ class MoELoraConv2d(RoutedLayer):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = self.base_layer(input, *args, **kwargs)
         for adapter_name, experts in self.acting_experts():
-            weights, _ = self.slot.of_layer(adapter_name, self.places.get(adapter_name))
+            routing = self.context.of_adapter(adapter_name)
+            weights, _ = routing.of_layer(adapter_name, self.places.get(adapter_name))
             if weights is not None:
                 weights = weights_by_row(weights.to(input.device), input.shape[0], self.rows)
-                grid = self.slot.grid_of(adapter_name)
+                grid = routing.grid_of(adapter_name)
                 weights = align_weights(weights, result.movedim(1, -1), grid=grid)
                 weights = weights.movedim(-1, 1) if weights.ndim > 1 else weights.view(-1, 1, 1)
-            learners = self.learners_of(result.movedim(1, -1))
+            learners = self.learners_of(routing, result.movedim(1, -1))
             if learners is not None:
                 learners = learners.movedim(-1, 1)
-            x, named = input.to(result.dtype), {"learners": learners, "stamp": stamp_of(self.slot)}
+            x, named = input.to(result.dtype), {"learners": learners}
+            named["stamp"] = version_in_graph(routing)
             result = experts(x, result, self._convolve, weights, **named)
         return result
 

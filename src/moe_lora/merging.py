@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
 from moe_lora.routed_layer import MoELoraLayer, RoutedLayer
-from moe_lora.routing.control import routing_state
+from moe_lora.routing.control import active_adapters, routing_state
+from moe_lora.routing.state import Override
 
 
 def merge(
@@ -37,21 +39,20 @@ def merge(
             (E,); or, with `safe_merge`, for NaN or inf.
     """
     state = routing_state(model)
-    previous = state.override, state.override_top_k
+    steering: AbstractContextManager[None] = nullcontext()
     if weights is not None:
         weights = torch.as_tensor(weights, dtype=torch.float32)
         if weights.ndim != 1:
             raise ValueError(
                 f"Expected `weights` to have shape (E,), but got {tuple(weights.shape)}."
             )
-        state.set_override(weights)
-    try:
+        state.check_num_experts("weights", weights, adapter_names or active_adapters(model))
+        steering = state.steered(override=Override.of(weights))
+    with steering:
         check_mergeable(model, adapter_names, safe_merge=safe_merge)
         for layer in _tuner_layers(model):
             with onload_layer(layer):
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-    finally:
-        state.set_override(*previous)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -85,7 +86,7 @@ def check_mergeable(
             continue
         names = layer.active_adapters if adapter_names is None else adapter_names
         new = [n for n in names if n in layer.moe_lora_experts and n not in layer.merged_adapters]
-        weights = {name: layer.slot.fixed_weights(name) for name in new}
+        weights = {name: layer.context.fixed_weights(name) for name in new}
         if not getattr(layer.quantization_backend, "supports_merge", True):
             layer.get_base_weight()  # says why it cannot be merged into
         broken = None

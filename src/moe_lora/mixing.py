@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lora.checkpointing import check_stamp
+from moe_lora.routing.weights.checkpointing import check_version
 
 
 def mixture(
@@ -97,7 +97,7 @@ def add_mixture(
         mix: the mixture.
         base: `(..., out)`, the base layer's output in the dtype of `x`; or a frozen linear layer
             that is yet to be applied to `x`.
-        stamp: names the routing; see `checkpointing.check_stamp`.
+        stamp: names the routing; see `checkpointing.check_version`.
 
     Returns:
         `(..., out)`.
@@ -150,7 +150,7 @@ class _AddMixture(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, gate, chosen, learners, weight, hidden, stamp = ctx.saved_tensors
-        check_stamp(stamp, ctx.stamp)
+        check_version(stamp, ctx.stamp)
         grads: list[Tensor | None] = [None] * 11
         needs = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):

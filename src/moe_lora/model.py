@@ -87,7 +87,7 @@ class MoELoraModel(BaseTuner):
         with all_or_nothing(model):
             routers = model._modules.get(ROUTER_ATTRIBUTE) or AdapterRouters(self.peft_config)
             assert isinstance(routers, AdapterRouters)
-            self._slot = routers.state
+            self._context = routers.state
             is_new = model._modules.get(ROUTER_ATTRIBUTE) is None
             super().inject_adapter(
                 model,
@@ -103,6 +103,7 @@ class MoELoraModel(BaseTuner):
             if is_new:
                 # The mode is the model's, so that its first adapter decides it.
                 routers.state.mode = config.routing_mode
+                routers.state.require_routing()
                 routers.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
             if by_layer:
                 router = self._build_router(config, model, low_cpu_mem_usage, len(layers))
@@ -171,7 +172,7 @@ class MoELoraModel(BaseTuner):
             peft_config,
             r,
             alpha,
-            slot=self._slot,
+            context=self._context,
             stream=token_stream(current_key, self.model),
             rows=row_layout(current_key, self.model),
         )

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from moe_lora.alignment import RowLayout, TokenStream, align_weights, weights_by_row
 from moe_lora.config import MoELoraConfig
 from moe_lora.experts import MoELoraExperts
-from moe_lora.handover import WeightSlot
 from moe_lora.quantised import KeptWeight, keep_weight, quantization_backend, restore_weight
+from moe_lora.routing.weights.context import RoutingContext
+from moe_lora.routing.weights.routing import Routing
 
 
 class MoELoraLayer(BaseTunerLayer):
@@ -52,7 +53,7 @@ class MoELoraLayer(BaseTunerLayer):
 class RoutedLayer(nn.Module, MoELoraLayer):
     """Adapt a frozen layer by a mixture of LoRA experts.
 
-    The layer knows nothing of routers: it is handed weights through a slot.
+    The layer knows nothing of routers: it is handed weights through a context.
 
     Args:
         base_layer: the layer to adapt.
@@ -60,7 +61,7 @@ class RoutedLayer(nn.Module, MoELoraLayer):
         config: the first adapter's configuration.
         r: rank of each expert in this layer.
         lora_alpha: scaling numerator in this layer.
-        slot: where the routing weights of the current forward pass are found.
+        context: where the routing of the current forward pass is found.
         stream: which tokens the layer sees.
         rows: what the first dimension of the layer's input counts.
     """
@@ -78,13 +79,13 @@ class RoutedLayer(nn.Module, MoELoraLayer):
         r: int,
         lora_alpha: float,
         *,
-        slot: WeightSlot,
+        context: RoutingContext,
         stream: TokenStream = "image",
         rows: RowLayout = "sample",
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.slot, self.stream, self.rows = slot, stream, rows
+        self.context, self.stream, self.rows = context, stream, rows
         self.moe_lora_experts = nn.ModuleDict()
         self.places: dict[str, Tensor] = {}
         self.merged_adapters: list[str] = []
@@ -126,11 +127,11 @@ class RoutedLayer(nn.Module, MoELoraLayer):
             self.unmerge()
         return [] if self.disable_adapters or self.merged else list(self.experts())
 
-    def learners_of(self, x: Tensor) -> Tensor | None:
+    def learners_of(self, routing: Routing, x: Tensor) -> Tensor | None:
         """Return which experts each sample teaches, aligned with `x`; `None` for all."""
-        if self.slot.learners is None:
+        if routing.expert_grad_mask is None:
             return None
-        learners = weights_by_row(self.slot.learners.to(x.device), x.shape[0], self.rows)
+        learners = weights_by_row(routing.expert_grad_mask.to(x.device), x.shape[0], self.rows)
         return align_weights(learners, x, self.stream)
 
     @torch.no_grad()
@@ -158,7 +159,7 @@ class RoutedLayer(nn.Module, MoELoraLayer):
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.moe_lora_experts:
                 continue
-            mixed[adapter] = self.slot.fixed_weights(adapter)
+            mixed[adapter] = self.context.fixed_weights(adapter)
             delta = self.get_delta_weight(adapter, mixed[adapter])
             merged = (self.get_base_weight() if merged is None else merged).to(delta) + delta
             if safe_merge and not torch.isfinite(merged).all():

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_lora.handover import WeightSlot
+from moe_lora.routing.weights.context import RoutingContext
 
 
 @contextmanager
@@ -24,13 +24,13 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = list(model.modules())
-    slots = {
+    contexts = {
         id(value): value
         for module in modules
         for value in vars(module).values()
-        if isinstance(value, WeightSlot)
+        if isinstance(value, RoutingContext)
     }
-    kept = [(held, _copy(vars(held))) for held in (*modules, *slots.values())]
+    kept = [(held, _copy(vars(held))) for held in (*modules, *contexts.values())]
     try:
         yield
     except BaseException:

@@ -102,7 +102,8 @@ class Case:
 
 
 def ddp(model: PeftModel) -> nn.Module:
-    return DistributedDataParallel(model)
+    # Phases that ask no router leave its parameters unused.
+    return DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def fsdp(model: PeftModel, policy: MixedPrecisionPolicy | None = None) -> nn.Module:

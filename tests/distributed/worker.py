@@ -164,9 +164,10 @@ def mixed_precision(folder: Path) -> Report:
 
 
 def accelerated(folder: Path) -> Report:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    accelerator, case = Accelerator(cpu=True), Case(folder, "flux")
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator, case = Accelerator(cpu=True, kwargs_handlers=[unused]), Case(folder, "flux")
     report = train(case, lambda model: accelerator.prepare(model))
     wrapped = accelerator.prepare(case.model())
     assert isinstance(wrapped, DistributedDataParallel)
@@ -210,7 +211,10 @@ SCENARIOS: dict[str, Callable[[Path], Report]] = {
     "ddp-flux": lambda folder: trains(folder, "flux", ddp),
     "ddp-net": lambda folder: trains(folder, "net", ddp),
     "ddp-views": lambda folder: train(
-        Case(folder, "flux"), lambda m: DistributedDataParallel(m, gradient_as_bucket_view=True)
+        Case(folder, "flux"),
+        lambda m: DistributedDataParallel(
+            m, find_unused_parameters=True, gradient_as_bucket_view=True
+        ),
     ),
     "ddp-accumulation": lambda folder: train(Case(folder, "flux"), ddp, accumulate=2),
     "ddp-checkpointing": checkpointed,

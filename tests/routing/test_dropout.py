@@ -46,13 +46,17 @@ def adapted(p: float, *, by_token: bool = False, **config) -> nn.Module:
         ),
     )
     moe_lora.attach_router(model, Head(by_token=by_token))
+    model.get_base_model().linear.register_forward_hook(note_weights)
     return model.train()
+
+
+def note_weights(layer: nn.Module, *_: object) -> None:
+    layer.used = layer.context.current().weights["default"]
 
 
 def used(model: nn.Module) -> Tensor:
     """Return the weights that the layers got in the last call."""
-    weights = model.get_base_model().moe_router.state.weights
-    return weights["default"]
+    return model.get_base_model().linear.used
 
 
 def probability_of(kept: tuple[bool, ...], p: float) -> float:

@@ -14,6 +14,7 @@ import moe_lora
 from moe_lora import MoELoraConfig
 from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing import adapted_layers
+from moe_lora.routing.weights.routing import Routing
 
 E = 3
 
@@ -101,8 +102,9 @@ def test_every_layer_uses_its_own_weights_and_the_router_is_asked_once(gate):
         x, out = seen[place]
         again = copy.deepcopy(layer)
         for sample in range(2):
-            again.slot.put({"default": weights[sample, place]})  # (E,) for the whole input
-            torch.testing.assert_close(again(x)[sample], out[sample], rtol=1e-4, atol=1e-5)
+            own = Routing({"default": weights[sample, place]})  # (E,) for the whole input
+            with again.context.use(own):
+                torch.testing.assert_close(again(x)[sample], out[sample], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
@@ -192,14 +194,17 @@ def test_checkpointed_and_given_weights_still_act():
     grads = []
     for checkpointed in (False, True):
         model.zero_grad()
-        slot = model.base_model.model
-        layer = slot.first
+        layer, seen = model.base_model.model.first, []
+        handle = layer.register_forward_hook(lambda m, *_, s=seen: s.append(m.context.current()))
+        model(hidden_states=X)
+        handle.remove()
 
         def step(x, layer=layer):
             return layer(x).square().sum()
 
-        model(hidden_states=X)  # puts the weights that the layer uses
-        (run(step, X, use_reentrant=False) if checkpointed else step(X)).backward()
+        with layer.context.use(seen[0]):
+            loss = run(step, X, use_reentrant=False) if checkpointed else step(X)
+        loss.backward()
         grads.append(layer.moe_lora_experts["default"].lora_B.grad.clone())
     torch.testing.assert_close(*grads)
 

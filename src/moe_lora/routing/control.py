@@ -10,11 +10,17 @@ from typing import Any, Protocol, TypeVar, cast
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from moe_lora.checkpointing import RoutedCheckpoint
 from moe_lora.masks import MaskInfo, analyze
 from moe_lora.routing.router import Router, RoutingDecision
-from moe_lora.routing.state import GivenInputs, RoutingMode, RoutingState
+from moe_lora.routing.state import (
+    GivenInputs,
+    Override,
+    RoutingMode,
+    RoutingState,
+    check_override,
+)
 from moe_lora.routing.statistics import RoutingStats
+from moe_lora.routing.weights.checkpointing import RoutedCheckpoint
 
 ROUTER_ATTRIBUTE = "moe_router"
 
@@ -48,6 +54,12 @@ def routing_state(model: nn.Module) -> RoutingState:
     return cast(RoutingState, getattr(routed_module(model), ROUTER_ATTRIBUTE).state)
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the adapters of an adapted model that act when it is called."""
+    routers = getattr(routed_module(model), ROUTER_ATTRIBUTE)
+    return list(routers.active_adapters)
+
+
 @contextmanager
 def route(model: nn.Module, weights: Tensor, *, top_k: int | None = None) -> Iterator[None]:
     """Use given routing weights for every call of the model inside the context.
@@ -63,13 +75,11 @@ def route(model: nn.Module, weights: Tensor, *, top_k: int | None = None) -> Ite
         ValueError: for weights of another shape, more than `top_k` that differ from 0, or a model
             without an adapter.
     """
+    check_override(weights, top_k)
     state = routing_state(model)
-    previous = state.override, state.override_top_k
-    state.set_override(weights, top_k)
-    try:
+    state.check_num_experts("weights", weights, active_adapters(model))
+    with state.steered(override=Override.of(weights, top_k)):
         yield
-    finally:
-        state.set_override(*previous)
 
 
 @contextmanager
@@ -87,22 +97,17 @@ def teach_experts(model: nn.Module, learners: Tensor) -> Iterator[None]:
         ValueError: for a tensor of another shape or with other values, or a model without an
             adapter.
     """
-    state = routing_state(model)
-    experts = {len(names) for names in state.expert_names.values()}
-    if learners.ndim != 2 or experts != {learners.shape[-1]}:
+    if learners.ndim != 2:
         raise ValueError(
-            f"Expected `learners` to have shape (batch, E) with E in {sorted(experts)}, but got "
-            f"{tuple(learners.shape)}."
+            f"Expected `learners` to have shape (batch, E), but got {tuple(learners.shape)}."
         )
+    state = routing_state(model)
+    state.check_num_experts("learners", learners, active_adapters(model))
     learners = learners.detach().float()
     if not ((learners == 0) | (learners == 1)).all():
         raise ValueError("Expected `learners` to be 0 or 1, but got other values.")
-    previous = state.learners
-    state.teach(learners)
-    try:
+    with state.steered(expert_grad_mask=learners):
         yield
-    finally:
-        state.teach(previous)
 
 
 def set_routing_mode(model: nn.Module, mode: RoutingMode) -> None:
@@ -156,15 +161,52 @@ def set_router_inputs(
     Raises:
         ValueError: for a mask given twice, an image without a mask, or an unknown hint.
     """
+    state = routing_state(model)
+    state.given = _given(state, mask, image, mask_info, task_hint, grid_size)
+
+
+@contextmanager
+def router_inputs(
+    model: nn.Module,
+    *,
+    mask: Tensor | None = None,
+    image: Tensor | None = None,
+    mask_info: MaskInfo | None = None,
+    task_hint: str | None = None,
+    grid_size: tuple[int, int] | None = None,
+) -> Iterator[None]:
+    """Give the router what the model's own inputs do not carry, inside the context.
+
+    Unlike `set_router_inputs`, it reaches the calls of this thread (or asynchronous task) only:
+    requests that share a model do not see each other's masks.
+
+    Args: those of `set_router_inputs`.
+
+    Raises:
+        ValueError: as `set_router_inputs`.
+    """
+    state = routing_state(model)
+    given = _given(state, mask, image, mask_info, task_hint, grid_size)
+    with state.steered(given=given):
+        yield
+
+
+def _given(
+    state: RoutingState,
+    mask: Tensor | None,
+    image: Tensor | None,
+    mask_info: MaskInfo | None,
+    task_hint: str | None,
+    grid_size: tuple[int, int] | None,
+) -> GivenInputs:
     if mask is not None and mask_info is not None:
         raise ValueError("Expected one of `mask` and `mask_info`, but got both.")
     if image is not None and mask is None:
         raise ValueError("Expected `mask` together with `image`, but got none.")
-    state = routing_state(model)
     state.check_hint(task_hint)
     if mask is not None:
         mask_info = analyze(mask, image)
-    state.given = GivenInputs(mask_info, task_hint, grid_size)
+    return GivenInputs(mask_info, task_hint, grid_size)
 
 
 def attach_router(model: nn.Module, router: Router, adapter_name: str = "default") -> None:
@@ -224,7 +266,7 @@ def routing_stats(model: nn.Module, adapter_name: str = "default") -> RoutingSta
 
 
 def current_routing(model: nn.Module, adapter_name: str = "default") -> RoutingDecision | None:
-    """Return weights and logits of the last forward pass, with gradient, for auxiliary losses.
+    """Return weights and logits of this thread's last pass, with gradient, for auxiliary losses.
 
     Args:
         model: the adapted model, or a wrapper around it.
@@ -233,7 +275,7 @@ def current_routing(model: nn.Module, adapter_name: str = "default") -> RoutingD
     Returns:
         The decision, or `None` when the last pass asked no router.
     """
-    return routing_state(model).decisions.get(adapter_name)
+    return routing_state(model).in_thread.decisions.get(adapter_name)
 
 
 def routed_checkpoint(
@@ -241,8 +283,8 @@ def routed_checkpoint(
 ) -> Callable[..., Any]:
     """Make an activation-checkpointing function that recomputes with the right routing.
 
-    Models of diffusers and transformers need no call of this: what their
-    `enable_gradient_checkpointing` sets is wrapped by itself.
+    Losses on the model's output need no call of this, whatever checkpoints its blocks. It is for
+    losses on inner features alone, and for blocks that are called outside of the model.
 
     Args:
         model: the adapted model, or a wrapper around it.

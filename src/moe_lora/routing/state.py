@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from moe_lora.handover import Middle, WeightSlot
 from moe_lora.masks import MaskInfo
 from moe_lora.routing.gating import task_hints
 from moe_lora.routing.given_weights import fit_to_call
@@ -20,7 +22,8 @@ from moe_lora.routing.placement import place_tokens
 from moe_lora.routing.readers import read_arguments, read_inputs, read_latents
 from moe_lora.routing.router import Router, RoutingDecision
 from moe_lora.routing.statistics import RoutingStats
-from moe_lora.routing.unasked import hold, is_awaited
+from moe_lora.routing.weights.context import RoutingContext
+from moe_lora.routing.weights.routing import Dimension, Routing, new_version
 
 RoutingMode = Literal["routed", "uniform"]
 
@@ -34,16 +37,87 @@ class GivenInputs:
     grid_size: tuple[int, int] | None = None
 
 
-class KnockedOut(NamedTuple):
-    """Name an expert that is left out, and whether the others share its weight."""
+@dataclass(frozen=True, eq=False)
+class Override:
+    """Weights that win over mode and router; see `moe_lora.route`."""
+
+    weights: Tensor
+    top_k: int | None = None
+    version_at_start: Tensor | None = None
+    changes: int | None = None
+
+    @classmethod
+    def of(cls, weights: Tensor, top_k: int | None = None) -> Override:
+        """Remember the weights, and their state, under a version of their own."""
+        return cls(weights, top_k, new_version(), _changes(weights))
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the weights are known to be what they were."""
+        return self.changes is not None and _changes(self.weights) == self.changes
+
+    @property
+    def version(self) -> Tensor | None:
+        """The version of routings by these weights, a new one where they may have changed."""
+        return self.version_at_start if self.is_unchanged else new_version()
+
+
+class Ablation(NamedTuple):
+    """An expert that is left out, and whether the others share its weight."""
 
     adapter_name: str
     expert: int
-    renormalise: bool
+    renormalize: bool
 
 
-class RoutingState(WeightSlot):
-    """Decide the weights of every forward pass of one model.
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """What the contexts that are open around a pass ask of its routing.
+
+    Args:
+        override: the innermost `route`.
+        ablations: of all `knocked_out`.
+        expert_grad_mask: of the innermost `teach_experts`, `(B, E)`.
+        given: of the innermost `router_inputs`.
+        outside: the routing of layers that run outside of any pass.
+    """
+
+    override: Override | None = None
+    ablations: tuple[Ablation, ...] = ()
+    expert_grad_mask: Tensor | None = None
+    given: GivenInputs | None = None
+    outside: Routing | None = None
+
+
+_NO_STEERING = Steering()
+_STEERINGS: ContextVar[Mapping[RoutingState, Steering]] = ContextVar(
+    "_STEERINGS", default=MappingProxyType({})
+)
+
+
+class _InThread(threading.local):
+    """What of a model's state belongs to one thread.
+
+    Attributes:
+        opened: the steerings of the contexts that are open, for compiled graphs.
+        decisions: weights and logits of the last pass by adapter, with gradient.
+        has_run: whether a pass has run since this was set to false.
+    """
+
+    def __init__(self) -> None:
+        self.opened: list[Steering] = []
+        self.decisions: dict[str, RoutingDecision] = {}
+        self.has_run = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _InThread:
+        return _InThread()
+
+    def __reduce__(self) -> tuple[type[_InThread], tuple[()]]:
+        return _InThread, ()
+
+
+class RoutingState(RoutingContext):
+    """Decide the routing of every forward pass of one model.
 
     What is set most narrowly wins: weights handed over by `route`, then the mode, then the router.
 
@@ -51,23 +125,22 @@ class RoutingState(WeightSlot):
         routers: the model's routers by adapter name.
         expert_names: the experts of every adapter.
         layer_names: the paths of every adapter's layers, in the order of weights per layer.
+        mode: whether the routers are asked; `set_mode` sets it.
+        given: what the caller gave for the routers to read.
         stats: what the router of every adapter decided so far.
-        decisions: weights and logits of the last pass, with gradient.
     """
 
     def __init__(self, routers: nn.ModuleDict) -> None:
         super().__init__()
         self.routers = routers
         self.mode: RoutingMode = "routed"
-        self.override: Tensor | None = None
-        self.override_top_k: int | None = None
-        self.knocked_out: tuple[KnockedOut, ...] = ()
         self.given = GivenInputs()
         self.mask_memory = MaskMemory()
         self.expert_names: dict[str, tuple[str, ...]] = {}
         self.layer_names: dict[str, tuple[str, ...]] = {}
         self.stats: dict[str, RoutingStats] = {}
-        self.decisions: dict[str, RoutingDecision] = {}
+        self.in_thread = _InThread()
+        self._open: list[Steering] = []  # in any thread
 
     def add_adapter(
         self, adapter_name: str, expert_names: tuple[str, ...], layer_names: tuple[str, ...] = ()
@@ -79,8 +152,15 @@ class RoutingState(WeightSlot):
 
     def remove_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
-        for known in (self.expert_names, self.layer_names, self.stats, self.decisions):
+        decisions = self.in_thread.decisions
+        for known in (self.expert_names, self.layer_names, self.stats, decisions):
             known.pop(adapter_name, None)
+        self.required.discard(adapter_name)
+
+    def require_routing(self) -> None:
+        """Note which adapters the layers may not mix uniformly by themselves."""
+        self.required.clear()
+        self.required.update(self.routers if self.mode == "routed" else ())
 
     def route(
         self,
@@ -88,82 +168,166 @@ class RoutingState(WeightSlot):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         adapter_names: Iterable[str],
-    ) -> None:
-        """Put the weights for `model(*args, **kwargs)` into the slot."""
-        self.decisions = {}
-        if self.override is not None:
-            self._put_override(adapter_names, (model, args, kwargs))
-            return
-        routed = [name for name in adapter_names if name in self.routers]
-        if self.mode == "uniform" or not routed:
-            self.put({name: self._held_uniform(name) for name in routed if self._awaited(name)})
-            return
-        self.decisions, weights, middle = self._ask(routed, model, args, kwargs)
-        self.put(weights, {name: _kept_experts(self.routers[name]) for name in routed}, middle)
+        routers: nn.ModuleDict,
+    ) -> Routing:
+        """Decide the routing of `model(*args, **kwargs)`.
+
+        Args:
+            model: the adapted model, or a replica of it.
+            args: the call's positional arguments.
+            kwargs: its keyword arguments.
+            adapter_names: the adapters that act.
+            routers: the routers of the model, or of the replica, by adapter name.
+        """
+        steering, mine = self.steering, self.in_thread
+        mine.has_run, mine.decisions = True, {}
+        if getattr(model, "_is_replica", False) and self._open and steering is _NO_STEERING:
+            raise RuntimeError(
+                "Expected moe_lora.route, teach_experts and knocked_out outside of DataParallel, "
+                "whose threads they do not reach. Use DistributedDataParallel, or open them inside "
+                "the module that DataParallel wraps."
+            )
+        names = list(adapter_names)
+        asked = [name for name in names if name in routers]
+        if steering.override is not None:
+            routing = self._overridden(steering.override, names, (model, args, kwargs))
+        elif self.mode == "uniform" or not asked:
+            routing = Routing(dict.fromkeys(names))
+        else:
+            given = steering.given or self.given
+            routing = self._ask(asked, given, model, args, kwargs, routers)
+        return self._steered(routing, steering, names)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _ask(
-        self, names: list[str], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[dict[str, RoutingDecision], dict[str, Tensor], dict[str, Middle]]:
-        """Return every router's decision, and its weights where the layers look for them."""
+        self,
+        names: list[str],
+        given: GivenInputs,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        routers: nn.ModuleDict,
+    ) -> Routing:
+        """Ask the routers, and put their weights where the layers look for them."""
         inputs = read_inputs(
             model,
             read_arguments(model, args, kwargs),
-            mask_info=self.given.mask_info,
-            task_hint=self.given.task_hint,
-            grid_size=self.given.grid_size,
+            mask_info=given.mask_info,
+            task_hint=given.task_hint,
+            grid_size=given.grid_size,
             analyze=self.mask_memory.analyze,
         )
-        decisions = {name: _decide(self.routers[name], inputs) for name in names}
-        weights: dict[str, Tensor] = {}
-        middle: dict[str, Middle] = {}
+        weights: dict[str, Tensor | None] = {}
+        dimension: dict[str, Dimension] = {}
+        decisions = {name: _decide(routers[name], inputs) for name in names}
         for name, decision in decisions.items():
             self.stats[name].update(decision.weights.detach())
-            router = self.routers[name]
+            router = routers[name]
             assert isinstance(router, Router)
-            weights[name] = router.weights_to_use(decision, self.given.task_hint)
+            used = router.weights_to_use(decision, given.task_hint)
             if router.num_layers is not None:
-                middle[name] = "layers"
+                dimension[name] = "layers"
             elif decision.weights.ndim == 3:
-                weights[name], grid = place_tokens(
-                    weights[name], read_latents(inputs.model_inputs), inputs.model_inputs, model
+                used, grid = place_tokens(
+                    used, read_latents(inputs.model_inputs), inputs.model_inputs, model
                 )
-                middle.update({} if grid is None else {name: grid})
-        return decisions, weights, middle
+                dimension.update({} if grid is None else {name: grid})
+            weights[name] = used
+        self.in_thread.decisions = decisions
+        return Routing.of(
+            weights, {name: _kept_experts(routers[name]) for name in names}, dimension
+        )
 
-    def set_override(self, weights: Tensor | None, top_k: int | None = None) -> None:
-        """Set weights that win over mode and router, or take them back with `None`."""
-        if weights is not None:
-            self._check_override(weights, top_k)
-        self.override, self.override_top_k = weights, top_k
-        if weights is not None:
-            self._put_override(self.expert_names)
+    def _overridden(
+        self,
+        override: Override,
+        adapter_names: Iterable[str],
+        call: tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]] | None = None,
+    ) -> Routing:
+        weights, grid = override.weights, None
+        names = [name for name in adapter_names if name in self.expert_names]
+        if not torch.compiler.is_compiling():
+            self.check_num_experts("weights", weights, names)
+            weights, grid = (weights, None) if call is None else fit_to_call(weights, *call)
+        return Routing.of(
+            dict.fromkeys(names, weights),
+            dict.fromkeys(names, override.top_k),
+            {} if grid is None else dict.fromkeys(names, grid),
+            version=override.version,
+        )
+
+    def _steered(
+        self, routing: Routing, steering: Steering, adapter_names: Iterable[str]
+    ) -> Routing:
+        """Apply what does not decide the weights but changes them."""
+        for name, expert, renormalize in steering.ablations:
+            if name in adapter_names and name in self.expert_names:
+                experts = len(self.expert_names[name])
+                routing = routing.without_expert(name, expert, experts, renormalize=renormalize)
+        mask = steering.expert_grad_mask
+        return routing if mask is None else routing.with_grad_mask(mask)
+
+    @property
+    def steering(self) -> Steering:
+        """What the open contexts of this thread, or of this asynchronous task, ask for."""
+        if not torch.compiler.is_compiling():
+            return _STEERINGS.get().get(self, _NO_STEERING)
+        opened = self.in_thread.opened  # a context variable has no place in a graph
+        return opened[-1] if opened else _NO_STEERING
 
     @contextmanager
-    def without_expert(self, knocked_out: KnockedOut) -> Iterator[None]:
-        """Set an expert's weight to 0 inside the context, whatever decides the weights."""
-        before, held = self.knocked_out, (self.weights, self._top_k, self.middle)
-        self.knocked_out = (*before, knocked_out)
-        try:
-            self.put(*held)
-            yield
-        finally:
-            self.knocked_out = before
-            super().put(*held)
+    def steered(self, **changes: Any) -> Iterator[None]:
+        """Change the steering inside the context, in this thread or asynchronous task only.
 
-    def put(
-        self,
-        weights: Mapping[str, Tensor],
-        top_k: Mapping[str, int | None] | None = None,
-        middle: Mapping[str, Middle] | None = None,
-    ) -> None:
-        for name, expert, renormalise in self.knocked_out:
-            whole = weights.get(name)
-            if whole is None:  # what the layers take for uniform
-                experts = len(self.expert_names[name])
-                whole = torch.full((experts,), 1 / experts)
-            weights = {**weights, name: left_out(whole, expert, renormalise=renormalise)}
-        super().put(weights, top_k, middle)
+        It acts on passes, on the rest of a pass that is under way, and on layers that run outside
+        of any pass.
+
+        Args:
+            changes: fields of `Steering`.
+        """
+        before = self.steering
+        steering = replace(before, **changes)
+        steering = replace(steering, outside=self._outside(steering))
+        running = self.current()
+        _STEERINGS.set({**_STEERINGS.get(), self: steering})
+        self.in_thread.opened.append(steering)
+        self._open.append(steering)
+        try:
+            if running is None:
+                yield
+            else:
+                with self.use(self._resteered(running, before, steering)):
+                    yield
+        finally:
+            self._open.remove(steering)
+            self.in_thread.opened.remove(steering)
+            others = {k: v for k, v in _STEERINGS.get().items() if k is not self}
+            _STEERINGS.set(others if before is _NO_STEERING else {**others, self: before})
+
+    def outside(self) -> Routing | None:
+        steering = self.steering
+        override = steering.override
+        if override is None or torch.compiler.is_compiling() or override.is_unchanged:
+            return steering.outside
+        return self._outside(steering)
+
+    def _resteered(self, running: Routing, before: Steering, steering: Steering) -> Routing:
+        """Make the routing of the rest of a pass that is under way."""
+        if steering.override is not None and steering.override is not before.override:
+            running = self._overridden(steering.override, running.weights)
+        else:
+            further = steering.ablations[len(before.ablations) :]
+            steering = replace(steering, ablations=further)
+        return self._steered(running, steering, running.weights)
+
+    def _outside(self, steering: Steering) -> Routing:
+        """Make the routing of layers that run outside of a pass."""
+        if steering.override is None:
+            names = [name for name in self.expert_names if name not in self.required]
+            return self._steered(Routing(dict.fromkeys(names)), steering, names)
+        experts = steering.override.weights.shape[-1]
+        names = [name for name, known in self.expert_names.items() if len(known) == experts]
+        return self._steered(self._overridden(steering.override, names), steering, names)
 
     def set_mode(self, mode: RoutingMode) -> None:
         """Set the mode, "routed" or "uniform"."""
@@ -177,6 +341,7 @@ class RoutingState(WeightSlot):
                 "MoELoraConfig(router=...) or attach one with moe_lora.attach_router."
             )
         self.mode = mode
+        self.require_routing()
 
     def check_hint(self, hint: str | None) -> None:
         """Raise unless an expert of some adapter answers to the hint."""
@@ -185,8 +350,9 @@ class RoutingState(WeightSlot):
             raise ValueError(f"Expected `task_hint` to be one of {known}, but got {hint!r}.")
 
     def fixed_weights(self, adapter_name: str) -> Tensor | None:
-        if self.override is not None and self.override.ndim == 1:
-            return self.override
+        override = self.steering.override
+        if override is not None and override.weights.ndim == 1:
+            return override.weights
         if self.mode == "uniform" or adapter_name not in self.routers:
             return None
         router = self.routers[adapter_name]
@@ -206,75 +372,45 @@ class RoutingState(WeightSlot):
             )
         return weights
 
-    def _check_override(self, weights: Tensor, top_k: int | None) -> None:
-        if not isinstance(weights, Tensor) or not weights.is_floating_point():
-            raise TypeError(
-                f"Expected `weights` to be a floating-point tensor, but got {type(weights)}."
-            )
-        experts = {len(names) for names in self.expert_names.values()}
-        if weights.ndim not in (1, 2, 3) or experts != {weights.shape[-1]}:
+    def check_num_experts(self, what: str, tensor: Tensor, adapter_names: Iterable[str]) -> None:
+        """Raise unless a tensor's last dimension is the number of experts of some adapters."""
+        experts = sorted({len(self.expert_names[name]) for name in adapter_names})
+        if experts != [tensor.shape[-1]]:
             raise ValueError(
-                "Expected `weights` to have shape (E,), (batch, E) or (batch, tokens, E) with "
-                f"E in {sorted(experts)}, but got {tuple(weights.shape)}."
+                f"Expected `{what}` to have the shape (..., E), for the experts of the active "
+                f"adapters E in {experts}, but got {tuple(tensor.shape)}."
             )
-        if top_k is not None and not 1 <= top_k <= weights.shape[-1]:
-            raise ValueError(
-                f"Expected `top_k` to be in [1, num_experts={weights.shape[-1]}], but got {top_k}."
-            )
-        if top_k is not None and (weights != 0).sum(-1).max() > top_k:
-            raise ValueError(
-                f"Expected at most `top_k`={top_k} weights of a row to differ from 0, but got more."
-            )
-
-    def _put_override(
-        self,
-        adapter_names: Iterable[str],
-        call: tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]] | None = None,
-    ) -> None:
-        assert self.override is not None
-        whole, grid = self.override, None
-        if call is not None and not torch.compiler.is_compiling():
-            whole, grid = fit_to_call(whole, *call)
-        weights = {name: whole for name in adapter_names if name in self.expert_names}
-        for name in filter(self._awaited, weights):
-            weights[name] = hold(self.routers[name], weights[name])
-        self.put(
-            weights,
-            dict.fromkeys(weights, self.override_top_k),
-            {} if grid is None else dict.fromkeys(weights, grid),
-        )
-
-    def _awaited(self, adapter_name: str) -> bool:
-        return adapter_name in self.routers and is_awaited(self.routers[adapter_name])
-
-    def _held_uniform(self, adapter_name: str) -> Tensor:
-        router, experts = self.routers[adapter_name], len(self.expert_names[adapter_name])
-        device = next(router.parameters()).device
-        return hold(router, torch.full((experts,), 1 / experts, device=device))
 
     def __getstate__(self) -> dict[str, Any]:
-        forgotten: dict[str, Any] = {"override": None, "knocked_out": (), "decisions": {}}
-        return {**super().__getstate__(), **forgotten}
+        return {**self.__dict__, "_open": []}
 
 
-def left_out(weights: Tensor, expert: int, *, renormalise: bool = False) -> Tensor:
-    """Set one expert's weight to 0.
+def check_override(weights: Tensor, top_k: int | None) -> None:
+    """Raise unless weights, and the number of those that differ from 0, describe an override."""
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        raise TypeError(
+            f"Expected `weights` to be a floating-point tensor, but got {type(weights)}."
+        )
+    if weights.ndim not in (1, 2, 3):
+        raise ValueError(
+            "Expected `weights` to have shape (E,), (batch, E) or (batch, tokens, E), but got "
+            f"{tuple(weights.shape)}."
+        )
+    if top_k is None:
+        return
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= weights.shape[-1]:
+        raise ValueError(
+            f"Expected `top_k` to be in [1, num_experts={weights.shape[-1]}], but got {top_k}."
+        )
+    if weights.numel() and (weights != 0).sum(-1).max() > top_k:
+        raise ValueError(
+            f"Expected at most `top_k`={top_k} weights of a row to differ from 0, but got more."
+        )
 
-    Args:
-        weights: `(..., E)`.
-        expert: its index.
-        renormalise: divide the others by their sum; rows without any other weight stay 0.
 
-    Example:
-        >>> left_out(torch.tensor([0.5, 0.3, 0.2]), 0, renormalise=True)
-        tensor([0.0000, 0.6000, 0.4000])
-    """
-    stays = torch.arange(weights.shape[-1], device=weights.device) != expert
-    kept = weights * stays.to(weights.dtype)
-    if not renormalise:
-        return kept
-    total = kept.sum(-1, keepdim=True)
-    return kept / total.where(total != 0, 1.0)
+def _changes(tensor: Tensor) -> int | None:
+    """Count the changes of a tensor in place, where it counts them."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _kept_experts(router: nn.Module) -> int | None:

@@ -1,0 +1,1 @@
+"""From a routing decision to the weights of one layer."""

@@ -1,0 +1,173 @@
+"""Where the layers of a model find the routing of the pass that they run in."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from moe_lora.routing.weights.routing import Routing
+
+
+class _Entry(NamedTuple):
+    """A routing, and the backward pass inside which it holds (-1 outside of any)."""
+
+    routing: Routing | None
+    graph_task: int
+
+
+_NOTHING = _Entry(None, -1)
+_UNIFORM = Routing()
+
+# The routing of the pass whose blocks are computed again, by backward pass and lineage of models.
+# The graph of the pass keeps it alive.
+_RECOMPUTED: WeakValueDictionary[tuple[int, int], Routing] = WeakValueDictionary()
+
+
+class _Passes(threading.local):
+    """The passes that are under way in this thread, the innermost apart from the outer ones.
+
+    A copy of the model shares it with the original: a pass routes all layers of one lineage that it
+    meets, so that a copied block routes in the place of the block that it was copied from.
+    """
+
+    def __init__(self) -> None:
+        self.entry = _NOTHING
+        self.outer: list[_Entry] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Passes:
+        return self
+
+    def __copy__(self) -> _Passes:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Passes], tuple[()]]:
+        return _Passes, ()
+
+
+class RoutingContext:
+    """Hand the routing of a forward pass to the layers that run in it.
+
+    All adapted layers of a model share one context. What it holds belongs to one pass in one
+    thread: nested passes, other threads and other models have theirs.
+
+    Attributes:
+        required: the adapters that a router, and so the pass, must decide the weights of; others
+            are mixed uniformly where no routing is found.
+    """
+
+    def __init__(self) -> None:
+        self.required: set[str] = set()
+        self._passes = _Passes()
+
+    def enter(self, routing: Routing | None) -> None:
+        """Begin a pass."""
+        if self._passes.entry.graph_task != -1 and _graph_task() == -1:
+            self._passes.entry = _NOTHING  # left by a backward pass that ended in an error
+        self._passes.outer.append(self._passes.entry)
+        self._passes.entry = _Entry(routing, _graph_task())
+
+    def decide(self, routing: Routing) -> None:
+        """Set the routing of the pass that began last."""
+        self._passes.entry = _Entry(routing, self._passes.entry.graph_task)
+
+    def leave(self) -> Routing | None:
+        """End the pass that began last, and return its routing."""
+        passes, routing = self._passes, self._passes.entry.routing
+        passes.entry = passes.outer.pop() if passes.outer else _NOTHING
+        return routing
+
+    @contextmanager
+    def use(self, routing: Routing | None) -> Iterator[None]:
+        """Let a routing hold for the layers that run inside the context."""
+        self.enter(routing)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def current(self) -> Routing | None:
+        """Return the routing of the pass that runs now, or whose blocks are computed again."""
+        entry = self._passes.entry
+        if torch.compiler.is_compiling():
+            return entry.routing
+        task = _graph_task()
+        if entry is not _NOTHING and entry.graph_task == task:
+            return entry.routing
+        return None if task == -1 else _RECOMPUTED.get((task, id(self._passes)))
+
+    def of_adapter(self, adapter_name: str) -> Routing:
+        """Return the routing that one adapter of a layer is mixed by.
+
+        Raises:
+            RuntimeError: when no pass of the model is under way that decides its weights.
+        """
+        routing = self.current() or self.outside()
+        if routing is not None and adapter_name in routing.weights:
+            return routing
+        if adapter_name in self.required:
+            raise RuntimeError(
+                f"Expected routing weights for adapter {adapter_name!r}, whose router is asked "
+                "when the adapted model is called, but a layer ran outside of a call. Call the "
+                "model itself, not its `forward` or its blocks, or hand weights over with "
+                "`with moe_lora.route(model, weights):`. In the backward pass of a checkpointed "
+                "block: add the model's output to the loss, or checkpoint with "
+                "moe_lora.routed_checkpoint(model)."
+            )
+        return _UNIFORM if routing is None else routing
+
+    def outside(self) -> Routing | None:
+        """Return the routing of layers that run outside of any pass."""
+        return None
+
+    def restore_in_backward(self, output: Any, routing: Routing) -> None:
+        """Let a pass's blocks that are computed again in its backward pass find its routing.
+
+        The gradient of a pass's output comes before those of its blocks.
+
+        Args:
+            output: what the model returned.
+            routing: the routing of that pass.
+        """
+
+        def restore(grad: Tensor) -> None:
+            task, passes = _graph_task(), self._passes
+            if passes.entry.graph_task != task:
+                # The end of a backward pass may be reached in another thread.
+                end = functools.partial(vars(passes).update, entry=passes.entry)
+                Variable._execution_engine.queue_callback(end)
+            # A compiled block looks into its own thread; blocks on other devices run in others.
+            passes.entry = _Entry(routing, task)
+            _RECOMPUTED[task, id(passes)] = routing
+
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(restore)
+
+    def fixed_weights(self, adapter_name: str) -> Tensor | None:
+        """Return the `(E,)` weights that an adapter may be merged with; `None` means uniform."""
+        return None
+
+
+def _graph_task() -> int:
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+    elif hasattr(output, "__dataclass_fields__"):
+        yield from _tensors(vars(output))

@@ -1,0 +1,206 @@
+"""The routing of one forward pass, and what changes it."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Dimension = tuple[int, int] | Literal["layers"]
+"""What dimension 1 of `(B, N, E)` weights counts: the tokens of a grid of rows and columns that a
+model may resample, or the adapted layers. Where nothing is said, tokens as the layers see them.
+"""
+
+_VERSIONS = itertools.count(1)
+
+
+def new_version() -> Tensor | None:
+    """Return an integer on the CPU that no other routing has; `None` while compiling."""
+    if torch.compiler.is_compiling():
+        return None
+    with torch.inference_mode(False):
+        return torch.tensor(next(_VERSIONS), dtype=torch.int64, device="cpu")
+
+
+def _graph_task() -> int:
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+_UNIFORM_VERSION = torch.zeros((), dtype=torch.int64, device="cpu")
+
+
+def _uniform_version() -> Tensor | None:
+    return None if torch.compiler.is_compiling() else _UNIFORM_VERSION
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Routing weights of one forward pass, by adapter name.
+
+    Args:
+        weights: `(E,)`, `(B, E)`, `(B, T, E)` or `(B, L, E)` per adapter; `None` means 1/E.
+        expert_indices: `(B, k)` or `(B, L, k)` per adapter of which only `k` weights in every row
+            of `(B, E)` or `(B, L, E)` count: the indices of these experts.
+        dimension: what dimension 1 of an adapter's weights counts.
+        expert_grad_mask: `(B, E)`, 1 where a sample's gradient reaches the parameters of an expert
+            and 0 where not; `None` where it reaches all.
+        version: an integer on the CPU, different for every routing but uniform ones, which
+            share theirs; `None` while compiling.
+        graph_task: the backward pass in which the routing was made, -1 outside of any.
+    """
+
+    weights: Mapping[str, Tensor | None] = field(default_factory=dict)
+    expert_indices: Mapping[str, Tensor] = field(default_factory=dict)
+    dimension: Mapping[str, Dimension] = field(default_factory=dict)
+    expert_grad_mask: Tensor | None = None
+    version: Tensor | None = field(default_factory=_uniform_version)
+    graph_task: int = field(default_factory=_graph_task)
+
+    @classmethod
+    def of(
+        cls,
+        weights: Mapping[str, Tensor | None],
+        top_k: Mapping[str, int | None] | None = None,
+        dimension: Mapping[str, Dimension] | None = None,
+        version: Tensor | None = None,
+    ) -> Routing:
+        """Make the routing of given weights.
+
+        Args:
+            weights: by adapter name.
+            top_k: how many weights of a row are not zero, for the adapters where that is known.
+            dimension: what dimension 1 of `(B, N, E)` weights counts, where that is known.
+            version: that of an equal routing; a new one by default.
+        """
+        dimension = dimension or {}
+        indices = {}
+        for name, k in (top_k or {}).items():
+            values = weights[name]
+            if k is None or values is None or k >= values.shape[-1]:
+                continue
+            if values.ndim == 2 or dimension.get(name) == "layers":
+                indices[name] = expert_indices(values, k)
+        for tensor in (*weights.values(), *indices.values()):
+            _let_sizes_change(tensor)
+        version = new_version() if version is None else version
+        return cls(weights, indices, dimension, version=version)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every adapter is mixed uniformly and every sample teaches all experts."""
+        given = any(weights is not None for weights in self.weights.values())
+        return not given and self.expert_grad_mask is None
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients reach any of the weights."""
+        return any(w is not None and w.requires_grad for w in self.weights.values())
+
+    def of_layer(
+        self, adapter_name: str, layer_index: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return what an adapter's weights and expert indices are for one layer.
+
+        Args:
+            adapter_name: whose weights.
+            layer_index: `(1,)`, the layer's place among the adapted ones, on the CPU.
+
+        Returns:
+            Weights `(E,)`, `(B, E)` or `(B, T, E)` and indices `(B, k)`; `None` for uniform weights
+            and for all experts.
+        """
+        weights, indices = self.weights.get(adapter_name), self.expert_indices.get(adapter_name)
+        if weights is None or self.dimension.get(adapter_name) != "layers":
+            return weights, indices
+        assert layer_index is not None
+        return _at(weights, layer_index), None if indices is None else _at(indices, layer_index)
+
+    def grid_of(self, adapter_name: str) -> tuple[int, int] | None:
+        """Return the grid of an adapter's token weights, where the model may resample it."""
+        dimension = self.dimension.get(adapter_name)
+        return None if dimension is None or dimension == "layers" else dimension
+
+    def with_grad_mask(self, expert_grad_mask: Tensor) -> Routing:
+        """Return the routing under which every sample teaches only some experts.
+
+        Args:
+            expert_grad_mask: `(B, E)`.
+        """
+        _let_sizes_change(expert_grad_mask)
+        return replace(self, expert_grad_mask=expert_grad_mask, version=new_version())
+
+    def without_expert(
+        self, adapter_name: str, expert: int, num_experts: int, *, renormalize: bool = False
+    ) -> Routing:
+        """Return the routing in which one expert's weight is 0.
+
+        Args:
+            adapter_name: whose expert.
+            expert: its index.
+            num_experts: how many experts the adapter has.
+            renormalize: divide the others by their sum.
+        """
+        weights = self.weights.get(adapter_name)
+        if weights is None:
+            weights = torch.full((num_experts,), 1 / num_experts)
+        left = without_weight(weights, expert, renormalize=renormalize)
+        return replace(self, weights={**self.weights, adapter_name: left}, version=new_version())
+
+
+def expert_indices(weights: Tensor, k: int) -> Tensor:
+    """Return the `k` experts of every row that count: those of the largest magnitude.
+
+    Args:
+        weights: `(..., E)`, of which at most `k` of a row differ from 0; they may be negative.
+        k: how many.
+
+    Returns:
+        `(..., k)`.
+
+    Example:
+        >>> expert_indices(torch.tensor([[0.0, -0.5, 1.5]]), 2)
+        tensor([[2, 1]])
+    """
+    return weights.detach().abs().topk(k, dim=-1).indices
+
+
+def without_weight(weights: Tensor, expert: int, *, renormalize: bool = False) -> Tensor:
+    """Set one expert's weight to 0.
+
+    Args:
+        weights: `(..., E)`.
+        expert: its index.
+        renormalize: divide the others by their sum; rows without any other weight stay 0.
+
+    Example:
+        >>> without_weight(torch.tensor([0.5, 0.3, 0.2]), 0, renormalize=True)
+        tensor([0.0000, 0.6000, 0.4000])
+    """
+    stays = torch.arange(weights.shape[-1], device=weights.device) != expert
+    kept = weights * stays.to(weights.dtype)
+    if not renormalize:
+        return kept
+    total = kept.sum(-1, keepdim=True)
+    return kept / total.where(total != 0, 1.0)
+
+
+def _at(values: Tensor, layer_index: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # a number would be one more graph for every layer
+        return values.index_select(1, layer_index.to(values.device)).squeeze(1)
+    return values[:, int(layer_index)]
+
+
+def _let_sizes_change(weights: Any) -> None:
+    """Tell a compiler, where one is at work, that batch and tokens may differ from call to call.
+
+    A compiled block reads the weights from the context, where its caller cannot mark them.
+    """
+    if weights is None or "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return
+    for dimension in range(weights.ndim - 1):
+        torch._dynamo.maybe_mark_dynamic(weights, dimension)
