@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from moe_lora.config import MoELoraConfig
@@ -16,6 +17,7 @@ from moe_lora.export.fitting import read_lora_for
 from moe_lora.export.layouts import exact_targets, ranks_config
 from moe_lora.export.plain import StoredFactors
 from moe_lora.export.sources import adapted_layers
+from moe_lora.module_paths import bare_modules, inner_module
 from moe_lora.routing.registry import router_class
 from moe_lora.undo import all_or_nothing
 
@@ -59,6 +61,7 @@ def from_loras(
         raise ValueError(f"Expected an unused `adapter_name`, but {adapter_name!r} exists.")
     loras = {name: read_lora_for(model, path, skip) for name, path in files.items()}
     config = _config(loras, options)
+    _check_bare(model, loras)
     with all_or_nothing(model):
         _inject(model, config, adapter_name)
         layers = dict(adapted_layers(model, adapter_name))
@@ -66,6 +69,20 @@ def from_loras(
             for path, stored in lora.items():
                 _fill(layers[path], index, stored)
     return model
+
+
+def _check_bare(model: nn.Module, loras: Mapping[str, Mapping[str, StoredFactors]]) -> None:
+    # PEFT goes by the paths that the model has now; a checkpoint holds those of the bare model.
+    here = {path for path, _ in model.named_modules()}
+    hosts = dict(bare_modules(model))
+    for path in sorted({path for lora in loras.values() for path in lora}):
+        adapted = isinstance(hosts[path], BaseTunerLayer)
+        if path not in here or (not adapted and inner_module(hosts[path]) is not None):
+            raise ValueError(
+                f"Expected {path!r} to be a layer of the bare model, but it is inside a wrapper, "
+                "such as those of torch.compile and activation checkpointing. Wrap or compile it "
+                "after from_loras."
+            )
 
 
 def _config(

@@ -6,14 +6,14 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from moe_lora.export.factors import Factors
 from moe_lora.export.kohya import flux_paths, split_flux
 from moe_lora.export.plain import PlainFile, StoredFactors, read_plain
 from moe_lora.export.sgm import diffusers_name
-from moe_lora.export.sources import some, unwrapped
+from moe_lora.export.sources import some
+from moe_lora.module_paths import bare_modules, inner_module
 from moe_lora.stored import input_width
 
 
@@ -63,10 +63,11 @@ def read_lora_for(
 def _layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the weight's shape of every layer that can have a LoRA."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, module in model.named_modules():
-        name = unwrapped(path)
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) and name else module
-        if ".base_layer" in name or not isinstance(base, nn.Linear | nn.Conv2d):
+    for name, module in bare_modules(model):
+        base = module
+        while (inside := inner_module(base)) is not None:
+            base = inside
+        if not isinstance(base, nn.Linear | nn.Conv2d):
             continue
         if isinstance(base, nn.Linear):
             # A quantised weight may have another shape.

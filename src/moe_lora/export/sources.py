@@ -16,6 +16,7 @@ from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.experts import MoELoraExperts
 from moe_lora.export.factors import ExpertTable, LayerExperts
 from moe_lora.files import read_tensors
+from moe_lora.module_paths import bare_path
 from moe_lora.routed_layer import MoELoraLayer
 from moe_lora.routing.control import routed_module
 from moe_lora.stored import WEIGHTS_NAME, input_width
@@ -23,12 +24,10 @@ from moe_lora.stored import WEIGHTS_NAME, input_width
 CONFIG_NAME = "adapter_config.json"
 
 _EXPERTS_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.moe_lora_experts\.(lora_[AB])$")
-# What torch.compile, FSDP and activation checkpointing put into the path of a module.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def adapted_layers(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, MoELoraExperts]]:
-    """Yield the path and the experts of every layer that an adapter has.
+    """Yield the path in the bare model and the experts of every layer that an adapter has.
 
     Args:
         base: the module that the adapter was injected into.
@@ -39,17 +38,7 @@ def adapted_layers(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, Mo
         if isinstance(module, MoELoraLayer) and held is not None and adapter_name in held:
             experts = held[adapter_name]
             assert isinstance(experts, MoELoraExperts)
-            yield unwrapped(path), experts
-
-
-def unwrapped(path: str) -> str:
-    """Return a module's path without what wrappers put into it.
-
-    Example:
-        >>> unwrapped("blocks.0._orig_mod.to_q")
-        'blocks.0.to_q'
-    """
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+            yield bare_path(path, base), experts
 
 
 def table_of_model(model: nn.Module, adapter_name: str = "default") -> ExpertTable:
