@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from moe_lora.export.factors import Factors
-from moe_lora.export.kohya import flux_paths, split_flux
+from moe_lora.export.kohya import flux_norm, flux_paths, split_flux
 from moe_lora.export.plain import PlainFile, StoredFactors, read_plain
 from moe_lora.export.sgm import diffusers_name
 from moe_lora.export.sources import some
@@ -33,31 +34,65 @@ def read_lora_for(
             sizes than they have.
     """
     plain, layers = read_plain(path, skip), _layers(model)
-    flat = {name.replace(".", "_"): name for name in layers}
+    flat = _flat_names(layers)
     widths = {name: shape[0] for name, shape in layers.items()}
     found: dict[str, StoredFactors] = {}
     unknown = []
     depth = getattr(getattr(model, "config", None), "layers_per_block", None)
     sgm = partial(diffusers_name, layers_per_block=depth if isinstance(depth, int) else 2)
     for name, stored in plain.layers.items():
-        target = name if name in layers else flat.get(name, flat.get(sgm(name) or ""))
-        parts = flux_paths(name)
+        # Tools write the names of the original code with dots, or with underscores only.
+        plain_name = name.replace(".", "_")
+        target = name if name in layers else flat.get(plain_name, flat.get(sgm(plain_name) or ""))
+        parts = flux_paths(plain_name)
         if target is not None:
-            found[target] = stored
+            split = {target: stored}
         elif parts and all(part in layers for part in parts):
-            split = split_flux(name, Factors(stored.down, stored.up), widths)
-            found |= {part: StoredFactors(*f, stored.scale) for part, f in split.items()}
+            factors = split_flux(plain_name, Factors(stored.down, stored.up), widths)
+            split = {part: StoredFactors(*f, stored.scale) for part, f in factors.items()}
         else:
             unknown.append(name)
+            continue
+        twice = sorted(split.keys() & found.keys())
+        if twice:
+            raise ValueError(
+                f"Expected one LoRA for every layer in {str(plain.path)!r}, but {twice[0]!r} has "
+                "several, in different layouts. Leave one kind out with `skip`."
+            )
+        found |= split
     if unknown:
         raise ValueError(
             f"Expected {str(plain.path)!r} to speak of layers of the {type(model).__name__} only, "
             f"but it has no {some(unknown)}. Keys that do not matter here can be left out with "
             "`skip`."
         )
+    _check_norms(plain, model)
     return {
         name: _fitted(name, stored, layers[name], plain, model) for name, stored in found.items()
     }
+
+
+def _flat_names(layers: Iterable[str]) -> dict[str, str]:
+    """Return layers by their names without dots, where these are of one layer only."""
+    named: dict[str, list[str]] = {}
+    for name in layers:
+        named.setdefault(name.replace(".", "_"), []).append(name)
+    return {flat: names[0] for flat, names in named.items() if len(names) == 1}
+
+
+def _check_norms(plain: PlainFile, model: nn.Module) -> None:
+    weights = {path: getattr(module, "weight", None) for path, module in bare_modules(model)}
+    for key, scale in plain.norms.items():
+        path = flux_norm(key)
+        weight = weights.get(path)
+        if isinstance(weight, Tensor) and not weight.is_meta and weight.shape == scale.shape:
+            coarse = min(weight.dtype, scale.dtype, key=lambda dtype: dtype.itemsize)
+            if torch.equal(weight.detach().cpu().to(coarse), scale.to(coarse)):
+                continue
+        raise ValueError(
+            f"Expected a plain LoRA in {str(plain.path)!r}, but it also replaces the norm "
+            f"{path!r}, which an expert cannot. Merge it into the base model instead."
+        )
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[int, ...]]:

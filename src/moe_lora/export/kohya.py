@@ -94,6 +94,19 @@ def flux_paths(name: str) -> tuple[str, ...]:
     return tuple(f"{block}.{part}" for part in parts)
 
 
+def flux_norm(key: str) -> str:
+    """Return which norm of a Flux model a key of the original code stands for.
+
+    Example:
+        >>> flux_norm("double_blocks.3.txt_attn.norm.key_norm.scale")
+        'transformer_blocks.3.attn.norm_added_k'
+    """
+    kind, index, *middle, name, _ = key.removeprefix("diffusion_model.").split(".")
+    block = "transformer_blocks" if kind == "double_blocks" else "single_transformer_blocks"
+    added = "added_" if middle[0] == "txt_attn" else ""
+    return f"{block}.{index}.attn.norm_{added}{name[0]}"
+
+
 def fuse_flux(lora: PlainLora) -> tuple[dict[str, Factors], list[str]]:
     """Put a Flux LoRA under kohya's names; fused projections become block-diagonal.
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from moe_lora.export.factors import Factors
+from moe_lora.export.kohya import flux_paths
 from moe_lora.export.layouts import METADATA_KEY, Format
 from moe_lora.export.sources import CONFIG_NAME, read_json, some
+from moe_lora.export.strength import Strength
 from moe_lora.files import read_tensors
 from moe_lora.stored import WEIGHTS_NAME
+
+Layout = Format | Literal["original"]
+"""Whose keys a file has; "original" are the dotted ones of a model's own code."""
 
 _ROLES = {
     ".lora_A.weight": "down",
@@ -28,13 +31,20 @@ _ROLES = {
     ".lora_up.weight": "up",
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
+    ".lora_B.bias": "bias",
     ".alpha": "alpha",
 }
 _KEY = re.compile(f"(.+?)({'|'.join(re.escape(suffix) for suffix in _ROLES)})$")
-_PREFIXES: dict[str, Format] = {
+# What Black Forest Labs' files have beside factors: whole norms of the queries and keys.
+_NORM = re.compile(
+    r"(?:diffusion_model\.)?(double|single)_blocks\.\d+\.(?:.+\.)?norm\.(query|key)_norm\.scale$"
+)
+# VeLoRA's, of the backward pass only.
+_TRAINING_ONLY = (".lora_velora_embed",)
+_PREFIXES: dict[str, Layout] = {
     "base_model.model.": "peft",
     "lora_unet_": "kohya",
-    "diffusion_model.": "kohya",
+    "diffusion_model.": "original",
     "transformer.": "diffusers",
     "unet.": "diffusers",
 }
@@ -55,8 +65,7 @@ class StoredFactors(NamedTuple):
 
     def factors(self) -> Factors:
         """Return the factors with the strength in `up`, which is then at least float32."""
-        # Eight-bit floats have no promotion.
-        precise = torch.float64 if self.up.dtype == torch.float64 else torch.float32
+        precise = torch.promote_types(self.up.dtype, torch.float32)
         return Factors(self.down.to(precise), self.up.to(precise) * self.scale)
 
 
@@ -70,13 +79,15 @@ class PlainFile:
         layers: by the file's name of the layer, the layout's prefix taken off.
         metadata: what moe_lora wrote into the file's header; empty for other makers.
         base_model: what its config says that it was made for, if it does.
+        norms: whole weights of norms by the file's keys, which must be those of the base model.
     """
 
     path: Path
-    layout: Format
+    layout: Layout
     layers: dict[str, StoredFactors]
     metadata: dict[str, Any]
     base_model: str | None = None
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read_plain(path: str | os.PathLike[str], skip: Sequence[str] = ()) -> PlainFile:
@@ -88,68 +99,83 @@ def read_plain(path: str | os.PathLike[str], skip: Sequence[str] = ()) -> PlainF
 
     Raises:
         FileNotFoundError: when there is nothing.
+        TypeError: when `skip` is a string.
         ValueError: when it is corrupt, no plain LoRA, or of unknown strength.
     """
+    if isinstance(skip, str):
+        raise TypeError(f"Expected `skip` to be a list of beginnings of keys, but got {skip!r}.")
     file, config = _locate(Path(path))
     tensors, header = read_tensors(file)
-    roles: dict[str, dict[str, Tensor]] = {}
-    foreign = []
-    for key, tensor in tensors.items():
-        if key.startswith(tuple(skip)):
-            continue
-        match = _KEY.match(key)
-        if match is None:
-            foreign.append(key)
-        else:
-            roles.setdefault(match[1], {})[_ROLES[match[2]]] = tensor
+    roles, foreign = _by_layer(file, tensors, tuple(skip))
+    prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in roles)), "")
+    original = not prefix and any(flux_paths(name.replace(".", "_")) for name in roles)
+    layout = "original" if original else _PREFIXES.get(prefix, "diffusers")
+    strength = _strength(file, layout, prefix, config, header)
     if foreign or not roles:
         raise ValueError(
             f"Expected the keys of a plain LoRA in {str(file)!r}, but got "
             f"{some(foreign) if foreign else 'none'}."
         )
-    prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in roles)), "")
-    layout = _PREFIXES.get(prefix, "diffusers")
-    strength = _Strength(file, layout, prefix, config, header)
-    layers = {}
-    for raw, tensor_of in roles.items():
-        name = raw.removeprefix(prefix)
-        if prefix == "diffusion_model.":
-            name = name.replace(".", "_")
-        layers[name] = _stored(file, raw, name, tensor_of, strength)
+    layers = {
+        name.removeprefix(prefix): _stored(file, name, name.removeprefix(prefix), held, strength)
+        for name, held in roles.items()
+    }
+    if len(layers) < len(roles):
+        raise ValueError(
+            f"Expected one LoRA for every layer in {str(file)!r}, but some have several, with and "
+            f"without {prefix!r}. Leave one kind out with `skip`."
+        )
     own = _json_header(file, header, METADATA_KEY)
-    return PlainFile(file, layout, layers, own, (config or {}).get("base_model_name_or_path"))
+    base_model = (config or {}).get("base_model_name_or_path")
+    norms = {k: v for k, v in tensors.items() if _NORM.match(k) and not k.startswith(tuple(skip))}
+    return PlainFile(file, layout, layers, own, base_model, norms)
 
 
-class _Strength:
-    """Know the scale of every layer of a file, from whatever the file tells it by."""
-
-    def __init__(
-        self,
-        file: Path,
-        layout: Format,
-        prefix: str,
-        config: dict[str, Any] | None,
-        header: Mapping[str, str],
-    ) -> None:
-        self.fields = config
-        if config is None and "lora_adapter_metadata" in header:
-            entries = _json_header(file, header, "lora_adapter_metadata")
-            self.fields = {k.removeprefix(prefix): v for k, v in entries.items()} or None
-        if self.fields is None and layout == "peft":
+def _by_layer(
+    file: Path, tensors: Mapping[str, Tensor], skip: tuple[str, ...]
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Return tensors by layer and role, and the keys that are none of a plain LoRA's."""
+    roles: dict[str, dict[str, Tensor]] = {}
+    foreign = []
+    for key, tensor in tensors.items():
+        if key.startswith(skip) or _NORM.match(key) or key.endswith(_TRAINING_ONLY):
+            continue
+        match = _KEY.match(key)
+        if match is None:
+            foreign.append(key)
+            continue
+        held, role = roles.setdefault(match[1], {}), _ROLES[match[2]]
+        if role in held:
             raise ValueError(
-                f"Expected a {CONFIG_NAME} beside {str(file)!r}, which tells how strong the LoRA "
-                "is, but there is none."
+                f"Expected one {role} factor of {match[1]!r} in {str(file)!r}, but got several, in "
+                "different layouts."
             )
+        if not tensor.dtype.is_floating_point and role != "alpha":
+            raise ValueError(
+                f"Expected floating-point tensors in {str(file)!r}, but {key!r} is {tensor.dtype}."
+            )
+        # Eight-bit floats know no arithmetic.
+        held[role] = tensor.float() if tensor.element_size() == 1 else tensor
+    return roles, foreign
 
-    def of(self, name: str, rank: int, alpha: Tensor | None) -> float:
-        """Return the scale of a layer; without any word of it, alpha is the rank."""
-        if alpha is not None:
-            return float(alpha) / rank
-        if self.fields is None:
-            return 1.0
-        patterns = self.fields.get("alpha_pattern") or {}
-        value = patterns.get(get_pattern_key(list(patterns), name), self.fields["lora_alpha"])
-        return float(value) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+
+def _strength(
+    file: Path,
+    layout: Layout,
+    prefix: str,
+    config: dict[str, Any] | None,
+    header: Mapping[str, str],
+) -> Strength:
+    if config is not None:
+        return Strength(config, repr(str(file.parent / CONFIG_NAME)))
+    entries = _json_header(file, header, "lora_adapter_metadata")
+    fields = {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
+    if not fields and layout == "peft":
+        raise ValueError(
+            f"Expected a {CONFIG_NAME} beside {str(file)!r}, which tells how strong the LoRA "
+            "is, but there is none."
+        )
+    return Strength(fields or None, f"the header of {str(file)!r}")
 
 
 def _locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
@@ -171,16 +197,11 @@ def _locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
             f"Expected a plain LoRA in {str(folder)!r}, but its {CONFIG_NAME} is of a "
             f"{config.get('peft_type')!r} adapter."
         )
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise ValueError(
-            f"Expected a number as `lora_alpha` in {str(folder / CONFIG_NAME)!r}, but got "
-            f"{config.get('lora_alpha')!r}."
-        )
     return path, config
 
 
 def _stored(
-    file: Path, raw: str, name: str, tensor_of: Mapping[str, Tensor], strength: _Strength
+    file: Path, raw: str, name: str, tensor_of: Mapping[str, Tensor], strength: Strength
 ) -> StoredFactors:
     missing = [role for role in ("down", "up") if role not in tensor_of]
     if missing:
@@ -190,14 +211,24 @@ def _stored(
         )
     down, up = tensor_of["down"], tensor_of["up"]
     rank = down.shape[0]
-    if down.ndim not in (2, 4) or up.ndim not in (2, 4) or up.flatten(1).shape[1] != rank:
+    if (
+        rank < 1
+        or down.ndim not in (2, 4)
+        or up.ndim not in (2, 4)
+        or up.flatten(1).shape[1] != rank
+    ):
         raise ValueError(
             f"Expected the factors of {raw!r} in {str(file)!r} to be (r, in) and (out, r), but got "
             f"{tuple(down.shape)} and {tuple(up.shape)}."
         )
-    if not (down.float().isfinite().all() and up.float().isfinite().all()):
+    if not (down.isfinite().all() and up.isfinite().all()):
         raise ValueError(
             f"Expected finite factors of {raw!r} in {str(file)!r}, but got NaN or inf."
+        )
+    if "bias" in tensor_of and tensor_of["bias"].any():
+        raise ValueError(
+            f"Expected a plain LoRA in {str(file)!r}, but {raw!r} also changes the layer's bias, "
+            "which an expert cannot. Merge it into the base model instead."
         )
     return StoredFactors(down, up.flatten(1), strength.of(name, rank, tensor_of.get("alpha")))
 
