@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import FluxPipeline
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -390,3 +390,133 @@ def test_paths_are_those_of_the_base_model_under_wrappers(make_mlp, tmp_path):
     inner.first = compiled
     report = export_lora(nn.DataParallel(model), tmp_path, format="peft")
     assert list(report.ranks) == ["first"]
+
+
+class TestWhatIsWritten:
+    """Nothing is written that is not whole and finite, and what was there before stays."""
+
+    def check(self, model, path, error, message, **options):
+        before = {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
+        with pytest.raises(error, match=message):
+            export_lora(model, path, **options)
+        assert {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()} == before
+        assert not list(path.parent.rglob(".*"))
+
+    @pytest.mark.parametrize("format", ["diffusers", "peft"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_experts_that_are_not_finite(self, flux, tmp_path, format, value):
+        path = tmp_path / ("lora" if format == "peft" else "lora.safetensors")
+        export_lora(flux, path, WEIGHTS, format=format)
+        with torch.no_grad():
+            flux.base_model.model.x_embedder.moe_lora_experts["default"].lora_A[0, 0, 0] = value
+        message = "finite weights to export, but those of 'x_embedder' hold NaN or inf"
+        self.check(flux, path, ValueError, message, weights=WEIGHTS, format=format)
+        # The expert that is whole can still be taken.
+        export_lora(flux, path, "background_expert", format=format)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+    def test_a_dtype_that_is_too_narrow(self, flux, tmp_path, dtype):
+        with torch.no_grad():
+            flux.base_model.model.x_embedder.moe_lora_experts["default"].lora_B *= 1e7
+        path, message = tmp_path / "lora.safetensors", f"within the range of {dtype}, up to"
+        self.check(flux, path, ValueError, message, weights=WEIGHTS, dtype=dtype)
+
+    def test_a_failure_while_writing(self, flux, tmp_path, monkeypatch):
+        export_lora(flux, tmp_path / "lora", WEIGHTS, format="peft")
+
+        def fail(*args, **kwargs):
+            raise OSError("disk full")
+
+        monkeypatch.setattr("peft.LoraConfig.save_pretrained", fail)
+        path = tmp_path / "lora"
+        self.check(flux, path, OSError, "disk full", weights=[1, 0, 0], format="peft")
+
+    def test_a_place_that_is_taken(self, flux, tmp_path):
+        (tmp_path / "folder.safetensors").mkdir()
+        self.check(
+            flux, tmp_path / "folder.safetensors", ValueError, "is a folder", weights=WEIGHTS
+        )
+        (tmp_path / "notes.txt").write_text("mine")
+        self.check(flux, tmp_path / "notes.txt", ValueError, "is a file", weights=WEIGHTS)
+
+
+class TestStrength:
+    """What acts is what is written, whoever set the strength."""
+
+    @pytest.fixture
+    def model(self, make_flux, mixed_config, flux_targets):
+        model = make_flux().eval()
+        model.add_adapter(mixed_config(target_modules=flux_targets))
+        return model
+
+    def check(self, model, load_flux, make_flux, inputs, folder):
+        expected = mixed(model, inputs)
+        export_lora(model, folder / "lora.safetensors", WEIGHTS)
+        export_lora(model, folder / "small.safetensors", WEIGHTS, rank=12)
+        export_lora(model, folder / "peft", WEIGHTS, format="peft")
+        for stock in (
+            load_flux(folder / "lora.safetensors"),
+            load_flux(folder / "small.safetensors"),
+            PeftModel.from_pretrained(make_flux(), folder / "peft").eval(),
+        ):
+            torch.testing.assert_close(output(stock, inputs), expected, rtol=1e-5, atol=1e-5)
+        return expected
+
+    @pytest.mark.parametrize("strength", [0.5, 0.0, -1.5])
+    def test_set_adapters(self, model, load_flux, make_flux, make_flux_inputs, tmp_path, strength):
+        before = mixed(model, make_flux_inputs())
+        model.set_adapters(["default"], [strength])
+        after = self.check(model, load_flux, make_flux, make_flux_inputs(), tmp_path)
+        assert not torch.allclose(before, after, atol=1e-4)
+
+    def test_beside_a_plain_lora(self, model, load_flux, make_flux, make_flux_inputs, tmp_path):
+        turbo = LoraConfig(target_modules=["to_q", "proj_out"], init_lora_weights=False)
+        model.add_adapter(turbo, adapter_name="turbo")
+        model.set_adapters(["default", "turbo"], [0.25, 2.0])
+        model.set_adapters(["default"], [0.25])
+        self.check(model, load_flux, make_flux, make_flux_inputs(), tmp_path)
+
+    def test_layer_by_layer(self, model, load_flux, make_flux, make_flux_inputs, tmp_path):
+        layers = [m for m in model.modules() if isinstance(m, moe_lora.MoELoraLinear)]
+        for index, layer in enumerate(layers):
+            layer.set_scale("default", 0.1 * index)
+            layer.scale_layer(3.0)
+        self.check(model, load_flux, make_flux, make_flux_inputs(), tmp_path)
+        for layer in layers:
+            layer.unscale_layer()
+        self.check(model, load_flux, make_flux, make_flux_inputs(), tmp_path)
+
+
+class TestAnotherNumberOfExperts:
+    """An adapter that is not active has nothing to say to an export of another one."""
+
+    @pytest.fixture
+    def model(self, make_flux, mixed_config, flux_targets):
+        model = make_flux().eval()
+        fields = {"target_modules": flux_targets, "router": "three_expert_removal"}
+        model.add_adapter(mixed_config(**fields))
+        model.add_adapter(
+            mixed_config(target_modules=["to_q"], num_experts=2, router="uniform"),
+            adapter_name="pair",
+        )
+        model.set_adapter("default")
+        return model
+
+    def test_each_is_exported_by_itself(self, model, load_flux, make_flux_inputs, tmp_path):
+        inputs = {
+            k: v if k in ("img_ids", "txt_ids") else v[:1] for k, v in make_flux_inputs().items()
+        }
+        expected = output(model, inputs)
+        weights = moe_lora.weights_for(model, **inputs)
+        export_lora(model, tmp_path / "asked.safetensors", weights)
+        export_lora(model, tmp_path / "mean.safetensors", "mean")
+        export_lora(model, tmp_path / "for.safetensors", "for", inputs=inputs)
+        for name in ("asked", "mean", "for"):
+            stock = load_flux(tmp_path / f"{name}.safetensors")
+            torch.testing.assert_close(output(stock, inputs), expected, rtol=1e-5, atol=1e-5)
+        pair = export_lora(model, tmp_path / "pair.safetensors", adapter_name="pair")
+        assert list(pair.weights.values()) == [0.5, 0.5]
+        pair = export_lora(model, tmp_path / "one.safetensors", "expert_1", adapter_name="pair")
+        assert list(pair.weights.values()) == [0.0, 1.0]
+        asked = moe_lora.weights_for(model, adapter_name="pair", **inputs)
+        torch.testing.assert_close(asked, torch.full((2,), 0.5))

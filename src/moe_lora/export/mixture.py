@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from moe_lora.export.layouts import (
     plain_config,
 )
 from moe_lora.export.low_rank import compress
-from moe_lora.export.sources import CONFIG_NAME, table_of_model
+from moe_lora.export.sources import CONFIG_NAME, some, table_of_model
 from moe_lora.export.weights import ChosenWeights, choose_for_model
 from moe_lora.files import replacing, write_tensors
 from moe_lora.stored import WEIGHTS_NAME
@@ -99,8 +100,9 @@ def export_lora(
     Raises:
         TypeError: for a dtype that is not floating point.
         ValueError: when `weights` is `None` and the router chooses them for every input; for
-            weights, a rank or a format that cannot be honoured; for layers that a consumer of the
-            format would silently drop; or when a folder holds other files.
+            weights, a rank or a format that cannot be honoured; for NaN or inf in what would be
+            written; for layers that a consumer of the format would silently drop; or when a folder
+            holds other files.
     """
     table = table_of_model(model, adapter_name)
     chosen = choose_for_model(model, weights, adapter_name=adapter_name, inputs=inputs)
@@ -127,6 +129,7 @@ def write_mixture(
     layer_errors = dict.fromkeys(lora, 0.0)
     if rank is not None:
         lora, error, layer_errors = compress(lora, rank)
+    _check_range(lora, dtype)
     if dtype is not None:
         lora = {path: Factors(f.down.to(dtype), f.up.to(dtype)) for path, f in lora.items()}
     report = ExportReport(
@@ -140,6 +143,26 @@ def write_mixture(
     )
     _write(lora, table, report)
     return report
+
+
+def _check_range(lora: PlainLora, dtype: torch.dtype | None) -> None:
+    # Written out, since a cast to eight bits saturates without a word.
+    largest = {
+        path: float(torch.stack([factor.double().abs().max() for factor in held]).max())
+        for path, held in lora.items()
+    }
+    broken = [path for path, value in largest.items() if not math.isfinite(value)]
+    if broken:
+        raise ValueError(
+            f"Expected finite weights to export, but those of {some(broken)} hold NaN or inf."
+        )
+    limit = math.inf if dtype is None else torch.finfo(dtype).max
+    large = [path for path, value in largest.items() if value > limit]
+    if large:
+        raise ValueError(
+            f"Expected weights within the range of {dtype}, up to {limit:g}, but those of "
+            f"{some(large)} are larger. Take a wider `dtype`."
+        )
 
 
 def _write(lora: PlainLora, table: ExpertTable, report: ExportReport) -> None:
@@ -169,9 +192,13 @@ def _noted(table: ExpertTable, report: ExportReport) -> dict[str, str]:
 
 def _target(path: Path, format: Format) -> Path:
     if format != "peft":
-        if path.suffix == ".safetensors":
-            return path
-        return path / DIFFUSERS_NAME
+        file = path if path.suffix == ".safetensors" else path / DIFFUSERS_NAME
+        if file.is_dir() or (file != path and path.exists() and not path.is_dir()):
+            raise ValueError(
+                f"Expected a folder or a name ending in '.safetensors' to write to, but "
+                f"{str(path)!r} is a {'folder' if file.is_dir() else 'file'}."
+            )
+        return file
     if path.suffix == ".safetensors" or path.is_file():
         raise ValueError(f'Expected a folder for format="peft", but got the file {str(path)!r}.')
     if path.is_dir():
