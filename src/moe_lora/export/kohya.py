@@ -138,7 +138,8 @@ def split_flux(name: str, factors: Factors, widths: Mapping[str, int]) -> PlainL
     """Take a LoRA under one of kohya's Flux names apart into the layers that it stands for.
 
     Columns of `up` that are zero throughout a part are left out of it, with their rows of `down`:
-    a block-diagonal LoRA returns to its parts, and a part without a LoRA vanishes.
+    a block-diagonal LoRA returns to its parts, and a part without a LoRA vanishes. One that is zero
+    throughout, as before its training, is one of every part.
 
     Args:
         name: without the prefix `lora_unet_`.
@@ -161,7 +162,7 @@ def split_flux(name: str, factors: Factors, widths: Mapping[str, int]) -> PlainL
         )
     split: PlainLora = {}
     for path, up in zip(paths, factors.up.split(sizes), strict=True):
-        used = up.any(dim=0)
+        used = up.any(dim=0) if factors.up.any() else torch.ones(factors.rank, dtype=torch.bool)
         if used.any():
             split[path] = Factors(factors.down[used], up[:, used])
     return split
