@@ -38,7 +38,8 @@ def from_loras(
 
     Args:
         files: the path of a plain LoRA for every expert's name, in the order of the experts. A
-            safetensors file or a folder; keys of PEFT, diffusers or kohya.
+            safetensors file or a folder; keys of PEFT, diffusers, kohya or a model's original
+            code.
         model: the base model.
         adapter_name: the adapter's name.
         skip: beginnings of keys to leave out, such as "lora_te" of a text encoder.
@@ -50,8 +51,10 @@ def from_loras(
     Raises:
         FileNotFoundError: when a file is missing.
         TypeError: when the model is a `PeftModel`; give the model inside it.
-        ValueError: when a file cannot be read, speaks of layers that the model does not have, or
-            has other sizes; or when the adapter's name is taken. The model is then as it was.
+        ValueError: when a file cannot be read, is more than a plain LoRA, was trained on base
+            weights that its initialisation changed, speaks of layers that the model does not have,
+            or has other sizes; when layers are inside wrappers; or when the adapter's name is
+            taken. The model is then as it was.
     """
     if isinstance(model, PeftModel):
         raise TypeError("Expected the base model, but got a PeftModel. Give its base model.")

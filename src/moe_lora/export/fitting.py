@@ -25,13 +25,14 @@ def read_lora_for(
 
     Args:
         model: the base model, with or without adapters.
-        path: a safetensors file or a folder; keys of PEFT, diffusers or kohya.
+        path: a safetensors file or a folder; keys of PEFT, diffusers, kohya or a model's original
+            code.
         skip: beginnings of keys to leave out, such as those of a text encoder.
 
     Raises:
         FileNotFoundError: when there is nothing.
-        ValueError: when it cannot be read, names layers that the model does not have, or has other
-            sizes than they have.
+        ValueError: when it cannot be read, is more than a plain LoRA, names layers that the model
+            does not have or one of them twice, or has other sizes than they have.
     """
     plain, layers = read_plain(path, skip), _layers(model)
     flat = _flat_names(layers)
