@@ -12,13 +12,16 @@ import pickle
 
 import pytest
 import torch
-from stress.toys import EXPERTS, Net, Toy, assert_close, latents, rows
+from stress.toys import EXPERTS, Net, Toy, assert_close, equal_or_clear_error, latents, rows
 from torch import Tensor, nn
 
 import moe_lora
 
 UNIFORM = torch.full((EXPERTS,), 1 / EXPERTS)
-UNROUTED = {"expected_exception": (RuntimeError, ValueError), "match": r"moe_lora\.route"}
+
+
+def raises_unrouted() -> pytest.RaisesExc:
+    return pytest.raises((RuntimeError, ValueError), match=r"moe_lora\.route")
 
 
 def block_of(toy: Toy, x: Tensor, weights: Tensor, index: int = 0) -> Tensor:
@@ -87,9 +90,9 @@ def after_an_exception(toy: Toy, x: Tensor) -> None:
 
 def in_a_context_that_says_nothing_of_weights(toy: Toy, x: Tensor) -> None:
     name = toy.model.peft_config["default"].expert_names[0]
-    with moe_lora.knocked_out(toy.model, name), pytest.raises(**UNROUTED):
+    with moe_lora.knocked_out(toy.model, name), raises_unrouted():
         toy.model.blocks[0](x)
-    with moe_lora.teach_experts(toy.model, torch.eye(EXPERTS)[:2]), pytest.raises(**UNROUTED):
+    with moe_lora.teach_experts(toy.model, torch.eye(EXPERTS)[:2]), raises_unrouted():
         toy.model.blocks[0](x)
 
 
@@ -110,16 +113,16 @@ BEFORE = [
 def test_a_block_of_a_routed_model_raises_outside_of_a_pass(before):
     toy, x, w = Toy(), latents(0), rows(2)
     before(toy, x)
-    with pytest.raises(**UNROUTED):
+    with raises_unrouted():
         toy.model.blocks[0](x)
-    with pytest.raises(**UNROUTED):
+    with raises_unrouted():
         toy.model.blocks[0].first(x)
-    with pytest.raises(**UNROUTED):
+    with raises_unrouted():
         toy.model.forward(x)
     with moe_lora.route(toy.model, w):
         assert_close(toy.model.blocks[0](x), block_of(toy, x, w))
         assert_close(toy.model.forward(x), toy.expected(x, w))
-    with pytest.raises(**UNROUTED):
+    with raises_unrouted():
         toy.model.blocks[0](x)
     assert_close(toy.model(x), toy.expected(x))
 
@@ -159,10 +162,31 @@ def test_an_expert_that_is_left_out_is_left_out_of_a_block_that_is_driven_under_
         assert_close(toy.model.blocks[0](x), expected)
 
 
+@pytest.mark.parametrize("routed", [False, True])
+def test_what_a_context_says_holds_for_uniform_blocks_or_raises(routed):
+    toy, x = Toy(routed=routed), latents(0)
+    if routed:
+        moe_lora.set_routing_mode(toy.model, "uniform")
+    name = toy.model.peft_config["default"].expert_names[0]
+    expected = block_of(toy, x, UNIFORM * torch.tensor([0.0, 1.0, 1.0]))
+    with moe_lora.knocked_out(toy.model, name):
+        equal_or_clear_error(lambda: toy.model.blocks[0](x), expected)
+    B = toy.model.blocks[0].second.moe_lora_experts["default"].lora_B
+
+    def learn() -> Tensor:
+        with moe_lora.teach_experts(toy.model, torch.tensor([[0.0, 1.0, 0.0]]).repeat(2, 1)):
+            out = toy.model.blocks[0](x)
+        (grad,) = torch.autograd.grad(out.square().sum(), B)
+        return grad
+
+    (grad,) = torch.autograd.grad(block_of(toy, x, UNIFORM).square().sum(), B)
+    equal_or_clear_error(learn, grad * torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1))
+
+
 def test_one_pass_and_then_a_forward_of_another_input_is_no_pass():
     toy, x, y = Toy(), latents(0), latents(1)
     assert_close(toy.model(x), toy.expected(x))
-    with pytest.raises(**UNROUTED):
+    with raises_unrouted():
         toy.model.forward(y)
     assert_close(toy.model(y), toy.expected(y))
 
@@ -196,7 +220,7 @@ def test_a_copied_block_in_the_place_of_the_old_one_is_routed(make, called_befor
     learned = list(toy.learned().values())
     wanted = torch.autograd.grad(toy.expected(x).square().mean(), learned)
     assert_close(torch.autograd.grad(loss, learned), wanted)
-    with pytest.raises(**UNROUTED):
+    with raises_unrouted():
         toy.model.blocks[0](x)
 
 
@@ -205,9 +229,9 @@ def test_a_copied_block_by_itself_is_not_mixed_uniformly(make):
     toy, x = Toy(), latents(0)
     toy.model(x)
     block = make(toy.model.blocks[0])
-    with pytest.raises(**UNROUTED):
+    with raises_unrouted():
         block(x)
-    with pytest.raises(**UNROUTED):
+    with raises_unrouted():
         nn.Sequential(block)(x)
 
 
@@ -222,7 +246,7 @@ def test_a_block_that_moved_into_another_model_is_routed_by_that_model_or_raises
     first, second, x = Toy(), Toy(seed=5), latents(0)
     plain = Net()
     plain.blocks[0] = make(first.model.blocks[0])
-    with pytest.raises(**UNROUTED):
+    with raises_unrouted():
         plain(x)
     second.model.blocks[0] = make(first.model.blocks[0])
     weights = rows(1)
@@ -248,7 +272,7 @@ def test_a_functional_call_is_routed_by_the_parameters_that_it_is_given():
     assert_close(found, twice.expected(x))
     assert_close(toy.model(x), toy.expected(x))
     block = toy.model.blocks[0]
-    with pytest.raises(**UNROUTED):
+    with raises_unrouted():
         torch.func.functional_call(block, dict(block.named_parameters()), (x,))
 
 
