@@ -1,0 +1,333 @@
+"""Activation checkpointing in many guises and orders: the gradients without it, or a clear error.
+
+Every scenario runs twice on the same toy: without checkpointing, and in a guise of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import pytest
+import torch
+import torch._dynamo
+from stress.toys import EXPERTS, Block, Toy, assert_close, equal_or_clear_error, in_threads, latents
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import moe_lora
+
+Call = Callable[[Tensor], Tensor]
+kept = partial(checkpoint, use_reentrant=False)
+MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
+
+
+def without(model: nn.Module) -> Call:
+    return model
+
+
+def blocks(model: nn.Module) -> Call:
+    model.run = kept
+    return model
+
+
+def reentrant(model: nn.Module) -> Call:
+    model.run = partial(checkpoint, use_reentrant=True)
+    return model
+
+
+def nested(model: nn.Module) -> Call:
+    model.run = lambda block, x: kept(lambda h: kept(block, h), x)
+    return model
+
+
+def whole(model: nn.Module) -> Call:
+    return lambda x: kept(model, x)
+
+
+def whole_and_blocks(model: nn.Module) -> Call:
+    return whole(blocks(model))
+
+
+def selective(model: nn.Module) -> Call:
+    contexts = partial(create_selective_checkpoint_contexts, MATMULS)
+    model.run = partial(kept, context_fn=contexts)
+    return model
+
+
+def wrapper(model: nn.Module) -> Call:
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as torch_wrapper
+
+    torch_wrapper.apply_activation_checkpointing(
+        model, check_fn=lambda module: isinstance(module, Block)
+    )
+    return model
+
+
+def routed(model: nn.Module) -> Call:
+    function = moe_lora.routed_checkpoint(model)
+    model.run = partial(function, use_reentrant=False)
+    return model
+
+
+def compiled(model: nn.Module) -> Call:
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    return blocks(model)
+
+
+GUISES = [blocks, nested, whole, whole_and_blocks, selective, wrapper, routed, reentrant, compiled]
+
+
+class Passes:
+    """Run passes of a toy, each with an input, and weights or experts to teach, of its own."""
+
+    def __init__(self, guise: Callable[[nn.Module], Call], kind: str) -> None:
+        self.toy, self.kind = Toy(), kind
+        self.model = self.toy.model
+        self.call = guise(self.model)
+        self.inputs = [latents(seed, batch=2).requires_grad_() for seed in range(3)]
+        self.given = [
+            w.requires_grad_()
+            for w in torch.rand(3, 2, EXPERTS, generator=torch.Generator().manual_seed(7)).unbind()
+        ]
+        self.inner: list[Tensor] = []
+        self.model.between = lambda h: self.inner.append(h) or h
+
+    def __call__(self, index: int, x: Tensor | None = None) -> Tensor:
+        with self._context(index):
+            return self.call(self.inputs[index] if x is None else x)
+
+    def loss(self, index: int) -> Tensor:
+        return (1 + index) * self(index).square().mean()
+
+    def gradients(self) -> list[Tensor]:
+        leaves = [*self.toy.learned().values(), *self.inputs, *self.given]
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+    @contextmanager
+    def _context(self, index: int) -> Iterator[None]:
+        kind, model = self.kind, self.model
+        if kind == "switched":
+            kind = ("router", "given", "uniform")[index]
+        moe_lora.set_routing_mode(model, "uniform" if kind == "uniform" else "routed")
+        if kind == "given":
+            context = moe_lora.route(model, self.given[index].softmax(-1))
+        elif kind == "hard":
+            context = moe_lora.route(model, torch.eye(EXPERTS).roll(index, 0)[:2], top_k=1)
+        elif kind == "taught":
+            context = moe_lora.teach_experts(model, torch.eye(EXPERTS).roll(index, 0)[:2])
+        elif kind == "left out":
+            names = model.peft_config["default"].expert_names
+            context = moe_lora.knocked_out(model, names[index])
+        else:
+            context = nullcontext()
+        with context:
+            yield
+        moe_lora.set_routing_mode(model, "routed")
+
+
+KINDS = ["router", "given", "hard", "taught", "left out", "switched"]
+
+
+def one(passes: Passes) -> None:
+    passes.loss(1).backward()
+
+
+def one_by_autograd_grad(passes: Passes) -> None:
+    leaves = [*passes.toy.learned().values(), passes.inputs[0]]
+    grads = torch.autograd.grad(passes.loss(0), leaves, allow_unused=True)
+    for leaf, grad in zip(leaves, grads, strict=True):
+        leaf.grad = grad
+
+
+def one_in_another_thread(passes: Passes) -> None:
+    # As on a CUDA device, where autograd has threads of its own.
+    loss = passes.loss(1)
+    in_threads(loss.backward)
+
+
+def one_then_two_backwards(passes: Passes) -> None:
+    loss = passes.loss(0)
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def accumulation(passes: Passes) -> None:
+    for index in range(3):
+        passes.loss(index).backward()
+
+
+def accumulation_with_previews(passes: Passes) -> None:
+    for index, quiet in enumerate((torch.no_grad, torch.inference_mode, torch.no_grad)):
+        with quiet():
+            passes(2 - index)
+        loss = passes.loss(index)
+        loss.backward()
+
+
+SINGLE = [
+    one,
+    one_by_autograd_grad,
+    one_in_another_thread,
+    one_then_two_backwards,
+    accumulation,
+    accumulation_with_previews,
+]
+
+
+def in_order(*order: int) -> Callable[[Passes], None]:
+    def scenario(passes: Passes) -> None:
+        losses = [passes.loss(index) for index in range(len(order))]
+        for index in order:
+            losses[index].backward()
+
+    scenario.__name__ = "backward_" + "_".join(map(str, order))
+    return scenario
+
+
+def the_sum(passes: Passes) -> None:
+    sum(passes.loss(index) for index in range(3)).backward()
+
+
+def chain(passes: Passes) -> None:
+    x = passes.inputs[0]
+    for index in range(3):
+        x = passes(index, x)
+    x.square().mean().backward()
+
+
+def previews_before_backward(passes: Passes) -> None:
+    loss = passes.loss(0)
+    with torch.no_grad():
+        passes(1)
+    with torch.inference_mode():
+        passes(2)
+    loss.backward()
+
+
+def backward_inside_another_context(passes: Passes) -> None:
+    loss = passes.loss(0)
+    with moe_lora.route(passes.model, torch.eye(EXPERTS)[0]):
+        loss.backward()
+
+
+def backward_twice_around_another_pass(passes: Passes) -> None:
+    loss = passes.loss(0)
+    loss.backward(retain_graph=True)
+    passes.loss(1).backward()
+    loss.backward()
+
+
+def gradient_of_some_then_of_the_others(passes: Passes) -> None:
+    losses = [passes.loss(index) for index in range(2)]
+    leaves = [*passes.toy.learned().values()]
+    first = torch.autograd.grad(losses[0], leaves, retain_graph=True, allow_unused=True)
+    second = torch.autograd.grad(losses[1], leaves, allow_unused=True)
+    losses[0].backward()
+    for leaf, *grads in zip(leaves, first, second, strict=True):
+        for weight, grad in zip((3, 5), grads, strict=True):
+            if grad is not None:
+                leaf.grad = weight * grad + (0 if leaf.grad is None else leaf.grad)
+
+
+def threads(passes: Passes) -> None:
+    losses = [passes.loss(index) for index in range(3)]
+    for loss in losses:
+        in_threads(loss.backward)
+
+
+def inner_only(passes: Passes) -> None:
+    """A loss on an inner block's output of the first of two passes."""
+    passes(0)
+    loss = passes.inner[0].square().mean()
+    passes(1)
+    loss.backward()
+
+
+def inner_and_outer(passes: Passes) -> None:
+    first, second = passes.loss(0), passes.loss(1)
+    (first + passes.inner[0].square().mean()).backward()
+    (second + passes.inner[1].square().mean()).backward()
+
+
+def inner_of_all(passes: Passes) -> None:
+    losses = [passes.loss(index) + passes.inner[index].square().mean() for index in range(3)]
+    sum(losses).backward()
+
+
+SEVERAL = [
+    *(in_order(*order) for count in (2, 3) for order in itertools.permutations(range(count))),
+    the_sum,
+    chain,
+    previews_before_backward,
+    backward_inside_another_context,
+    backward_twice_around_another_pass,
+    gradient_of_some_then_of_the_others,
+    threads,
+    inner_only,
+    inner_and_outer,
+    inner_of_all,
+]
+
+
+def gradients(scenario: Callable[[Passes], None], guise: object, kind: str) -> list[Tensor]:
+    passes = Passes(guise, kind)
+    scenario(passes)
+    return passes.gradients()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def kinds_of(guise: object) -> list[str]:
+    return ["router", "given"] if guise is compiled else KINDS  # compiling takes its time
+
+
+CASES = [(guise, kind) for guise in GUISES for kind in kinds_of(guise)]
+named = pytest.mark.parametrize(
+    ("guise", "kind"), CASES, ids=[f"{guise.__name__}-{kind}" for guise, kind in CASES]
+)
+
+
+@named
+@pytest.mark.parametrize("scenario", SINGLE)
+def test_one_pass_at_a_time_has_the_gradients_that_it_has_without(scenario, guise, kind):
+    expected = gradients(scenario, without, kind)
+    if guise is reentrant or (guise in (whole, whole_and_blocks) and kind != "router"):
+        # The one cannot carry gradients to weights; the others run the whole call again, when the
+        # context that it was made in is gone.
+        equal_or_clear_error(lambda: gradients(scenario, guise, kind), expected)
+    else:
+        assert_close(gradients(scenario, guise, kind), expected)
+
+
+@named
+@pytest.mark.parametrize("scenario", SEVERAL)
+def test_several_passes_have_the_gradients_that_they_have_without_or_raise(scenario, guise, kind):
+    expected = gradients(scenario, without, kind)
+    equal_or_clear_error(lambda: gradients(scenario, guise, kind), expected)
+
+
+@pytest.mark.parametrize("kind", ["router", "given"])
+@pytest.mark.parametrize("guise", [blocks, wrapper, routed, compiled])
+@pytest.mark.parametrize("scenario", [in_order(1, 0), the_sum, chain, previews_before_backward])
+def test_the_usual_orders_are_no_error(scenario, guise, kind):
+    expected = gradients(scenario, without, kind)
+    assert_close(gradients(scenario, guise, kind), expected)
+
+
+def test_the_gradients_without_checkpointing_are_those_of_the_reference():
+    passes = Passes(without, "given")
+    the_sum(passes)
+    found = passes.gradients()
+    other = Passes(without, "given")
+    loss = torch.zeros(())
+    for index, (x, w) in enumerate(zip(other.inputs, other.given, strict=True)):
+        loss = loss + (1 + index) * other.toy.expected(x, w.softmax(-1)).square().mean()
+    loss.backward()
+    assert_close(found, other.gradients())
