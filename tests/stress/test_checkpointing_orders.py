@@ -5,22 +5,30 @@ Every scenario runs twice on the same toy: without checkpointing, and in a guise
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import pytest
 import torch
 import torch._dynamo
-from stress.toys import EXPERTS, Block, Toy, assert_close, equal_or_clear_error, in_threads, latents
+from stress.toys import (
+    CLEAR,
+    EXPERTS,
+    Block,
+    Toy,
+    assert_close,
+    equal_or_clear_error,
+    in_threads,
+    latents,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import moe_lora
 
 Call = Callable[[Tensor], Tensor]
-kept = partial(checkpoint, use_reentrant=False)
+kept = functools.partial(checkpoint, use_reentrant=False)
 MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
 
 
@@ -34,7 +42,7 @@ def blocks(model: nn.Module) -> Call:
 
 
 def reentrant(model: nn.Module) -> Call:
-    model.run = partial(checkpoint, use_reentrant=True)
+    model.run = functools.partial(checkpoint, use_reentrant=True)
     return model
 
 
@@ -52,8 +60,8 @@ def whole_and_blocks(model: nn.Module) -> Call:
 
 
 def selective(model: nn.Module) -> Call:
-    contexts = partial(create_selective_checkpoint_contexts, MATMULS)
-    model.run = partial(kept, context_fn=contexts)
+    contexts = functools.partial(create_selective_checkpoint_contexts, MATMULS)
+    model.run = functools.partial(kept, context_fn=contexts)
     return model
 
 
@@ -68,7 +76,7 @@ def wrapper(model: nn.Module) -> Call:
 
 def routed(model: nn.Module) -> Call:
     function = moe_lora.routed_checkpoint(model)
-    model.run = partial(function, use_reentrant=False)
+    model.run = functools.partial(function, use_reentrant=False)
     return model
 
 
@@ -259,7 +267,7 @@ def inner_of_all(passes: Passes) -> None:
 
 
 SEVERAL = [
-    *(in_order(*order) for count in (2, 3) for order in itertools.permutations(range(count))),
+    *(in_order(*order) for order in ((0, 1), (1, 0), (1, 2, 0), (2, 0, 1), (2, 1, 0))),
     the_sum,
     chain,
     previews_before_backward,
@@ -284,24 +292,35 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def kinds_of(guise: object) -> list[str]:
-    return ["router", "given"] if guise is compiled else KINDS  # compiling takes its time
+@functools.cache
+def wanted(scenario: Callable[[Passes], None], kind: str) -> list[Tensor]:
+    return gradients(scenario, without, kind)
 
 
-CASES = [(guise, kind) for guise in GUISES for kind in kinds_of(guise)]
+# Every kind in two guises, and in the others those two that differ most.
+CASES = [
+    (guise, kind)
+    for guise in GUISES
+    for kind in (KINDS if guise in (blocks, wrapper) else ("router", "given"))
+]
 named = pytest.mark.parametrize(
     ("guise", "kind"), CASES, ids=[f"{guise.__name__}-{kind}" for guise, kind in CASES]
 )
 
 
+def clear_of(guise: object) -> str:
+    # Around the whole call there is nothing of ours, and torch has an error of its own.
+    return rf"{CLEAR}|torch\.utils\.checkpoint:" if guise in (whole, whole_and_blocks) else CLEAR
+
+
 @named
 @pytest.mark.parametrize("scenario", SINGLE)
 def test_one_pass_at_a_time_has_the_gradients_that_it_has_without(scenario, guise, kind):
-    expected = gradients(scenario, without, kind)
+    expected = wanted(scenario, kind)
     if guise is reentrant or (guise in (whole, whole_and_blocks) and kind != "router"):
         # The one cannot carry gradients to weights; the others run the whole call again, when the
         # context that it was made in is gone.
-        equal_or_clear_error(lambda: gradients(scenario, guise, kind), expected)
+        equal_or_clear_error(lambda: gradients(scenario, guise, kind), expected, clear_of(guise))
     else:
         assert_close(gradients(scenario, guise, kind), expected)
 
@@ -309,15 +328,15 @@ def test_one_pass_at_a_time_has_the_gradients_that_it_has_without(scenario, guis
 @named
 @pytest.mark.parametrize("scenario", SEVERAL)
 def test_several_passes_have_the_gradients_that_they_have_without_or_raise(scenario, guise, kind):
-    expected = gradients(scenario, without, kind)
-    equal_or_clear_error(lambda: gradients(scenario, guise, kind), expected)
+    expected = wanted(scenario, kind)
+    equal_or_clear_error(lambda: gradients(scenario, guise, kind), expected, clear_of(guise))
 
 
 @pytest.mark.parametrize("kind", ["router", "given"])
 @pytest.mark.parametrize("guise", [blocks, wrapper, routed, compiled])
 @pytest.mark.parametrize("scenario", [in_order(1, 0), the_sum, chain, previews_before_backward])
 def test_the_usual_orders_are_no_error(scenario, guise, kind):
-    expected = gradients(scenario, without, kind)
+    expected = wanted(scenario, kind)
     assert_close(gradients(scenario, guise, kind), expected)
 
 
