@@ -350,3 +350,34 @@ def test_the_gradients_without_checkpointing_are_those_of_the_reference():
         loss = loss + (1 + index) * other.toy.expected(x, w.softmax(-1)).square().mean()
     loss.backward()
     assert_close(found, other.gradients())
+
+
+@pytest.mark.parametrize("order", [(0,), (0, 1), (1, 0), (2, 0, 1)])
+def test_a_model_of_diffusers_that_checkpoints_by_itself(
+    make_flux, make_flux_inputs, flux_targets, order
+):
+    found = []
+    for checkpointing in (False, True):
+        model = make_flux().eval()
+        torch.manual_seed(2)
+        model.add_adapter(
+            moe_lora.MoELoraConfig(
+                r=2,
+                target_modules=flux_targets,
+                router="three_expert_removal",
+                init_lora_weights=False,
+            )
+        )
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        losses = []
+        for index in range(len(order)):
+            inputs = make_flux_inputs(batch=1 + index)
+            inputs["hidden_states"][:, : 8 * index, 128:] = 1.0
+            losses.append((1 + index) * model(**inputs)[0].square().mean())
+        with torch.inference_mode():
+            model(**make_flux_inputs(batch=4))
+        for index in order:
+            losses[index].backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert_close(*found)
