@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -276,61 +274,3 @@ def test_a_thread_that_fails_does_not_disturb_the_others():
     assert_close(found[0], expected[0])
     assert_close(found[1], expected[1])
     assert found[2] is None
-
-
-def test_tasks_that_interleave_inside_a_context_see_their_own():
-    toy, x = Toy(), latents(0)
-    given = [rows(seed) for seed in range(3)]
-
-    async def task(w: Tensor) -> list[Tensor]:
-        found = []
-        with moe_lora.route(toy.model, w):
-            for _ in range(3):
-                await asyncio.sleep(0)  # the other tasks' turn
-                found.append(toy.model(x))
-        await asyncio.sleep(0)
-        return [*found, toy.model(x)]
-
-    async def together() -> list[list[Tensor]]:
-        return await asyncio.gather(*map(task, given))
-
-    for outputs, w in zip(asyncio.run(together()), given, strict=True):
-        for found in outputs[:-1]:
-            assert_close(found, toy.expected(x, w))
-        assert_close(outputs[-1], toy.expected(x))
-
-
-def test_a_call_handed_to_a_thread_with_its_context_uses_the_weights_of_the_context():
-    toy, x = Toy(), latents(0)
-    v, w = rows(1), rows(2)
-    expected = [toy.expected(x, v), toy.expected(x, w)]
-    meet(2, *toy.model.blocks)
-
-    async def task(weights: Tensor) -> Tensor:
-        with moe_lora.route(toy.model, weights):
-            return await asyncio.to_thread(toy.model, x)
-
-    async def together() -> list[Tensor]:
-        return await asyncio.gather(task(v), task(w))
-
-    for got, wanted in zip(asyncio.run(together()), expected, strict=True):
-        assert_close(got, wanted)
-
-
-def test_a_thread_sees_the_weights_of_a_context_only_where_it_is_handed_the_context():
-    toy, x, w = Toy(), latents(0), rows(1)
-    with moe_lora.route(toy.model, w):
-        context = contextvars.copy_context()
-        without, handed = in_threads(lambda: toy.model(x), lambda: context.run(toy.model, x))
-    assert_close(without, toy.expected(x))
-    assert_close(handed, toy.expected(x, w))
-
-
-def test_contexts_that_are_left_in_another_order_leave_nothing():
-    toy, x = Toy(), latents(0)
-    first, second = moe_lora.route(toy.model, rows(1)), moe_lora.route(toy.model, rows(2))
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    second.__exit__(None, None, None)
-    assert_close(toy.model(x), toy.expected(x))
