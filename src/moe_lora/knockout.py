@@ -43,7 +43,7 @@ def knocked_out(
     if expert not in names:
         raise ValueError(f"Expected `expert` to be one of {list(names)}, but got {expert!r}.")
     ablation = Ablation(adapter_name, names.index(expert), renormalise)
-    with state.steered(ablations=(*state.steering.ablations, ablation)):
+    with state.steered(ablations=(ablation,)):
         yield
 
 

@@ -80,6 +80,7 @@ class Steering:
         expert_grad_mask: of the innermost `teach_experts`, `(B, E)`.
         given: of the innermost `router_inputs`.
         outside: the routing of layers that run outside of any pass.
+        changes: what each of the contexts asks for, in the order in which they were opened.
     """
 
     override: Override | None = None
@@ -87,6 +88,17 @@ class Steering:
     expert_grad_mask: Tensor | None = None
     given: GivenInputs | None = None
     outside: Routing | None = None
+    changes: tuple[Steering, ...] = ()
+
+    def changed_by(self, inner: Steering) -> Steering:
+        """Return what this and a context inside it ask for together."""
+        mask = inner.expert_grad_mask
+        return Steering(
+            override=inner.override or self.override,
+            ablations=(*self.ablations, *inner.ablations),
+            expert_grad_mask=self.expert_grad_mask if mask is None else mask,
+            given=inner.given or self.given,
+        )
 
 
 _NO_STEERING = Steering()
@@ -99,13 +111,13 @@ class _InThread(threading.local):
     """What of a model's state belongs to one thread.
 
     Attributes:
-        opened: the steerings of the contexts that are open, for compiled graphs.
+        opened: the steering of the context that was opened last, for compiled graphs.
         decisions: weights and logits of the last pass by adapter, with gradient.
         has_run: whether a pass has run since this was set to false.
     """
 
     def __init__(self) -> None:
-        self.opened: list[Steering] = []
+        self.opened = _NO_STEERING
         self.decisions: dict[str, RoutingDecision] = {}
         self.has_run = False
 
@@ -272,8 +284,7 @@ class RoutingState(RoutingContext):
         """What the open contexts of this thread, or of this asynchronous task, ask for."""
         if not torch.compiler.is_compiling():
             return _STEERINGS.get().get(self, _NO_STEERING)
-        opened = self.in_thread.opened  # a context variable has no place in a graph
-        return opened[-1] if opened else _NO_STEERING
+        return self.in_thread.opened  # a context variable has no place in a graph
 
     @contextmanager
     def steered(self, **changes: Any) -> Iterator[None]:
@@ -285,24 +296,31 @@ class RoutingState(RoutingContext):
         Args:
             changes: fields of `Steering`.
         """
-        before = self.steering
-        steering = replace(before, **changes)
-        steering = replace(steering, outside=self._outside(steering))
-        running = self.current()
-        _STEERINGS.set({**_STEERINGS.get(), self: steering})
-        self.in_thread.opened.append(steering)
-        self._open.append(steering)
+        change = Steering(**changes)
+        running, before = self.current(), self.steering
+        self._open.append(change)
+        self._note((*before.changes, change))
         try:
             if running is None:
                 yield
             else:
-                with self.use(self._resteered(running, before, steering)):
+                with self.use(self._resteered(running, change)):
                     yield
         finally:
-            self._open.remove(steering)
-            self.in_thread.opened.remove(steering)
-            others = {k: v for k, v in _STEERINGS.get().items() if k is not self}
-            _STEERINGS.set(others if before is _NO_STEERING else {**others, self: before})
+            self._open.remove(change)
+            # Contexts need not be left in the order in which they were entered.
+            self._note(tuple(c for c in self.steering.changes if c is not change))
+
+    def _note(self, changes: tuple[Steering, ...]) -> None:
+        """Set what the open contexts of this thread, or asynchronous task, ask for."""
+        steering = _NO_STEERING
+        for change in changes:
+            steering = steering.changed_by(change)
+        if changes:
+            steering = replace(steering, outside=self._outside(steering), changes=changes)
+        others = {state: known for state, known in _STEERINGS.get().items() if state is not self}
+        _STEERINGS.set({**others, self: steering} if changes else others)
+        self.in_thread.opened = steering
 
     def outside(self) -> Routing | None:
         steering = self.steering
@@ -311,14 +329,12 @@ class RoutingState(RoutingContext):
             return steering.outside
         return self._outside(steering)
 
-    def _resteered(self, running: Routing, before: Steering, steering: Steering) -> Routing:
+    def _resteered(self, running: Routing, change: Steering) -> Routing:
         """Make the routing of the rest of a pass that is under way."""
-        if steering.override is not None and steering.override is not before.override:
-            running = self._overridden(steering.override, running.weights)
-        else:
-            further = steering.ablations[len(before.ablations) :]
-            steering = replace(steering, ablations=further)
-        return self._steered(running, steering, running.weights)
+        names = running.weights
+        if change.override is None:
+            return self._steered(running, change, names)
+        return self._steered(self._overridden(change.override, names), self.steering, names)
 
     def _outside(self, steering: Steering) -> Routing:
         """Make the routing of layers that run outside of a pass."""

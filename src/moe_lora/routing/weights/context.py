@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from uuid import uuid4
 from weakref import WeakValueDictionary
 
 import torch
@@ -36,20 +37,26 @@ class _Passes(threading.local):
 
     A copy of the model shares it with the original: a pass routes all layers of one lineage that it
     meets, so that a copied block routes in the place of the block that it was copied from.
+
+    Args:
+        lineage: the same for a model and its copies, pickled ones included.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lineage: str) -> None:
+        self.lineage = lineage
         self.entry = _NOTHING
         self.outer: list[_Entry] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Passes:
-        return self
+    @classmethod
+    def of(cls, lineage: str) -> _Passes:
+        """Return the passes of a lineage of models."""
+        return _PASSES.setdefault(lineage, cls(lineage))
 
-    def __copy__(self) -> _Passes:
-        return self
+    def __reduce__(self) -> tuple[Callable[[str], _Passes], tuple[str]]:
+        return _Passes.of, (self.lineage,)
 
-    def __reduce__(self) -> tuple[type[_Passes], tuple[()]]:
-        return _Passes, ()
+
+_PASSES: WeakValueDictionary[str, _Passes] = WeakValueDictionary()
 
 
 class RoutingContext:
@@ -65,7 +72,7 @@ class RoutingContext:
 
     def __init__(self) -> None:
         self.required: set[str] = set()
-        self._passes = _Passes()
+        self._passes = _Passes.of(uuid4().hex)
 
     def enter(self, routing: Routing | None) -> None:
         """Begin a pass."""
@@ -111,6 +118,12 @@ class RoutingContext:
         """
         routing = self.current() or self.outside()
         if routing is not None and adapter_name in routing.weights:
+            if routing.weights[adapter_name] is not None and torch.compiler.is_exporting():
+                raise RuntimeError(
+                    "Expected an export without routing weights, which would be baked into the "
+                    "exported program. Fix the mixture first with moe_lora.merge(model, weights), "
+                    'or export in uniform mode (moe_lora.set_routing_mode(model, "uniform")).'
+                )
             return routing
         if adapter_name in self.required:
             raise RuntimeError(
