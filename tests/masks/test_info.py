@@ -39,3 +39,19 @@ def test_to_moves_every_tensor() -> None:
     assert len(tensors) == 8
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert analyze(torch.ones(1, 1, 16, 16)).to("meta").detail_complexity is None
+
+
+def test_samples_are_selected_in_any_order() -> None:
+    info = analyze(torch.rand(3, 1, 16, 16), torch.rand(3, 3, 16, 16))
+    index = torch.tensor([2, 0, 2, 1])
+    for name, value in vars(info.select(index)).items():
+        assert torch.equal(value, getattr(info, name)[index]), name
+
+
+def test_a_copy_shares_nothing_and_carries_gradient() -> None:
+    mask = torch.rand(1, 1, 16, 16, requires_grad=True)
+    info = analyze(mask)
+    copied = info.copy()
+    assert copied.mask.data_ptr() != info.mask.data_ptr()
+    copied.area_ratio.sum().backward()
+    assert mask.grad is not None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,3 +98,42 @@ def test_sizes_are_two_positive_integers(size: object) -> None:
 def test_values_are_not_read_under_compile() -> None:
     compiled = torch.compile(check_mask, backend="eager", fullgraph=True)
     assert compiled(torch.full((1, 1, 4, 4), 255.0)).max() == 255
+
+
+class TestReadingOnce:
+    def test_a_mask_that_passed_is_read_again_when_it_changes_in_place(self) -> None:
+        mask = torch.zeros(1, 1, 4, 4)
+        for function in (check_mask, analyze, lambda m: boundary_band(m, 1)):
+            function(mask)
+            mask[0, 0, 0, 0] = 2
+            with pytest.raises(ValueError, match=r"values in \[0, 2\]"):
+                function(mask)
+            mask[0, 0, 0, 0] = 0
+
+    def test_a_view_and_a_copy_are_read_by_themselves(self) -> None:
+        mask = check_mask(torch.zeros(2, 1, 4, 4))
+        for other in (mask.clone(), mask[:1]):
+            other[0] = 2
+            with pytest.raises(ValueError, match=r"values in"):
+                check_mask(other)
+        with pytest.raises(ValueError, match=r"values in"):
+            check_mask(mask)  # which the view changed
+
+    def test_a_mask_that_fails_fails_again(self) -> None:
+        mask = torch.full((1, 1, 4, 4), 3.0)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"values in"):
+                check_mask(mask)
+
+    def test_an_analysis_by_hand_is_read(self) -> None:
+        info = replace(analyze(torch.zeros(1, 1, 4, 4)), mask=torch.full((1, 1, 4, 4), 2.0))
+        for made in (info, info.copy(), info.to("cpu"), info.select(torch.tensor([0]))):
+            with pytest.raises(ValueError, match=r"values in"):
+                to_tokens(made.mask, (2, 2))
+
+    def test_inference_tensors_are_read_each_time(self) -> None:
+        with torch.inference_mode():
+            mask = check_mask(torch.zeros(1, 1, 4, 4))
+            mask[0] = 2
+            with pytest.raises(ValueError, match=r"values in"):
+                check_mask(mask)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_lora.masks import check_mask
+from moe_lora.masks.validation import mark_checked
 
 Reduction = Literal["mean", "none"]
 
@@ -136,4 +137,4 @@ def pixel_difference(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[
             f"but got {tuple(mask.shape)}."
         )
     difference = at_least_float32(prediction) - at_least_float32(target)
-    return difference, mask.to(difference.dtype).clamp(0, 1)
+    return difference, mark_checked(mask.to(difference.dtype).clamp(0, 1))

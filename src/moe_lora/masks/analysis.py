@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_lora.masks import contour, topology
 from moe_lora.masks.detail import detail_complexity
 from moe_lora.masks.info import MaskInfo
-from moe_lora.masks.validation import check_image, check_mask, check_size
+from moe_lora.masks.validation import check_image, check_mask, check_size, mark_checked
 from moe_lora.masks.window import bounding_box, window_around
 
 _LATENT = 8
@@ -55,7 +55,8 @@ def analyze(
         >>> info.has_occlusion.tolist()
         [False, False, True]
     """
-    mask = check_mask(mask)
+    # A copy: a later change of the caller's mask must not reach a part of what is known about it.
+    mask = mark_checked(check_mask(mask).clone())
     height, width = mask.shape[2:]
     default_size = (-(-height // _LATENT), -(-width // _LATENT))
     size = default_size if latent_size is None else check_size(latent_size, "latent_size")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from moe_lora.masks.validation import is_checked, mark_checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +60,28 @@ class MaskInfo:
             >>> analyze(torch.ones(1, 1, 16, 16)).to("meta").area_ratio.device.type
             'meta'
         """
-        moved: dict[str, Tensor | None] = {}
-        for field in fields(self):
-            value: Tensor | None = getattr(self, field.name)
-            moved[field.name] = (
-                None if value is None else value.to(device, non_blocking=non_blocking)
-            )
-        return MaskInfo(**moved)  # type: ignore[arg-type]
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def select(self, index: Tensor) -> MaskInfo:
+        """Select samples, in any order and number.
+
+        Args:
+            index: `(N,)`, integers in [0, B).
+
+        Returns:
+            A new `MaskInfo` of N samples.
+
+        Example:
+            >>> from moe_lora.masks import analyze
+            >>> info = analyze(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(-1, -1, 8, 8))
+            >>> info.select(torch.tensor([1, 0, 1])).area_ratio.tolist()
+            [1.0, 0.0, 1.0]
+        """
+        return self._map(lambda value: value[index.to(value.device)])
+
+    def copy(self) -> MaskInfo:
+        """Copy every tensor; gradients reach the originals."""
+        return self._map(torch.clone)
 
     def features(self) -> Tensor:
         """Stack the numbers that a router reads.
@@ -86,3 +104,14 @@ class MaskInfo:
             torch.zeros_like(self.area_ratio) if detail is None else detail,
         )
         return torch.stack([number.float() for number in numbers], dim=1)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> MaskInfo:
+        """Apply a function that keeps values to every tensor."""
+        changed: dict[str, Tensor | None] = {}
+        for field in fields(self):
+            value: Tensor | None = getattr(self, field.name)
+            changed[field.name] = None if value is None else change(value)
+        info = MaskInfo(**changed)  # type: ignore[arg-type]
+        if is_checked(self.mask):
+            mark_checked(info.mask)
+        return info

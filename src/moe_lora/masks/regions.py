@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lora.masks.validation import check_integer, check_mask, check_size
+from moe_lora.masks.validation import check_integer, check_mask, check_size, mark_checked
 
 
 def boundary_band(mask: Tensor, width: int) -> Tensor:
@@ -37,7 +37,7 @@ def boundary_band(mask: Tensor, width: int) -> Tensor:
     check_integer(width, "width", 1)
     inside = (check_mask(mask).detach() >= 0.5).float()
     eroded = 1 - _dilate(1 - inside, width)
-    return _dilate(inside, width) - eroded
+    return mark_checked(_dilate(inside, width) - eroded)
 
 
 def to_latent(mask: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _ROUNDING = 1e-5
 """How far a resampled float mask may overshoot [0, 1] and still count as inside."""
+
+_CHECKED: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+"""The version at which the values of a mask were read last; a change in place raises it."""
 
 
 def check_mask(mask: Tensor) -> Tensor:
     """Check that a mask is one, and return it in float32.
 
-    Values are read only outside `torch.compile`; on CUDA that reading waits for the device once.
+    Values are read only outside `torch.compile`; on CUDA that reading waits for the device. They
+    are read once: a tensor that has passed is not read again until it is changed in place.
     A resized mask may overshoot by rounding: up to 1e-5 outside [0, 1] passes.
 
     Args:
@@ -44,10 +50,37 @@ divide by 255.
         raise ValueError(f"Expected `mask` to have elements, but got {tuple(mask.shape)}.")
     if not mask.is_floating_point():
         raise TypeError(_dtype_message(mask))
-    low, high = _value_range(mask, "mask")
-    if low < -_ROUNDING or high > 1 + _ROUNDING:
-        raise ValueError(_range_message("mask", low, high))
-    return mask.float()
+    if not is_checked(mask):
+        low, high = _value_range(mask, "mask")
+        if low < -_ROUNDING or high > 1 + _ROUNDING:
+            raise ValueError(_range_message("mask", low, high))
+        mark_checked(mask)
+    values = mask.float()
+    if values is not mask:
+        mark_checked(values)
+    return values
+
+
+def mark_checked(mask: Tensor) -> Tensor:
+    """Note that a mask's values lie in [0, 1], so that `check_mask` need not read them.
+
+    Args:
+        mask: a mask that was made of checked ones.
+
+    Returns:
+        The mask itself.
+    """
+    # A compiler cannot trace this, and inference tensors have no version.
+    if not torch.compiler.is_compiling() and not mask.is_inference():
+        _CHECKED[mask] = mask._version
+    return mask
+
+
+def is_checked(mask: Tensor) -> bool:
+    """Return whether a mask's values have been read since it was last changed."""
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return False
+    return _CHECKED.get(mask) == mask._version
 
 
 def check_image(image: Tensor, mask: Tensor) -> Tensor:
