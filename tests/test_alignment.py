@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from moe_lora.alignment import align_weights, level_of, resample, weights_by_row
+from moe_lora.alignment import Level, align_weights, coarsen, enlarge, level_of, weights_by_row
 
 E, D_IN = 3, 6
 
@@ -65,51 +66,52 @@ def test_joint_layers_put_the_image_first_where_their_model_does():
             align_weights(tokens, torch.rand(2, 3, D_IN), stream)
 
 
-@pytest.mark.parametrize("grid", [(8, 12), (7, 10), (5, 1), (1, 1)])
+GRIDS = [(8, 12), (7, 10), (5, 1), (1, 1), (6, 6), (9, 13)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 def test_levels_are_found_from_tokens_and_from_sizes(grid):
     rows, columns = grid
-    sizes = {grid}
+    levels = {grid: Level(grid)}
     for factor in range(2, 13):
-        sizes |= {
-            (math.ceil(rows / factor), math.ceil(columns / factor)),
-            (rows * factor, columns * factor),
-        }
-    for size in sizes:
-        assert level_of(grid, size) == size
-        assert level_of(grid, (size[0] * size[1],)) == size
-    counts = {a * b for a, b in sizes}
-    for tokens in range(1, 4 * rows * columns + 1):
+        size = (rows * factor, columns * factor)
+        levels[size] = Level(size, 1, factor)
+    for shrink in (2, 4, 8, 16):
+        size = (math.ceil(rows / shrink), math.ceil(columns / shrink))
+        levels.setdefault(size, Level(size, shrink))
+    for size, level in levels.items():
+        assert level_of(grid, size) == level
+        assert level_of(grid, (size[0] * size[1],)) == level
+    counts = {a * b for a, b in levels}
+    for tokens in range(0, 4 * rows * columns + 1):
         assert (level_of(grid, (tokens,)) is not None) == (tokens in counts), tokens
     assert level_of((4, 6), (6, 4)) is None
     assert level_of((4, 6), (3, 8)) is None
 
 
-@pytest.mark.parametrize("size", [(4, 6), (2, 3), (16, 24), (3, 5), (8, 12)])
-def test_resampling_averages_areas(size):
-    weights = torch.rand(2, 96, E, dtype=torch.float64).softmax(-1).requires_grad_()
-    found = resample(weights, (8, 12), size)
-    expected = torch.zeros(2, *size, E, dtype=torch.float64)
-    plane = weights.detach().view(2, 8, 12, E)
-    for u in range(size[0]):
-        for v in range(size[1]):
-            total = 0.0
-            for r in range(8):
-                for c in range(12):
-                    high = min((u + 1) * 8 / size[0], r + 1) - max(u * 8 / size[0], r)
-                    wide = min((v + 1) * 12 / size[1], c + 1) - max(v * 12 / size[1], c)
-                    share = max(high, 0) * max(wide, 0)
-                    expected[:, u, v] += share * plane[:, r, c]
-                    total += share
-            expected[:, u, v] /= total
-    torch.testing.assert_close(found.view_as(expected), expected)
-    torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]))
-    torch.testing.assert_close(found.mean(1), weights.mean(1))
-    assert torch.autograd.gradcheck(lambda w: resample(w, (8, 12), size), weights)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("halvings", [0, 1, 2, 3])
+def test_a_level_averages_the_cells_that_upsampling_gives_back_to_it(grid, halvings):
+    """Models undo a level by nearest upsampling to the sizes before it, one after the other."""
+    sizes = [grid]
+    for _ in range(halvings):
+        sizes.append(tuple(-(-side // 2) for side in sizes[-1]))
+    small = sizes[-1]
+    cells = torch.arange(float(small[0] * small[1])).view(1, 1, *small)
+    for size in sizes[-2::-1]:
+        cells = F.interpolate(cells, size=size, mode="nearest")
+    owner = cells.flatten().long()
+    weights = torch.rand(2, len(owner), E, dtype=torch.float64).softmax(-1).requires_grad_()
+    found = coarsen(weights, grid, 2**halvings)
+    expected = [weights[:, owner == cell].mean(1) for cell in range(small[0] * small[1])]
+    torch.testing.assert_close(found, torch.stack(expected, 1))
+    torch.testing.assert_close(enlarge(found, small, 2**halvings, grid), found[:, owner])
+    assert torch.autograd.gradcheck(lambda w: coarsen(w, grid, 2**halvings), weights)
 
 
 def test_weights_on_a_grid_follow_the_layers_resolution_or_raise():
     weights = torch.rand(1, 24, E)
-    small = resample(weights, (4, 6), (2, 3))
+    small = coarsen(weights, (4, 6), 2)
     assert torch.equal(align_weights(weights, torch.rand(1, 6, D_IN), grid=(4, 6)), small)
     plane = align_weights(weights, torch.rand(1, 2, 3, D_IN), grid=(4, 6))
     assert torch.equal(plane, small.view(1, 2, 3, E))

@@ -21,13 +21,7 @@ from torch import Tensor, nn
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.families import (
-    DEFAULT_TARGETS,
-    candidate_targets,
-    default_targets,
-    row_layout,
-    token_stream,
-)
+from moe_lora.families import FAMILIES, candidate_targets, default_targets, family_of
 from moe_lora.layer import MoELoraLinear
 from moe_lora.routed_layer import MoELoraLayer
 
@@ -163,7 +157,8 @@ class TestTable:
         )
 
     def test_every_default_is_tried(self) -> None:
-        assert {case.cls for case in table.CASES if case.targets is None} == set(DEFAULT_TARGETS)
+        known = {name for family in FAMILIES if family.targets for name in family.classes}
+        assert {case.cls for case in table.CASES if case.targets is None} == known
 
 
 @cases
@@ -295,8 +290,7 @@ def rows_of_first_image_layer(
 def test_a_token_has_the_weights_of_its_own_place_in_the_picture(case: Case) -> None:
     """What changes with a place of the latents is what takes the weights of that place."""
     model, arguments = adapt(build(case), case), calls(case)
-    name = next(n for n in ("hidden_states", "sample", "x") if n in arguments)
-    latents: Tensor = arguments[name]
+    name, latents = latents_of(arguments)
     pixels = latents.shape[-2] * latents.shape[-1]
     tokens = table.TOKENS[case.name][0] if latents.ndim == 3 else pixels
     swapped, moved, weights = [1, tokens - 2], latents.clone(), weights_for(BATCH, tokens)
@@ -314,6 +308,46 @@ def test_a_token_has_the_weights_of_its_own_place_in_the_picture(case: Case) -> 
     assert taking.any()
     assert not (taking & ~touched.any(-1)).any()
     assert not taking.all()
+
+
+def latents_of(arguments: dict[str, Any]) -> tuple[str, Tensor]:
+    return next((n, arguments[n]) for n in ("hidden_states", "sample", "x") if n in arguments)
+
+
+def cuts_patches(case: Case) -> bool:
+    """Return whether the model makes tokens of pixels, each of pixels of its own."""
+    mixes = "UNet" in case.cls or case.cls == "Transformer2DModel"
+    return case.name in table.TOKENS and not mixes and latents_of(calls(case))[1].ndim > 3
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in table.CASES if cuts_patches(case)], ids=lambda case: case.name
+)
+@torch.no_grad()
+def test_a_token_of_an_odd_image_has_the_weights_of_the_pixels_that_reach_it(case: Case) -> None:
+    model, arguments = adapt(build(case), case), calls(case)
+    name, latents = latents_of(arguments)
+    old = latents.shape
+    size = (old[-2] + 1, old[-1] + 1)
+    for key, value in arguments.items():
+        if isinstance(value, Tensor) and value.ndim == len(old) and value.shape[-2:] == old[-2:]:
+            arguments[key] = torch.randn(*value.shape[:-2], *size)
+    if case.cls in table.EVEN_SIZES:
+        with pytest.raises(RuntimeError, match=r"(?i)shape|size"):
+            output(model, arguments)
+        return
+    weights = weights_for(BATCH, size[0] * size[1])
+    x, used = rows_of_first_image_layer(model, arguments, weights)
+    reach = []
+    for place in range(size[0] * size[1]):
+        moved = arguments[name].clone()
+        moved[..., place // size[1], place % size[1]] += 3
+        y, _ = rows_of_first_image_layer(model, {**arguments, name: moved}, weights)
+        reach.append((x != y).flatten(3 if x.ndim > 3 else 2).any(-1)[0].flatten())
+    used = used.flatten(1, -2)
+    for token, pixels in enumerate(torch.stack(reach, 1)):
+        expected = weights[:, pixels].mean(1)
+        torch.testing.assert_close(used[:, token], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -374,6 +408,7 @@ def inputs_of_layers(model: nn.Module, arguments: dict[str, Any]) -> dict[str, T
 @torch.no_grad()
 def test_layers_see_the_tokens_and_the_rows_that_their_paths_say(case: Case) -> None:
     model, arguments = build(case), calls(case)
+    family = family_of(model)
     seen = inputs_of_layers(model, arguments)
     text = inputs_of_layers(
         model, {k: shaken(v) if k in TEXT_INPUTS else v for k, v in arguments.items()}
@@ -382,7 +417,7 @@ def test_layers_see_the_tokens_and_the_rows_that_their_paths_say(case: Case) -> 
         model, {k: shaken(v) if k in IMAGE_INPUTS else v for k, v in arguments.items()}
     )
     for path, x in seen.items():
-        layout = row_layout(path, model)
+        layout = family.layout(path)
         if layout == "folded":
             assert x.shape[0] % BATCH == 0, path
         elif layout == "sample":
@@ -392,7 +427,7 @@ def test_layers_see_the_tokens_and_the_rows_that_their_paths_say(case: Case) -> 
             continue
         by_text, by_image = not torch.equal(x, text[path]), not torch.equal(x, image[path])
         if by_text != by_image:
-            assert token_stream(path, model) == ("text" if by_text else "image"), path
+            assert family.stream(path) == ("text" if by_text else "image"), path
 
 
 class Unknown(nn.Module):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import moe_lora
 from moe_lora import MoELoraConfig, MoELoraLinear
-from moe_lora.model import token_stream
+from moe_lora.families import UNKNOWN
 
 
 def flux_config(targets, **kwargs) -> MoELoraConfig:
@@ -176,7 +176,7 @@ class TestRouting:
             "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q": "image",
             "context_embedder": "text",
         }
-        assert {path: token_stream(path) for path in streams} == streams
+        assert {path: UNKNOWN.stream(path) for path in streams} == streams
 
     def test_the_router_reads_the_mask_of_flux_fill_inputs(
         self, make_flux, make_flux_inputs, flux_targets

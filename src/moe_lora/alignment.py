@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TokenStream = Literal["image", "text", "joint", "joint_image_first"]
-"""Which tokens a layer sees: the image's, the text's, the text's followed by the image's, or the
-image's followed by the text's.
-"""
-
-RowLayout = Literal["sample", "folded", "packed"]
-"""What the first dimension of a layer's input counts.
-
-- "sample": samples.
-- "folded": samples times frames (or other parts), sample by sample.
-- "packed": tokens of all samples, in an order that the layer cannot know.
-"""
+from moe_lora.families import RowLayout, TokenStream
 
 
 def weights_by_row(weights: Tensor, rows: int, layout: RowLayout = "sample") -> Tensor:
@@ -51,7 +40,7 @@ def weights_by_row(weights: Tensor, rows: int, layout: RowLayout = "sample") -> 
         raise ValueError(
             "Expected one routing weight per expert, or a batch of one sample, in a layer that "
             f"sees the tokens of all samples in one row, but got weights for {batch} samples. "
-            "Leave the layer out with `exclude_modules`."
+            "Give weights of shape (E,), or leave the layer out with `exclude_modules`."
         )
     if layout == "folded" and weights.ndim == 3:
         raise ValueError(
@@ -76,7 +65,7 @@ def align_weights(
 
     Sample weights serve every token. Token weights serve the image's tokens; text tokens, and
     inputs without tokens such as those of modulation layers, use the sample's mean over tokens.
-    Where the layer sees the image at another resolution, they are resampled; see `resample`.
+    Where the layer sees the image at another resolution, they are resampled; see `level_of`.
 
     Args:
         weights: `(E,)`, `(B, E)` or `(B, T, E)`.
@@ -113,9 +102,13 @@ def _by_token(
     if stream in ("joint", "joint_image_first") and x.ndim == 3 and further >= 0:
         text = weights.mean(dim=1, keepdim=True).expand(-1, further, -1)
         return torch.cat([text, weights] if stream == "joint" else [weights, text], dim=1)
-    size = None if grid is None else level_of(grid, places)
-    if grid is not None and size is not None:
-        weights = resample(weights, grid, size)
+    level = None if grid is None else level_of(grid, places)
+    if grid is not None and level is not None:
+        weights = (
+            coarsen(weights, grid, level.shrink)
+            if level.enlarge == 1
+            else enlarge(weights, grid, level.enlarge, level.size)
+        )
     elif grid is not None or further != 0:
         raise ValueError(
             f"Expected routing weights for the {math.prod(places)} tokens of the layer's input of "
@@ -125,64 +118,100 @@ def _by_token(
     return weights.view(weights.shape[0], *places, weights.shape[-1])
 
 
-def level_of(grid: tuple[int, int], places: tuple[int, ...]) -> tuple[int, int] | None:
+class Level(NamedTuple):
+    """A resolution of an image, relative to a grid.
+
+    Attributes:
+        size: `(rows, columns)`.
+        shrink: a cell covers up to `shrink x shrink` cells of the grid.
+        enlarge: a cell of the grid covers `enlarge x enlarge` cells; 1 if `shrink` is more.
+    """
+
+    size: tuple[int, int]
+    shrink: int = 1
+    enlarge: int = 1
+
+
+def level_of(grid: tuple[int, int], places: tuple[int, ...]) -> Level | None:
     """Find the resolution at which a layer sees an image.
 
-    Models scale both sides by one whole factor: down to `(ceil(rows / f), ceil(columns / f))`, or
-    up to `(f · rows, f · columns)`. No two factors give as many tokens on different grids.
+    Models halve both sides again and again, and round up: cell `i` of the level `shrink = 2^k`
+    covers the cells `shrink * i` to `shrink * (i + 1) - 1` of the grid, as far as there are any.
+    This is what a convolution of stride 2 and padding 1 leaves, and what the upsampling to the
+    size before it undoes. Enlarged images have a whole multiple of both sides.
 
     Args:
         grid: `(rows, columns)` of the image.
         places: `(tokens,)` or `(rows, columns)` of the layer's input.
 
     Returns:
-        `(rows, columns)` of the layer's tokens; `None` when no factor gives them.
+        The level; None when no factor gives these tokens.
 
     Example:
-        >>> level_of((5, 8), (12,)), level_of((5, 8), (160,)), level_of((5, 8), (13,))
-        ((3, 4), (10, 16), None)
+        >>> level_of((5, 8), (12,))
+        Level(size=(3, 4), shrink=2, enlarge=1)
+        >>> level_of((5, 8), (160,)), level_of((5, 8), (13,))
+        (Level(size=(10, 16), shrink=1, enlarge=2), None)
     """
     rows, columns = grid
-    tokens, factor = math.prod(places), 1
-    size = grid
-    while size[0] * size[1] > tokens and factor < max(grid):
-        factor += 1
-        size = (-(-rows // factor), -(-columns // factor))
-    while size[0] * size[1] < tokens and size == (factor * rows, factor * columns):
-        factor += 1
-        size = (factor * rows, factor * columns)
-    return size if places in ((size[0] * size[1],), size) else None
+    tokens = math.prod(places)
+    for halvings in range(max(rows, columns).bit_length() + 1):
+        shrink = 2**halvings
+        size = (-(-rows // shrink), -(-columns // shrink))
+        if places in ((size[0] * size[1],), size):
+            return Level(size, shrink)
+    factor = math.isqrt(tokens // (rows * columns))
+    size = (factor * rows, factor * columns)
+    return Level(size, 1, factor) if factor and places in ((size[0] * size[1],), size) else None
 
 
-def resample(weights: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Average token weights over the area of each token of another grid over the same image.
+def coarsen(weights: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
+    """Average token weights over blocks of cells; the last blocks may be smaller.
 
-    Rows that sum to 1 still do, and the mean over the tokens stays what it is. A row that held one
-    expert may hold several.
+    Rows that sum to 1 still do. A row that held one expert may hold several.
 
     Args:
         weights: `(B, rows * columns, E)`, tokens in row-major order.
         grid: `(rows, columns)` of the weights.
-        size: `(rows, columns)` to make.
+        factor: number of cells along each side of a block.
 
     Returns:
-        `(B, size[0] * size[1], E)`; `weights` itself where the grids are the same.
+        `(B, ceil(rows / factor) * ceil(columns / factor), E)`; `weights` itself for the factor 1.
 
     Example:
-        >>> resample(torch.tensor([[[1.0], [0.0], [0.0], [1.0]]]), (1, 4), (1, 2)).flatten()
+        >>> coarsen(torch.tensor([[[1.0], [0.0], [0.5]]]), (1, 3), 2).flatten()
         tensor([0.5000, 0.5000])
     """
-    if size == grid:
+    if factor == 1:
         return weights
-    rows, columns = (_area_shares(old, new, weights) for old, new in zip(grid, size, strict=True))
+    rows, columns = (_block_means(side, factor, weights) for side in grid)
     planes = weights.unflatten(1, grid)
     return torch.einsum("ur,brce,vc->buve", rows, planes, columns).flatten(1, 2)
 
 
-def _area_shares(old: int, new: int, like: Tensor) -> Tensor:
-    """Return `(new, old)`, the share of each new cell that each old one covers."""
-    # In units of 1 / (old · new) of the side all ends are whole numbers, so that nothing is lost.
-    start = torch.arange(new, device=like.device)[:, None] * old
-    place = torch.arange(old, device=like.device) * new
-    shared = torch.minimum(start + old, place + new) - torch.maximum(start, place)
-    return shared.clamp(min=0).to(like.dtype) / old
+def enlarge(weights: Tensor, grid: tuple[int, int], factor: int, size: tuple[int, int]) -> Tensor:
+    """Repeat token weights over blocks of cells: undo the resolution of `coarsen`.
+
+    Args:
+        weights: `(B, rows * columns, E)`, tokens in row-major order.
+        grid: `(rows, columns)` of the weights.
+        factor: number of cells along each side of a block.
+        size: `(rows, columns)` of the result, at most `factor` times those of the grid.
+
+    Returns:
+        `(B, size[0] * size[1], E)`.
+
+    Example:
+        >>> enlarge(torch.tensor([[[1.0], [0.5]]]), (1, 2), 2, (1, 3)).flatten()
+        tensor([1.0000, 1.0000, 0.5000])
+    """
+    rows, columns = (torch.arange(side, device=weights.device) // factor for side in size)
+    enlarged: Tensor = weights.unflatten(1, grid)[:, rows[:, None], columns]
+    return enlarged.flatten(1, 2)
+
+
+def _block_means(side: int, factor: int, like: Tensor) -> Tensor:
+    """Return `(blocks, side)`, the share of each cell in its block's mean."""
+    block = torch.arange(side, device=like.device) // factor
+    member = block == torch.arange(-(-side // factor), device=like.device)[:, None]
+    return member.to(like.dtype) / member.sum(1, keepdim=True).to(like.dtype)

@@ -21,7 +21,7 @@ from moe_lora.adapter_routers import (
     remove_routers,
 )
 from moe_lora.config import PEFT_TYPE, MoELoraConfig
-from moe_lora.families import default_targets, row_layout, token_stream
+from moe_lora.families import default_targets, family_of
 from moe_lora.layer import layer_class
 from moe_lora.merging import check_mergeable
 from moe_lora.routed_layer import MoELoraLayer, RoutedLayer
@@ -166,6 +166,7 @@ class MoELoraModel(BaseTuner):
         if isinstance(target, RoutedLayer):
             target.update_layer(adapter_name, peft_config, r, alpha)
             return
+        family = family_of(self.model)
         new_module = layer_class(target, current_key)(
             target,
             adapter_name,
@@ -173,8 +174,8 @@ class MoELoraModel(BaseTuner):
             r,
             alpha,
             context=self._context,
-            stream=token_stream(current_key, self.model),
-            rows=row_layout(current_key, self.model),
+            stream=family.stream(current_key),
+            rows=family.layout(current_key),
         )
         new_module.quantization_kwargs = get_quantization_kwargs(self.model)
         if adapter_name not in self.active_adapters:

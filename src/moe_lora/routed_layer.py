@@ -12,9 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from moe_lora.alignment import RowLayout, TokenStream, align_weights, weights_by_row
+from moe_lora.alignment import align_weights, weights_by_row
 from moe_lora.config import MoELoraConfig
 from moe_lora.experts import MoELoraExperts
+from moe_lora.families import RowLayout, TokenStream
 from moe_lora.quantised import KeptWeight, keep_weight, quantization_backend, restore_weight
 from moe_lora.routing.weights.context import RoutingContext
 from moe_lora.routing.weights.routing import Routing

@@ -65,6 +65,15 @@ TOKENS: dict[str, tuple[int, ...]] = {
 }
 """Numbers of token weights that hold, by the case's name."""
 
+EVEN_SIZES = {
+    "AllegroTransformer3DModel",
+    "AuraFlowTransformer2DModel",
+    "CosmosTransformer3DModel",
+    "LuminaNextDiT2DModel",
+    "PRXTransformer2DModel",
+}
+"""Classes that take no latents whose sides do not divide by the patch's."""
+
 NOT_TRIED = {
     "AnyFlowFARTransformer3DModel",
     "AudioLDM2UNet2DConditionModel",

@@ -212,8 +212,10 @@ def check(pipe, channels, *, guidance, given, images_per_prompt=1, picture=None,
     # Pipelines that carry a mask repeat masks and pictures in another order than prompts.
     carried = torch.arange(prompts).repeat(images_per_prompt)
     more = {} if picture is None else {"image": picture[:prompts]}
+    # A mask that is given goes with its sample's image, where there is one.
+    own = carried if "Inpaint" in type(pipe).__name__ else rows
     if given:
-        moe_lora.set_router_inputs(model, mask=mask)
+        moe_lora.set_router_inputs(model, mask=mask[own])
     carry = {"mask": mask} if "Fill" in type(pipe).__name__ or "Inpaint" in str(type(pipe)) else {}
     together, _ = weights_seen(
         pipe,
@@ -228,7 +230,7 @@ def check(pipe, channels, *, guidance, given, images_per_prompt=1, picture=None,
     for index in range(count):
         one = carried[index : index + 1]
         if given:
-            moe_lora.set_router_inputs(model, mask=mask[rows[index] : rows[index] + 1])
+            moe_lora.set_router_inputs(model, mask=mask[own[index] : own[index] + 1])
         results.append(
             run(
                 pipe,
@@ -240,18 +242,19 @@ def check(pipe, channels, *, guidance, given, images_per_prompt=1, picture=None,
             )
         )
         torch.testing.assert_close(together[index : index + 1], results[-1], rtol=1e-3, atol=1e-4)
-    if given:  # with the masks of the others it is another result
-        moe_lora.set_router_inputs(model, mask=mask.flip(0))
-        other = run(
-            pipe,
-            text,
-            noise,
-            images_per_prompt=images_per_prompt,
-            guidance=guidance,
-            **carry,
-            **more,
-        )
-        assert (other - together).abs().max() > 1e-3
+    if not given:
+        return
+
+    def again(masks_given):
+        moe_lora.set_router_inputs(model, mask=masks_given)
+        images = {"images_per_prompt": images_per_prompt, "guidance": guidance}
+        return run(pipe, text, noise, **images, **carry, **more)
+
+    # With the masks of the others it is another result.
+    assert (again(mask[own].flip(0)) - together).abs().max() > 1e-3
+    if images_per_prompt > 1:
+        with pytest.raises(ValueError, match=r"samples of the call, .* but got 2.* Give one for"):
+            again(mask)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -263,7 +266,7 @@ def test_flux_fill_routes_every_sample_by_the_mask_that_it_carries(router, image
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("images", [1, 2])
-def test_flux_routes_by_the_masks_of_the_prompts(router, images):
+def test_flux_routes_by_the_masks_of_the_samples(router, images):
     check(flux("plain", router), 16, guidance=3.5, given=True, images_per_prompt=images)
 
 
@@ -294,9 +297,11 @@ def test_sd3_routes_the_doubled_batch_of_guidance(router, guidance, images):
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("channels", [4, 9])
-def test_stable_diffusion_inpainting_routes_the_doubled_batch(router, channels):
+@pytest.mark.parametrize("images", [1, 2])
+def test_stable_diffusion_inpainting_routes_the_doubled_batch(router, channels, images):
     pipe = stable_diffusion(channels, router)
-    check(pipe, 4, guidance=5.0, given=channels == 4, picture=IMAGES)
+    given = channels == 4
+    check(pipe, 4, guidance=5.0, given=given, images_per_prompt=images, picture=IMAGES)
 
 
 def test_time_is_read_in_the_models_own_counting():

@@ -299,7 +299,8 @@ def test_copies(clone):
 
 @pytest.mark.parametrize(("channels", "width"), [(384, 128), (9, 8), (64, 64), (4, 4)])
 def test_width_is_read_off_the_model(channels, width):
-    model = nn.Linear(1, 1)
+    family = "UNet2DConditionModel" if channels == 9 else "FluxTransformer2DModel"
+    model = type(family, (nn.Module,), {})()
     model.config = SimpleNamespace(in_channels=channels)
     assert ThreeExpertRemovalRouter.default_kwargs(model) == {"input_dim": width}
 

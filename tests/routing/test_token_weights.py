@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,12 +152,14 @@ def test_reference_tokens_take_the_mean(make_flux, make_flux_inputs, joint_only)
             model(**call)
 
 
-def area_mean(plane, size):
-    """Average `(rows, columns, E)` over equal cells, pixel by pixel on a grid that both divide."""
+def level_means(plane):
+    """Average `(rows, columns, E)` over the pixels that upsampling gives back to each cell."""
     rows, columns = plane.shape[:2]
-    fine = np.kron(plane.numpy(), np.ones((size[0], size[1], 1)))
-    cells = fine.reshape(size[0], rows, size[1], columns, -1)
-    return torch.from_numpy(cells.mean((1, 3)))
+    small = (-(-rows // 2), -(-columns // 2))
+    cells = torch.arange(float(small[0] * small[1])).view(1, 1, *small)
+    owner = F.interpolate(cells, size=(rows, columns), mode="nearest").view(rows, columns)
+    means = [plane[owner == cell].mean(0) for cell in range(small[0] * small[1])]
+    return torch.stack(means).view(*small, -1)
 
 
 @pytest.fixture(scope="module")
@@ -204,11 +205,18 @@ def test_every_layer_of_a_unet_uses_the_weights_at_its_resolution(unet, size):
             seen["sample"] += 1
         else:
             places = used.shape[1:-1]
-            level = size if np.prod(places) == rows * columns else small
-            means = torch.stack([area_mean(one, level) for one in plane])
+            level = size if places.numel() == rows * columns else small
+            means = plane if level == size else torch.stack([level_means(one) for one in plane])
             same(used, means.reshape(used.shape))
             seen[level] += 1
     assert min(seen.values()) > 3, seen
+    given = torch.stack([level_means(one) for one in plane])
+    by_level = given.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :rows, :columns]
+    coarse, fine = (
+        used_weights(model, call, weights.reshape(2, -1, E)) for weights in (given, by_level)
+    )
+    for path, used in coarse.items():
+        same(used, fine[path])
     for bad in (rows * columns + 1, 13):
         with (
             moe_lora.route(model, weights_for(2, bad)),
@@ -217,7 +225,37 @@ def test_every_layer_of_a_unet_uses_the_weights_at_its_resolution(unet, size):
             model(**call)
 
 
-def test_every_layer_of_sd3_uses_the_weights_of_its_patches():
+def test_a_unet_that_rounds_its_levels_down_takes_sizes_that_divide_only():
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        downsample_padding=0,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    adapt(model, ["to_q"])
+    for size, fits in (((5, 8), False), ((6, 9), False), ((6, 8), True)):
+        call = {
+            "sample": torch.randn(1, 4, *size),
+            "timestep": 3,
+            "encoder_hidden_states": torch.randn(1, 2, 8),
+        }
+        model(**call)  # which the model itself takes
+        with moe_lora.route(model, weights_for(1, size[0] * size[1])):
+            if fits:
+                model(**call)
+                continue
+            with pytest.raises(ValueError, match=r"divide by 2 .* got \d x \d"):
+                model(**call)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (9, 12), (8, 13), (9, 13)])
+def test_every_layer_of_sd3_uses_the_weights_of_its_patches(size):
     from diffusers import SD3Transformer2DModel
 
     torch.manual_seed(0)
@@ -249,13 +287,14 @@ def test_every_layer_of_sd3_uses_the_weights_of_its_patches():
     }
     adapt(model, list(streams))
     call = {
-        "hidden_states": torch.randn(2, 4, 8, 12),
+        "hidden_states": torch.randn(2, 4, *size),
         "timestep": torch.tensor([900.0, 20.0]),
         "encoder_hidden_states": torch.randn(2, 24, 16),  # as many as the patches
         "pooled_projections": torch.randn(2, 8),
     }
-    by_pixel = weights_for(2, 96)
-    planes = by_pixel.unflatten(1, (8, 12)).permute(0, 3, 1, 2)
+    by_pixel = weights_for(2, size[0] * size[1])
+    # Pixels beyond the last whole patch are dropped, by the model and by this pooling.
+    planes = by_pixel.unflatten(1, size).permute(0, 3, 1, 2)
     by_patch = F.avg_pool2d(planes, 2).flatten(2).transpose(1, 2)
     for weights, patches in ((by_pixel, by_patch), (by_patch, by_patch)):
         for path, found in used_weights(model, call, weights).items():

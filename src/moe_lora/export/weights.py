@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from moe_lora.config import MoELoraConfig
 from moe_lora.masks import MaskInfo, analyze
 from moe_lora.routing.control import routed_module, routing_state, routing_stats
-from moe_lora.routing.readers import read_arguments, read_inputs
+from moe_lora.routing.model_call import ModelCall
 from moe_lora.routing.registry import router_class
 from moe_lora.routing.router import Router
 
@@ -83,12 +84,13 @@ def weights_for(
     given = state.given
     if mask is not None:
         mask_info = analyze(mask, image)
-    inputs = read_inputs(
-        base,
-        read_arguments(base, args, kwargs),
-        mask_info=mask_info or given.mask_info,
-        task_hint=task_hint or given.task_hint,
-        grid_size=grid_size or given.grid_size,
+    inputs = ModelCall.read(base, args, kwargs).router_inputs(
+        replace(
+            given,
+            mask_info=mask_info or given.mask_info,
+            task_hint=task_hint or given.task_hint,
+            grid_size=grid_size or given.grid_size,
+        )
     )
     home = next((p.device for p in router.parameters() if not p.is_meta), None)
     weights = _in_eval(router, inputs if home is None else inputs.to(home))

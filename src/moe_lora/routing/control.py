@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from moe_lora.masks import MaskInfo, analyze
+from moe_lora.masks import MaskInfo
+from moe_lora.masks.validation import check_size
+from moe_lora.routing.inputs import GivenInputs
+from moe_lora.routing.model_call.mask_memory import analyze_as_given
 from moe_lora.routing.router import Router, RoutingDecision
-from moe_lora.routing.state import (
-    GivenInputs,
-    Override,
-    RoutingMode,
-    RoutingState,
-    check_override,
-)
+from moe_lora.routing.state import Override, RoutingMode, RoutingState, check_override
 from moe_lora.routing.statistics import RoutingStats
 from moe_lora.routing.weights.checkpointing import RoutedCheckpoint
 
@@ -145,24 +144,33 @@ def set_router_inputs(
     mask_info: MaskInfo | None = None,
     task_hint: str | None = None,
     grid_size: tuple[int, int] | None = None,
+    timestep_range: tuple[float, float] | None = None,
 ) -> None:
     """Give the router what the model's own inputs do not carry, until the next call of this.
 
-    What is left out is forgotten: `set_router_inputs(model)` clears all.
+    What is left out is forgotten: `set_router_inputs(model)` clears all. Tensors are copied as they
+    are, so that later changes in place have no effect.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        mask: `(B, 1, H, W)` or `(1, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        image: `(B, 3, H, W)`, in [0, 1]; with it the mask's `detail_complexity` is known.
-        mask_info: an already analysed mask, instead of `mask` and `image`.
+        mask: `(B, 1, H, W)` or `(1, 1, H, W)`, in [0, 1], pixel space; 1 = remove. Copied without
+            its graph.
+        image: `(B, 3, H, W)`, in [0, 1]; with it the mask's `detail_complexity` is known. Read
+            without its graph.
+        mask_info: an already analyzed mask, instead of `mask` and `image`. Gradients reach it, so
+            that one with a graph serves one backward pass.
         task_hint: `<expert>_focus` or `<expert>_only`, for example "removal_focus".
         grid_size: `(rows, columns)` of the model's image tokens.
+        timestep_range: the timesteps of clean data and of pure noise, as the caller counts them;
+            by default those of the model's family.
 
     Raises:
-        ValueError: for a mask given twice, an image without a mask, or an unknown hint.
+        ValueError: for a mask given twice, an image without a mask, an unknown hint, a grid that is
+            not two integers >= 1, or a range that is not two different finite numbers.
     """
     state = routing_state(model)
-    state.given = _given(state, mask, image, mask_info, task_hint, grid_size)
+    given = (mask, image, mask_info, task_hint, grid_size, timestep_range)
+    state.given = _given(state, *given)
 
 
 @contextmanager
@@ -174,6 +182,7 @@ def router_inputs(
     mask_info: MaskInfo | None = None,
     task_hint: str | None = None,
     grid_size: tuple[int, int] | None = None,
+    timestep_range: tuple[float, float] | None = None,
 ) -> Iterator[None]:
     """Give the router what the model's own inputs do not carry, inside the context.
 
@@ -186,7 +195,7 @@ def router_inputs(
         ValueError: as `set_router_inputs`.
     """
     state = routing_state(model)
-    given = _given(state, mask, image, mask_info, task_hint, grid_size)
+    given = _given(state, mask, image, mask_info, task_hint, grid_size, timestep_range)
     with state.steered(given=given):
         yield
 
@@ -198,15 +207,23 @@ def _given(
     mask_info: MaskInfo | None,
     task_hint: str | None,
     grid_size: tuple[int, int] | None,
+    timestep_range: tuple[float, float] | None,
 ) -> GivenInputs:
     if mask is not None and mask_info is not None:
         raise ValueError("Expected one of `mask` and `mask_info`, but got both.")
     if image is not None and mask is None:
         raise ValueError("Expected `mask` together with `image`, but got none.")
     state.check_hint(task_hint)
+    if grid_size is not None:
+        grid_size = check_size(grid_size, "grid_size")
+    if timestep_range is not None:
+        timestep_range = _check_timestep_range(timestep_range)
     if mask is not None:
-        mask_info = analyze(mask, image)
-    return GivenInputs(mask_info, task_hint, grid_size)
+        mask_info = analyze_as_given(mask, image)
+    elif mask_info is not None:
+        with torch.inference_mode(False):
+            mask_info = mask_info.copy()
+    return GivenInputs(mask_info, task_hint, grid_size, timestep_range)
 
 
 def attach_router(model: nn.Module, router: Router, adapter_name: str = "default") -> None:
@@ -292,6 +309,16 @@ def routed_checkpoint(
             keyword arguments (`use_reentrant=False`) are the caller's to give.
     """
     return RoutedCheckpoint(checkpoint or torch_checkpoint, routing_state(model))
+
+
+def _check_timestep_range(timestep_range: tuple[float, float]) -> tuple[float, float]:
+    numbers = [n for n in timestep_range if isinstance(n, int | float) and math.isfinite(n)]
+    if len(timestep_range) != 2 or len(numbers) != 2 or numbers[0] == numbers[1]:
+        raise ValueError(
+            "Expected `timestep_range` to be two different finite numbers (clean, noise), but got "
+            f"{timestep_range}."
+        )
+    return float(numbers[0]), float(numbers[1])
 
 
 def _of(known: dict[str, Value], adapter_name: str) -> Value:

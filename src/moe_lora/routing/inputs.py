@@ -13,8 +13,18 @@ from moe_lora.masks import MaskInfo
 
 
 @dataclass(frozen=True)
+class GivenInputs:
+    """What the caller gave for the router to read; see `moe_lora.set_router_inputs`."""
+
+    mask_info: MaskInfo | None = None
+    task_hint: str | None = None
+    grid_size: tuple[int, int] | None = None
+    timestep_range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class RouterInputs:
-    """Hold what is known about one call of the adapted model.
+    """Inputs of a router: what is known about one call of the adapted model.
 
     Args:
         hidden_states: `(B, T, D)`, the visual tokens that the model was called with, mask channels
@@ -26,8 +36,8 @@ class RouterInputs:
         model_inputs: every argument of the call by its parameter name, for routers that read more
             (for example `pooled_projections`).
         timestep_range: the timesteps of clean data and of pure noise in the model's own counting:
-            `(0, 1)` for FLUX, `(0, 1000)` for UNets and SD3, `(1, 0)` for Z-Image. `None` when the
-            model's family is not known: then timesteps up to 1 count to 1, others to 1000.
+            `(0, 1)` for FLUX, `(0, 1000)` for UNets and SD3, `(1, 0)` for Z-Image. `None` when it
+            is known neither of the model's family nor from `set_router_inputs`.
     """
 
     hidden_states: Tensor
@@ -74,7 +84,8 @@ class RouterInputs:
             `(B,)`, in [0, 1]; float32, or float64 for float64 timesteps.
 
         Raises:
-            ValueError: when the call has no timestep, or one outside of the range.
+            ValueError: when the call has no timestep, or one outside of the range, or when the
+                range is unknown.
 
         Example:
             >>> latents, steps = torch.zeros(2, 4, 8), torch.tensor([250, 999])
@@ -86,10 +97,19 @@ class RouterInputs:
                 "Expected the model to be called with a timestep, of which the router makes a "
                 f"noise level, but got the arguments {sorted(self.model_inputs)}."
             )
+        if self.timestep_range is None:
+            raise ValueError(
+                "Expected the range of the timesteps to be known, of which the router makes a "
+                "noise level, but the model's family is unknown. Give the timesteps of clean data "
+                "and of pure noise with moe_lora.set_router_inputs(model, "
+                "timestep_range=(clean, noise)): (0, 1) for a flow's sigma, (0, 1000) for the "
+                "steps of most schedulers."
+            )
+        clean, noise = self.timestep_range
         steps = self.timestep.to(torch.promote_types(self.timestep.dtype, torch.float32))
-        lowest, highest = float(steps.min()), float(steps.max())
-        clean, noise = self.timestep_range or (0.0, 1.0 if highest <= 1 else 1000.0)
-        if lowest < min(clean, noise) or highest > max(clean, noise):
+        lowest, highest = torch.stack(steps.aminmax()).tolist() if len(steps) else (clean, noise)
+        lies_within = min(clean, noise) <= lowest and highest <= max(clean, noise)
+        if len(steps) and not lies_within:
             raise ValueError(
                 f"Expected timesteps from {clean:g} (clean) to {noise:g} (noise), as the model "
                 f"counts them, but got values from {lowest:g} to {highest:g}."

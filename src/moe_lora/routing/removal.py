@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_lora.families import visual_channels
 from moe_lora.routing.features import NOISE_FEATURES, noise_features
 from moe_lora.routing.gating import RoutingStrategy
 from moe_lora.routing.inputs import RouterInputs
-from moe_lora.routing.readers import visual_channels
 from moe_lora.routing.router import Router
 
 REMOVAL_EXPERTS = ("removal_expert", "background_expert", "completion_expert")

@@ -13,28 +13,15 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from moe_lora.masks import MaskInfo
 from moe_lora.routing.gating import task_hints
-from moe_lora.routing.given_weights import fit_to_call
-from moe_lora.routing.inputs import RouterInputs
-from moe_lora.routing.mask_memory import MaskMemory
-from moe_lora.routing.placement import place_tokens
-from moe_lora.routing.readers import read_arguments, read_inputs, read_latents
+from moe_lora.routing.inputs import GivenInputs, RouterInputs
+from moe_lora.routing.model_call import MaskMemory, ModelCall
 from moe_lora.routing.router import Router, RoutingDecision
 from moe_lora.routing.statistics import RoutingStats
 from moe_lora.routing.weights.context import RoutingContext
 from moe_lora.routing.weights.routing import Dimension, Routing, new_version
 
 RoutingMode = Literal["routed", "uniform"]
-
-
-@dataclass(frozen=True)
-class GivenInputs:
-    """Hold what the caller gave for the router to read; see `set_router_inputs`."""
-
-    mask_info: MaskInfo | None = None
-    task_hint: str | None = None
-    grid_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,14 +208,8 @@ class RoutingState(RoutingContext):
         routers: nn.ModuleDict,
     ) -> Routing:
         """Ask the routers, and put their weights where the layers look for them."""
-        inputs = read_inputs(
-            model,
-            read_arguments(model, args, kwargs),
-            mask_info=given.mask_info,
-            task_hint=given.task_hint,
-            grid_size=given.grid_size,
-            analyze=self.mask_memory.analyze,
-        )
+        call = ModelCall.read(model, args, kwargs)
+        inputs = call.router_inputs(given, self.mask_memory.analyze)
         weights: dict[str, Tensor | None] = {}
         dimension: dict[str, Dimension] = {}
         decisions = {name: _decide(routers[name], inputs) for name in names}
@@ -240,9 +221,7 @@ class RoutingState(RoutingContext):
             if router.num_layers is not None:
                 dimension[name] = "layers"
             elif decision.weights.ndim == 3:
-                used, grid = place_tokens(
-                    used, read_latents(inputs.model_inputs), inputs.model_inputs, model
-                )
+                used, grid = call.place_tokens(used)
                 dimension.update({} if grid is None else {name: grid})
             weights[name] = used
         self.in_thread.decisions = decisions
@@ -260,7 +239,7 @@ class RoutingState(RoutingContext):
         names = [name for name in adapter_names if name in self.expert_names]
         if not torch.compiler.is_compiling():
             self.check_num_experts("weights", weights, names)
-            weights, grid = (weights, None) if call is None else fit_to_call(weights, *call)
+            weights, grid = (weights, None) if call is None else ModelCall.read(*call).fit(weights)
         return Routing.of(
             dict.fromkeys(names, weights),
             dict.fromkeys(names, override.top_k),

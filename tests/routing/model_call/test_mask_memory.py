@@ -7,17 +7,16 @@ import torch
 
 import moe_lora
 from moe_lora import MoELoraConfig, masks
-from moe_lora.routing import mask_memory
-from moe_lora.routing.mask_memory import MaskMemory
+from moe_lora.routing.model_call import MaskMemory, mask_memory
 
 
 @pytest.fixture
 def analysed(monkeypatch):
     calls = []
 
-    def analyze(mask):
+    def analyze(mask, image=None):
         calls.append(mask)
-        return masks.analyze(mask)
+        return masks.analyze(mask, image)
 
     monkeypatch.setattr(mask_memory, "analyze", analyze)
     return calls

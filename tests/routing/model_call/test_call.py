@@ -6,18 +6,30 @@ import pytest
 import torch
 from torch import nn
 
+from moe_lora.families import visual_channels
 from moe_lora.masks import analyze
-from moe_lora.routing.readers import read_arguments, read_inputs, visual_channels
+from moe_lora.routing.inputs import GivenInputs
+from moe_lora.routing.model_call import ModelCall
+
+
+def read_inputs(model, arguments, **given):
+    return ModelCall(model, arguments).router_inputs(GivenInputs(**given))
 
 
 class Model(nn.Module):
-    def __init__(self, in_channels=None):
-        super().__init__()
-        if in_channels is not None:
-            self.config = SimpleNamespace(in_channels=in_channels)
-
     def forward(self, hidden_states=None, timestep=None, img_ids=None, *, sample=None, **extra):
         return hidden_states
+
+
+def named(name, **config):
+    """Return a model of a class with the name of a library's class."""
+    model = type(name, (Model,), {})()
+    model.config = SimpleNamespace(**config)
+    return model
+
+
+def fill():
+    return named("FluxTransformer2DModel", in_channels=384)
 
 
 def grid(rows, columns):
@@ -39,15 +51,15 @@ def fill_tokens(mask, channels=128):
 
 
 def test_arguments_are_found_by_name_however_they_are_given():
-    found = read_arguments(Model(), (1, 2), {"sample": 3, "more": 4})
-    assert found == {"hidden_states": 1, "timestep": 2, "sample": 3, "more": 4}
+    call = ModelCall.read(Model(), (1, 2), {"sample": 3, "more": 4})
+    assert call.arguments == {"hidden_states": 1, "timestep": 2, "sample": 3, "more": 4}
 
 
 def test_flux_fill_inputs_give_their_mask_exactly_and_the_visual_channels():
     mask = (torch.rand(2, 1, 64, 96) > 0.5).float()
     hidden = fill_tokens(mask)
     inputs = read_inputs(
-        Model(384),
+        fill(),
         {"hidden_states": hidden, "img_ids": grid(4, 6), "timestep": torch.tensor([0.1, 0.2])},
     )
     assert torch.equal(inputs.mask_info.mask, mask)
@@ -59,7 +71,9 @@ def test_flux_fill_inputs_give_their_mask_exactly_and_the_visual_channels():
 def test_an_inpainting_unet_gives_its_mask_channel():
     sample = torch.randn(2, 9, 8, 12)
     sample[:, 4] = (torch.rand(2, 8, 12) > 0.5).float()
-    inputs = read_inputs(Model(9), {"sample": sample, "timestep": 7})
+    inputs = read_inputs(
+        named("UNet2DConditionModel", in_channels=9), {"sample": sample, "timestep": 7}
+    )
     assert torch.equal(inputs.mask_info.mask, sample[:, 4:5])
     assert inputs.hidden_states.shape == (2, 96, 8)
     assert torch.equal(inputs.hidden_states[0, 13], sample[0, [0, 1, 2, 3, 5, 6, 7, 8], 1, 1])
@@ -70,9 +84,7 @@ def test_an_inpainting_unet_gives_its_mask_channel():
 def test_what_the_caller_gives_wins():
     given = analyze(torch.ones(1, 1, 64, 96))
     hidden = fill_tokens(torch.zeros(2, 1, 64, 96))
-    inputs = read_inputs(
-        Model(384), {"hidden_states": hidden, "img_ids": grid(4, 6)}, mask_info=given
-    )
+    inputs = read_inputs(fill(), {"hidden_states": hidden, "img_ids": grid(4, 6)}, mask_info=given)
     assert inputs.mask_info.area_ratio.tolist() == [1.0, 1.0]
 
 
@@ -86,9 +98,9 @@ def test_other_models_give_tokens_without_a_mask():
 def test_contradictions_raise():
     hidden = fill_tokens(torch.zeros(1, 1, 64, 96))
     with pytest.raises(ValueError, match=r"`img_ids` to number the 24 .* 4 rows of 5"):
-        read_inputs(Model(384), {"hidden_states": hidden, "img_ids": grid(4, 5)})
+        read_inputs(fill(), {"hidden_states": hidden, "img_ids": grid(4, 5)})
     with pytest.raises(ValueError, match=r"grid_size=\(rows, columns\)"):
-        read_inputs(Model(384), {"hidden_states": hidden})
+        read_inputs(fill(), {"hidden_states": hidden})
     with pytest.raises(ValueError, match=r"mask, .* for the 2 samples .* got 3"):
         read_inputs(
             Model(),
@@ -100,14 +112,19 @@ def test_contradictions_raise():
 
 
 def test_visual_channels_leave_the_mask_out():
-    assert [visual_channels(Model(c)) for c in (384, 9, 64, None)] == [128, 8, 64, None]
+    models = fill(), named("UNet2DConditionModel", in_channels=9), named("Mine", in_channels=64)
+    assert [visual_channels(model) for model in models] == [128, 8, 64]
+    assert visual_channels(Model()) is None
 
 
-def named(name, **config):
-    """Return a model of a class with the name of a library's class."""
-    model = type(name, (Model,), {})()
-    model.config = SimpleNamespace(**config)
-    return model
+@pytest.mark.parametrize("channels", [9, 384])
+def test_an_unknown_family_carries_no_mask(channels):
+    model = named("Mine", in_channels=channels)
+    assert visual_channels(model) == channels
+    sample = torch.rand(2, channels, 4, 6)
+    inputs = read_inputs(model, {"sample": sample})
+    assert inputs.mask_info is None
+    assert inputs.hidden_states.shape == (2, 24, channels)
 
 
 def test_videos_are_averaged_over_their_frames_wherever_those_are():

@@ -1,0 +1,135 @@
+"""The record of a model family: what the library knows of it by its class name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+TokenStream = Literal["image", "text", "joint", "joint_image_first"]
+"""Which tokens a layer sees: the image's, the text's, the text's followed by the image's, or the
+image's followed by the text's.
+"""
+
+RowLayout = Literal["sample", "folded", "packed"]
+"""What the first dimension of a layer's input counts.
+
+- "sample": samples.
+- "folded": samples times frames (or other parts), sample by sample.
+- "packed": tokens of all samples, in an order that the layer cannot know.
+"""
+
+VideoAxes = Literal["channels_first", "frames_first", "channels_last"]
+"""The order of a video's latents: `(B, C, F, h, w)`, `(B, F, C, h, w)` or `(B, F, h, w, C)`."""
+
+ReferencePosition = Literal["last", "first"]
+"""Where packed tokens of reference images stand: after the image's tokens or before them."""
+
+# Module paths that mean the same in most families.
+_TEXT_LAYERS = re.compile(
+    r"(.*\.)?("
+    r"(ff_context|norm1_context|txt_mlp|context_embedder|context_refiner|token_refiner|text_\w+"
+    r"|(video|audio)_text_\w+|cap_embedder|caption_\w+|txt_in|txt_attn_qkv|txt_kv_proj"
+    r"|llm_cond_proj|encoder_hidden_states_proj|encoder_proj|to_cond_embed|cross_attention_proj)"
+    r"(\..*)?"
+    r"|(attn2|cross_attn|cross_attention)\.to_(k|v|kv|key|value)"
+    r"|attn1?\.(add_[qkv]_proj|to_add_out|to_[qkv]_t)"
+    r")"
+)
+_JOINT_LAYERS = re.compile(r"(.*\.)?single_transformer_blocks\..*")
+
+
+@dataclass(frozen=True)
+class CarriedMask:
+    """Channels of a model's input that hold the mask.
+
+    Args:
+        channels: all input channels of the models that carry a mask.
+        first: the first mask channel.
+        stop: the channel after the last one.
+        encoding: "flux_fill" for packed full-resolution pixels, see
+            `moe_lora.masks.from_flux_fill`; "latent" for one channel at latent size.
+    """
+
+    channels: int
+    first: int
+    stop: int
+    encoding: Literal["flux_fill", "latent"]
+
+    @property
+    def other_channels(self) -> int:
+        """Return the number of channels that hold no mask."""
+        return self.channels - (self.stop - self.first)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A group of model classes that the library treats alike.
+
+    Regexes match whole module paths inside the model.
+
+    Args:
+        classes: names of the classes; a subclass counts as its base.
+        targets: layers that `target_modules=None` adapts: name endings, or a regex. None where
+            `target_modules` must be given.
+        streams: `(regex, stream)` of layers for which the rules that most families share are wrong;
+            the first match wins. "image" where "joint" does not describe a layer's order of tokens:
+            token weights then raise, since the layer has more tokens than the image.
+        folded: regex of the layers with row layout "folded".
+        packed: regex of the layers with row layout "packed".
+        timestep_range: the timesteps of clean data and of pure noise, as the family's pipelines
+            count them; None where it is unknown.
+        video_axes: order of the dimensions of a video's latents.
+        references: where packed tokens of reference images stand.
+        carried_mask: where the model's input holds the mask; None where it holds none.
+
+    Example:
+        >>> family = Family(classes=("MyModel",), folded=r"temporal\\..*")
+        >>> family.layout("temporal.to_q"), family.stream("transformer_blocks.0.attn.add_q_proj")
+        ('folded', 'text')
+    """
+
+    classes: tuple[str, ...]
+    targets: tuple[str, ...] | str | None = None
+    streams: tuple[tuple[str, TokenStream], ...] = ()
+    folded: str | None = None
+    packed: str | None = None
+    timestep_range: tuple[float, float] | None = None
+    video_axes: VideoAxes = "channels_first"
+    references: ReferencePosition = "last"
+    carried_mask: CarriedMask | None = None
+
+    def stream(self, path: str) -> TokenStream:
+        """Return which tokens a layer sees.
+
+        Args:
+            path: the layer's module path inside the model.
+
+        Returns:
+            "text" for the text stream of double-stream blocks and the keys and values of
+            cross-attention, "joint" for single-stream blocks that put the text first,
+            "joint_image_first" for those that put it last, else "image".
+        """
+        for pattern, stream in self.streams:
+            if re.fullmatch(pattern, path):
+                return stream
+        if _TEXT_LAYERS.fullmatch(path):
+            return "text"
+        return "joint" if _JOINT_LAYERS.fullmatch(path) else "image"
+
+    def layout(self, path: str) -> RowLayout:
+        """Return what the first dimension of a layer's input counts.
+
+        Args:
+            path: the layer's module path inside the model.
+        """
+        if self.folded is not None and re.fullmatch(self.folded, path):
+            return "folded"
+        packed = self.packed is not None and re.fullmatch(self.packed, path)
+        return "packed" if packed else "sample"
+
+
+UNKNOWN = Family(classes=())
+"""The record of every model whose class no family names: nothing is assumed but the module paths
+that mean the same in most families.
+"""
