@@ -52,6 +52,16 @@ def test_pure_modules_import_neither_peft_nor_diffusers_nor_the_tuner(file: Path
     assert wrong_imports(file.read_text(encoding="utf-8"), package) == set()
 
 
+def test_model_families_are_data() -> None:
+    files = sorted(SOURCE.glob("families/*.py"))
+    assert len(files) > 4
+    for file in files:
+        found = imported_modules(file.read_text(encoding="utf-8"), "moe_lora.families")
+        own = {module for module in found if is_within(module, ("moe_lora",))}
+        assert {module for module in own if not is_within(module, ("moe_lora.families",))} == set()
+        assert {module for module in found if is_within(module, FORBIDDEN)} == set()
+
+
 @pytest.mark.parametrize(
     ("code", "wrong"),
     [
