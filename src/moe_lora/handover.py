@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lora.selection import expert_indices
+
 Middle = tuple[int, int] | Literal["layers"]
 """What the middle dimension of `(B, N, E)` weights counts: the tokens of a grid of rows and columns
 that a model may resample, or the adapted layers. Where nothing is said, tokens as the layers see
@@ -72,7 +74,7 @@ class WeightSlot:
         self.weights, self._top_k, self.stamp = dict(weights), dict(top_k), self.stamp + 1
         self.middle = dict(middle)
         self.chosen = {
-            name: weights[name].detach().topk(k, dim=-1).indices
+            name: expert_indices(weights[name], k)
             for name, k in top_k.items()
             if k is not None
             and (weights[name].ndim == 2 or middle.get(name) == "layers")

@@ -13,6 +13,8 @@ from moe_lora.checkpointing import stamp_of
 from moe_lora.experts import MoELoraConvExperts, MoELoraExperts
 from moe_lora.mixing import Linear
 from moe_lora.routed_layer import RoutedLayer
+from moe_lora.selection import without_zeros
+from moe_lora.watching import is_plain_linear, nothing_watches
 
 
 class MoELoraLinear(RoutedLayer):
@@ -51,26 +53,20 @@ class MoELoraLinear(RoutedLayer):
             return None, None
         weights = weights_by_row(weights.to(x.device), x.shape[0], self.rows)
         weights = align_weights(weights, x, self.stream, self.slot.grid_of(adapter_name))
-        if chosen is None or self.rows != "sample":
+        if chosen is None:
             return weights, None
-        if x.ndim == 2:
+        if self.rows != "sample" or x.ndim == 2:
             # Without tokens, gathering every sample's experts costs more than multiplying with
             # all; but no gradient may reach the weights of the others here either.
-            return weights.where(weights != 0, 0.0), None
+            return without_zeros(weights), None
         return weights, chosen.to(x.device).view(chosen.shape[0], *[1] * (x.ndim - 2), -1)
 
     def _plain_linear(self, x: Tensor) -> Linear | None:
         """Return weight and bias of the base layer, when these two are all that there is to it."""
         base = self.base_layer
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-            return None  # a compiler fuses by itself; autocast keeps a cast weight for the layer
-        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
-            return None
-        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
-        if trained or hooked or base._backward_pre_hooks or "forward" in vars(base):
-            return None
-        return Linear(base.weight, base.bias)
+        if not nothing_watches(x) or torch.is_autocast_enabled(x.device.type):
+            return None  # autocast keeps a cast weight for the layer
+        return Linear(base.weight, base.bias) if is_plain_linear(base) else None
 
 
 class MoELoraConv2d(RoutedLayer):
@@ -99,8 +95,9 @@ class MoELoraConv2d(RoutedLayer):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = self.base_layer(input, *args, **kwargs)
         for adapter_name, experts in self.acting_experts():
-            weights, _ = self.slot.of_layer(adapter_name, self.places.get(adapter_name))
+            weights, chosen = self.slot.of_layer(adapter_name, self.places.get(adapter_name))
             if weights is not None:
+                weights = weights if chosen is None else without_zeros(weights)
                 weights = weights_by_row(weights.to(input.device), input.shape[0], self.rows)
                 grid = self.slot.grid_of(adapter_name)
                 weights = align_weights(weights, result.movedim(1, -1), grid=grid)
