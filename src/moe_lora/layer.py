@@ -43,8 +43,7 @@ class MoELoraLinear(RoutedLayer):
             weights, chosen = self._routing(adapter_name, x)
             named = {"learners": self.learners_of(x), "stamp": stamp_of(self.slot)}
             result = cast(Tensor, experts(x, result, weights, chosen=chosen, **named))
-        assert isinstance(result, Tensor)
-        return result
+        return cast(Tensor, result)
 
     def _routing(self, adapter_name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return an adapter's weights and the experts that count, aligned with `x`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_lora.checkpointing import check_stamp, guarded
 from moe_lora.selection import without_zeros
-from moe_lora.watching import is_transformed, nothing_watches
+from moe_lora.watching import has_plain_values, is_transformed, nothing_watches
 
 
 def mixture(
@@ -112,7 +112,12 @@ def add_mixture(
         added: Tensor = _AddMixture.apply(*args)  # type: ignore[no-untyped-call]
         return added
     result = F.linear(x, *base) if isinstance(base, Linear) else base
-    return guarded(result + _product(x, mix), None if is_transformed() else stamp)
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            delta = _product(x, mix)
+    else:
+        delta = _product(x, mix)
+    return guarded(result + delta, None if is_transformed() else stamp)
 
 
 class _AddMixture(torch.autograd.Function):
@@ -155,7 +160,7 @@ class _AddMixture(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, gate, chosen, learners, weight, hidden, stamp = ctx.saved_tensors
         check_stamp(stamp, ctx.stamp)
-        if torch.is_grad_enabled() or is_transformed() or type(grad) is not Tensor:
+        if torch.is_grad_enabled() or not has_plain_values(grad):
             return _plain_backward(ctx, grad)
         grads: list[Tensor | None] = [None] * 11
         needs = ctx.needs_input_grad
@@ -214,9 +219,10 @@ def _side_by_side(
     """
     if chosen is None:
         return lora_A.flatten(0, 1).to(dtype), lora_B.flatten(1).to(dtype)
-    batch, experts = chosen.shape[0], chosen.flatten()
-    A = lora_A.index_select(0, experts).view(batch, -1, lora_A.shape[-1])
-    B = lora_B.index_select(1, experts).view(lora_B.shape[0], batch, -1).transpose(0, 1)
+    (out, _, r), experts = lora_B.shape, chosen.flatten()
+    batch, width = chosen.shape[0], chosen.shape[-1] * r
+    A = lora_A.index_select(0, experts).view(batch, width, lora_A.shape[-1])
+    B = lora_B.index_select(1, experts).view(out, batch, width).transpose(0, 1)
     return A.to(dtype), B.to(dtype)
 
 
@@ -259,21 +265,20 @@ def apply_gate(hidden: Tensor, gate: Tensor | None) -> Tensor:
 def _product(x: Tensor, mix: Mixture) -> Tensor:
     """Compute `scale · B (gate ⊙ A x)` in differentiable operations of PyTorch."""
     A, B = _side_by_side(mix.lora_A, mix.lora_B, mix.chosen, x.dtype)
-    hidden = _linear(x, A)
+    multiply = F.linear if mix.chosen is None else _multiply_apart
+    hidden = multiply(x, A)
     if mix.learners is not None:
-        untaught = _linear(x, A.detach())
+        untaught = multiply(x, A.detach())
         hidden = untaught + apply_gate(hidden - untaught, mix.learners)
     gated = hidden * mix.scale if mix.gate is None else apply_gate(hidden, mix.gate)
     if mix.learners is None:
-        return _linear(gated, B)
+        return multiply(gated, B)
     taught = apply_gate(gated, mix.learners)
-    return _linear(taught, B) + _linear(gated - taught, B.detach())
+    return multiply(taught, B) + multiply(gated - taught, B.detach())
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply with `(out, in)`, or every sample with its own of `(B, out, in)`."""
-    if weight.ndim == 2:
-        return F.linear(x, weight)
+def _multiply_apart(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply every sample of `(B, ..., in)` with its own of `(B, out, in)`."""
     return (_apart(x, weight) @ weight.mT).view(*x.shape[:-1], weight.shape[-2])
 
 

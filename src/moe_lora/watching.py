@@ -15,6 +15,7 @@ from torch.utils._device import DeviceContext
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
+_is_of_legacy_vmap = torch._C._functorch.is_legacy_batchedtensor  # of `is_grads_batched=True`
 _is_jit_tracing = torch._C._is_tracing
 _SYMBOLIC_MODES = (
     torch._C._TorchDispatchModeKey.FAKE,
@@ -52,6 +53,11 @@ def is_transformed() -> bool:
             and any(torch._C._get_dispatch_mode(key) is not None for key in _SYMBOLIC_MODES)
         )
     )
+
+
+def has_plain_values(tensor: Tensor) -> bool:
+    """Tell whether a tensor is of PyTorch's own type and is not traced, dual or batched."""
+    return type(tensor) in _PLAIN_TYPES and not is_transformed() and not _is_of_legacy_vmap(tensor)
 
 
 def nothing_watches(*operands: Tensor | None) -> bool:
