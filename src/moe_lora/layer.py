@@ -58,7 +58,8 @@ class MoELoraLinear(RoutedLayer):
             # Without tokens, gathering every sample's experts costs more than multiplying with
             # all; but no gradient may reach the weights of the others here either.
             return without_zeros(weights), None
-        return weights, chosen.to(x.device).view(chosen.shape[0], *[1] * (x.ndim - 2), -1)
+        apart = (chosen.shape[0], *[1] * (x.ndim - 2), chosen.shape[-1])
+        return weights, chosen.to(x.device).view(apart)
 
     def _plain_linear(self, x: Tensor) -> Linear | None:
         """Return weight and bias of the base layer, when these two are all that there is to it."""

@@ -111,13 +111,12 @@ def add_mixture(
         args = (x, *mix, output, weight, bias, stamp)
         added: Tensor = _AddMixture.apply(*args)  # type: ignore[no-untyped-call]
         return added
-    result = F.linear(x, *base) if isinstance(base, Linear) else base
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            delta = _product(x, mix)
+            result = _plain_sum(x, mix, base)
     else:
-        delta = _product(x, mix)
-    return guarded(result + delta, None if is_transformed() else stamp)
+        result = _plain_sum(x, mix, base)
+    return guarded(result, None if is_transformed() else stamp)
 
 
 class _AddMixture(torch.autograd.Function):
@@ -201,9 +200,8 @@ def _plain_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # A gate may be made from x: views of both are taken as independent inputs.
         x, lora_A, lora_B = (t.view_as(t) for t in (x, lora_A, lora_B))
         gate = None if gate is None else gate.view_as(gate)
-        result = _product(x, Mixture(lora_A, lora_B, gate, ctx.scale, chosen, learners))
-        if weight is not None:
-            result = result + F.linear(x, weight)
+        mix = Mixture(lora_A, lora_B, gate, ctx.scale, chosen, learners)
+        result = _product(x, mix) if weight is None else _plain_sum(x, mix, Linear(weight, None))
         wanted = [t for t, need in zip((x, lora_A, lora_B, gate), needs, strict=True) if need]
         found = iter(torch.autograd.grad(result, wanted, grad, create_graph=create_graph))
     grads[:4] = [next(found) if need else None for need in needs]
@@ -260,6 +258,11 @@ def apply_gate(hidden: Tensor, gate: Tensor | None) -> Tensor:
     # One entry per column: a product over parts of `r` columns would be slow where `r` is small.
     columns = gate.to(hidden.dtype).unsqueeze(-1).expand(*gate.shape, r).flatten(-2)
     return hidden * columns
+
+
+def _plain_sum(x: Tensor, mix: Mixture, base: Tensor | Linear) -> Tensor:
+    result = F.linear(x, *base) if isinstance(base, Linear) else base
+    return result + _product(x, mix)
 
 
 def _product(x: Tensor, mix: Mixture) -> Tensor:
