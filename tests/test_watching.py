@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -410,12 +411,68 @@ def test_nothing_watches_by_itself_or_under_a_default_device():
         assert nothing_watches(x)
         with DoublingMode():
             assert not nothing_watches(x)
-    for owner, name in ((nn.Module, "__call__"), (nn.Linear, "forward"), (F, "linear")):
+    with patched(F, "linear"):
+        assert not nothing_watches(x)
+    for owner, name in ((nn.Module, "__call__"), (nn.Linear, "forward")):
         with patched(owner, name):
-            assert not nothing_watches(x)
+            assert not is_plain_linear(BASE)
     assert not nothing_watches(x.as_subclass(Logged))
     assert not is_plain_linear(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)))
     assert not is_plain_linear(nn.Linear(6, 5))
     compiled = nn.Linear(6, 5).requires_grad_(False)
     compiled.compile(backend="eager")
     assert not is_plain_linear(compiled)
+
+
+@pytest.fixture
+def flux(make_flux, flux_targets):
+    model = make_flux()
+    plain = make_flux()
+    model.add_adapter(MoELoraConfig(r=2, target_modules=flux_targets, init_lora_weights=False))
+    return model, plain
+
+
+@pytest.mark.parametrize("given", ["uniform", "sample"])
+def test_transforms_of_flux(flux, make_flux_inputs, given):
+    model, inputs = flux[0], make_flux_inputs()
+    x = inputs.pop("hidden_states")
+    weights = GIVEN[given][0]
+    u, v = torch.randn(2, x.shape[1], 64), torch.randn_like(x)
+
+    def run(x):
+        return model(hidden_states=x, **inputs, return_dict=False)[0]
+
+    routed = nullcontext() if weights is None else moe_lora.route(model, torch.tensor(weights))
+    # Of the kernels of attention on a CPU only this one has forward-mode derivatives.
+    with routed, sdpa_kernel(SDPBackend.MATH):
+        out, forward = torch.func.jvp(run, (x,), (v,))
+        (reverse,) = torch.func.vjp(run, x)[1](u)
+        x = x.requires_grad_()
+        eager = run(x)
+        (expected,) = torch.autograd.grad(eager, x, u)
+    torch.testing.assert_close(out, eager, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reverse, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close((forward * u).sum(), (expected * v).sum(), rtol=1e-3, atol=1e-3)
+
+
+def test_flops_and_export_of_flux(flux, make_flux_inputs):
+    model, plain = flux
+    inputs = make_flux_inputs()
+    found = []
+    for either in (plain, model):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            either(**inputs)
+        found.append(counter.get_total_flops())
+    rows = {}
+
+    def note(module, args, out):
+        if hasattr(module, "moe_lora_experts"):
+            rows[module] = args[0][..., 0].numel()
+
+    with global_hook(register_module_forward_hook, note):
+        expected = model(**inputs)[0]
+    experts = sum(2 * n * E * 2 * (m.in_features + m.out_features) for m, n in rows.items())
+    assert len(rows) > 10
+    assert found[1] - found[0] == experts
+    exported = torch.export.export(model, (), inputs, strict=False).module()
+    torch.testing.assert_close(exported(**inputs)[0], expected, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from moe_lora.experts import MoELoraConvExperts, MoELoraExperts
 from moe_lora.mixing import Linear
 from moe_lora.routed_layer import RoutedLayer
 from moe_lora.selection import without_zeros
-from moe_lora.watching import is_plain_linear, nothing_watches
+from moe_lora.watching import is_plain_linear
 
 
 class MoELoraLinear(RoutedLayer):
@@ -63,10 +63,14 @@ class MoELoraLinear(RoutedLayer):
 
     def _plain_linear(self, x: Tensor) -> Linear | None:
         """Return weight and bias of the base layer, when these two are all that there is to it."""
+        # A compiler fuses by itself; a tracer takes the layer as a whole.
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+            return None
         base = self.base_layer
-        if not nothing_watches(x) or torch.is_autocast_enabled(x.device.type):
+        if not is_plain_linear(base) or torch.is_autocast_enabled(x.device.type):
             return None  # autocast keeps a cast weight for the layer
-        return Linear(base.weight, base.bias) if is_plain_linear(base) else None
+        parameters = base._parameters
+        return Linear(cast(Tensor, parameters["weight"]), parameters["bias"])
 
 
 class MoELoraConv2d(RoutedLayer):

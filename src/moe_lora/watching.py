@@ -61,12 +61,11 @@ def has_plain_values(tensor: Tensor) -> bool:
 
 
 def nothing_watches(*operands: Tensor | None) -> bool:
-    """Tell whether fused operations, and none for the call of a layer, give what plain ones do.
+    """Tell whether fused operations give what plain ones do.
 
     They do not where operations are transformed (see `is_transformed`), where a dispatch mode or a
     function mode sees each of them (a FLOP counter, a policy of selective checkpointing), where an
-    operand is of a tensor subclass or a proxy, where modules have global hooks, or where
-    `nn.Linear.forward`, `nn.Module.__call__` or `F.linear` was replaced.
+    operand is of a tensor subclass or a proxy, or where `F.linear` was replaced.
 
     Args:
         operands: the tensors of the operation.
@@ -78,9 +77,6 @@ def nothing_watches(*operands: Tensor | None) -> bool:
         is_transformed()
         or _dispatch_modes()
         or (_function_modes() and _has_function_mode())
-        or _has_any_global_hook()
-        or nn.Linear.forward is not _LINEAR_FORWARD
-        or nn.Linear.__call__ is not _MODULE_CALL
         or F.linear is not _LINEAR
     )
 
@@ -88,10 +84,15 @@ def nothing_watches(*operands: Tensor | None) -> bool:
 def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Tell whether a layer is a frozen `nn.Linear` whose call does `F.linear` and nothing else.
 
-    Args:
-        layer: the layer; `nothing_watches` looks at what all layers have in common.
+    It does more where the layer or all modules have hooks, and where the layer's `forward`,
+    `nn.Linear.forward` or `nn.Module.__call__` was replaced.
     """
-    if type(layer) is not nn.Linear:
+    if (
+        type(layer) is not nn.Linear
+        or _has_any_global_hook()
+        or nn.Linear.forward is not _LINEAR_FORWARD
+        or nn.Linear.__call__ is not _MODULE_CALL
+    ):
         return False
     own = layer.__dict__  # reading parameters through `nn.Module.__getattr__` takes microseconds
     weight, bias = (own["_parameters"].get(name) for name in ("weight", "bias"))
