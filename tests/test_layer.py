@@ -2,22 +2,35 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_lora.handover import WeightSlot
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from moe_lora import MoELoraConfig, MoELoraConv2d, mixture
 from moe_lora.alignment import align_weights
 from moe_lora.layer import MoELoraLinear
+from moe_lora.routing.weights.context import RoutingContext
+from moe_lora.routing.weights.routing import Routing
 
 E, R, D_IN, D_OUT = 3, 4, 6, 5
 SHAPES = {"(B, D)": (2, D_IN), "(B, T, D)": (2, 7, D_IN), "(B, H, W, D)": (2, 3, 4, D_IN)}
 
 
+class Given(RoutingContext):
+    """Routes layers that run by themselves."""
+
+    routing = None
+
+    def put(self, weights, top_k=None):
+        self.routing = Routing.of(weights, top_k)
+
+    def outside(self):
+        return self.routing
+
+
 def layer(**kwargs) -> MoELoraLinear:
     config = MoELoraConfig(r=R, lora_alpha=8, init_lora_weights=False, **kwargs)
     base = nn.Linear(D_IN, D_OUT)
-    return MoELoraLinear(base, "default", config, R, config.lora_alpha, slot=WeightSlot())
+    return MoELoraLinear(base, "default", config, R, config.lora_alpha, context=Given())
 
 
 def test_uniform_mode_equals_the_plain_lora_of_rank_e_times_r(mlp, tolerance):
@@ -52,7 +65,7 @@ def test_scale_layer_changes_the_strength_and_unscale_restores_it():
 def test_a_new_mixture_changes_nothing(init):
     config = MoELoraConfig(r=R, init_lora_weights=init)
     base = nn.Linear(512, D_OUT)
-    mixed = MoELoraLinear(base, "default", config, R, 8, slot=WeightSlot())
+    mixed = MoELoraLinear(base, "default", config, R, 8, context=Given())
     x = torch.randn(2, 512)
     assert torch.equal(mixed(x), base(x))
     lora_A = mixed.moe_lora_experts["default"].lora_A
@@ -74,7 +87,7 @@ def test_dropout_acts_in_training_only():
 def test_bfloat16_base_with_float32_experts(shape, autocast, tolerance):
     mixed = layer()
     x = torch.randn(shape)
-    mixed.slot.put({"default": torch.rand(2, E).softmax(-1).requires_grad_()})
+    mixed.context.put({"default": torch.rand(2, E).softmax(-1).requires_grad_()})
     exact = mixed(x)
     mixed.base_layer.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -85,13 +98,13 @@ def test_bfloat16_base_with_float32_experts(shape, autocast, tolerance):
     for parameter in mixed.moe_lora_experts.parameters():
         assert parameter.dtype == torch.float32
         assert parameter.grad.abs().sum() > 0
-    assert mixed.slot.weights["default"].grad.abs().sum() > 0
+    assert mixed.context.routing.weights["default"].grad.abs().sum() > 0
 
 
-def slot_of(weights, top_k=None):
-    slot = WeightSlot()
-    slot.put({"default": weights}, {"default": top_k})
-    return slot
+def given(weights, top_k=None):
+    context = Given()
+    context.put({"default": weights}, {"default": top_k})
+    return context
 
 
 def expected_of(mixed, x, weights):
@@ -139,7 +152,7 @@ BASES = {
 def test_whatever_the_base_layer_does_is_kept(base, shape):
     config = MoELoraConfig(r=R, lora_alpha=8, init_lora_weights=False)
     weights = torch.rand(2, E).softmax(-1)
-    mixed = MoELoraLinear(base(), "default", config, R, 8, slot=slot_of(weights))
+    mixed = MoELoraLinear(base(), "default", config, R, 8, context=given(weights))
     x = torch.randn(shape, requires_grad=True)
     out, expected = mixed(x), expected_of(mixed, x, weights)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -157,7 +170,9 @@ def test_whatever_the_base_layer_does_is_kept(base, shape):
 def test_a_layer_given_top_k_computes_the_same(shape):
     config = MoELoraConfig(r=R, lora_alpha=8, init_lora_weights=False)
     weights = torch.tensor([[0.0, 0.3, 0.7], [0.6, 0.0, 0.4]]).requires_grad_()
-    mixed = MoELoraLinear(BASES["plain"](), "default", config, R, 8, slot=slot_of(weights, top_k=2))
+    mixed = MoELoraLinear(
+        BASES["plain"](), "default", config, R, 8, context=given(weights, top_k=2)
+    )
     x = torch.randn(shape)
     out = mixed(x)
     torch.testing.assert_close(out, expected_of(mixed, x, weights), rtol=1e-5, atol=1e-5)
@@ -169,7 +184,7 @@ def test_an_input_without_tokens_or_by_keyword_is_taken_as_by_a_linear_layer():
     config = MoELoraConfig(r=R, init_lora_weights=False)
     for weights, k in ((torch.rand(2, E), None), (torch.eye(3)[:2], 1)):
         mixed = MoELoraLinear(
-            BASES["plain"](), "default", config, R, 8, slot=slot_of(weights, top_k=k)
+            BASES["plain"](), "default", config, R, 8, context=given(weights, top_k=k)
         )
         out = mixed(torch.randn(2, 0, D_IN).requires_grad_())
         assert out.shape == (2, 0, D_OUT)
@@ -180,11 +195,11 @@ def test_an_input_without_tokens_or_by_keyword_is_taken_as_by_a_linear_layer():
 
 def test_two_active_adapters_add_up():
     config = MoELoraConfig(r=R, lora_alpha=8, init_lora_weights=False)
-    slot = WeightSlot()
-    mixed = MoELoraLinear(BASES["plain"](), "default", config, R, 8, slot=slot)
+    context = Given()
+    mixed = MoELoraLinear(BASES["plain"](), "default", config, R, 8, context=context)
     mixed.update_layer("other", config, 2, 8)
     weights = {name: torch.rand(2, E).softmax(-1) for name in ("default", "other")}
-    slot.put(weights)
+    context.put(weights)
     x = torch.randn(2, 7, D_IN)
     outputs = []
     for active in (["default"], ["other"], ["default", "other"]):
@@ -206,7 +221,7 @@ CONVOLUTIONS = {
 def conv(**kwargs) -> MoELoraConv2d:
     config = MoELoraConfig(r=R, lora_alpha=8, init_lora_weights=False)
     base = nn.Conv2d(4, D_OUT, **kwargs)
-    return MoELoraConv2d(base, "default", config, R, config.lora_alpha, slot=WeightSlot())
+    return MoELoraConv2d(base, "default", config, R, config.lora_alpha, context=Given())
 
 
 @pytest.mark.parametrize("kwargs", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
@@ -219,7 +234,7 @@ def test_a_convolution_equals_one_with_the_weight_of_every_sample_s_mixture(kwar
         "uniform": None,
     }[kind]
     if weights is not None:
-        mixed.slot.put({"default": weights})
+        mixed.context.put({"default": weights})
     out = mixed(x)
     for i in range(2):
         own = weights[i] if kind == "sample" else weights
@@ -244,16 +259,16 @@ def test_a_uniform_convolution_equals_stock_peft():
 def test_token_weights_of_a_convolution_are_those_of_its_places():
     mixed, x = conv(kernel_size=1), torch.randn(2, 4, 3, 2)
     weights = torch.rand(2, 6, E).softmax(-1).requires_grad_()
-    mixed.slot.put({"default": weights})
+    mixed.context.put({"default": weights})
     out = mixed(x)
     for i, place in ((0, 1), (1, 4)):
-        mixed.slot.put({"default": weights[i : i + 1, place]})
+        mixed.context.put({"default": weights[i : i + 1, place]})
         row, column = divmod(place, 2)
         one = mixed(x[i : i + 1])[0, :, row, column]
         torch.testing.assert_close(out[i, :, row, column], one, rtol=1e-5, atol=1e-5)
     out.square().sum().backward()
     assert (weights.grad != 0).all()
-    mixed.slot.put({"default": weights[:, :5]})
+    mixed.context.put({"default": weights[:, :5]})
     with pytest.raises(ValueError, match="for 5 tokens"):
         mixed(x)
 
@@ -271,13 +286,13 @@ def test_a_merged_convolution_computes_the_same():
 def test_a_convolution_in_groups_is_an_error():
     with pytest.raises(ValueError, match="got 4 groups"):
         MoELoraConv2d(
-            nn.Conv2d(4, 4, 3, groups=4), "default", MoELoraConfig(), R, 8, slot=WeightSlot()
+            nn.Conv2d(4, 4, 3, groups=4), "default", MoELoraConfig(), R, 8, context=Given()
         )
 
 
 def test_half_precision_bases_take_experts_of_full_precision():
     mixed, x = conv(kernel_size=3), torch.randn(2, 4, 7, 6)
-    mixed.slot.put({"default": torch.rand(2, E).softmax(-1)})
+    mixed.context.put({"default": torch.rand(2, E).softmax(-1)})
     exact = mixed(x)
     mixed.base_layer.to(torch.bfloat16)
     out = mixed(x.bfloat16())
@@ -289,7 +304,7 @@ def test_half_precision_bases_take_experts_of_full_precision():
 
 def test_a_convolution_is_taught_by_the_samples_that_it_is_said():
     mixed, x = conv(kernel_size=3), torch.randn(2, 4, 7, 6, requires_grad=True)
-    mixed.slot.put({"default": torch.rand(2, E).softmax(-1)})
+    mixed.context.put({"default": torch.rand(2, E).softmax(-1)})
     experts = list(mixed.moe_lora_experts.parameters())
     learners = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
 
@@ -298,12 +313,13 @@ def test_a_convolution_is_taught_by_the_samples_that_it_is_said():
 
     out = mixed(x)
     expected = gradients(out)
-    mixed.slot.teach(learners)
+    routing = mixed.context.routing
+    mixed.context.routing = routing.with_grad_mask(learners)
     taught = mixed(x)
     found = gradients(taught)
     torch.testing.assert_close(taught, out)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
-    mixed.slot.teach(None)
+    mixed.context.routing = routing
     alone = []
     for i in range(2):
         kept = torch.zeros(2, 1, 1, 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_lora.config import MoELoraConfig
 from moe_lora.mixing import Linear, add_mixture, apply_gate, mixed
 from moe_lora.routing.weights.checkpointing import guarded
+from moe_lora.watching import is_transformed
 
 
 class MoELoraExperts(nn.Module):
@@ -140,7 +141,7 @@ class MoELoraConvExperts(MoELoraExperts):
         else:
             taught = _gated(hidden, learners)
             delta = F.conv2d(taught, B) + F.conv2d(hidden - taught, B.detach())
-        return base + guarded(delta, stamp)
+        return base + guarded(delta, None if is_transformed() else stamp)
 
 
 def _gated(hidden: Tensor, gate: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from moe_lora.mixing import Linear
 from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.weights.checkpointing import version_in_graph
 from moe_lora.routing.weights.routing import Routing
+from moe_lora.selection import without_zeros
+from moe_lora.watching import is_plain_linear
 
 
 class MoELoraLinear(RoutedLayer):
@@ -44,8 +46,7 @@ class MoELoraLinear(RoutedLayer):
             learners, stamp = self.learners_of(routing, x), version_in_graph(routing)
             named = {"chosen": chosen, "learners": learners, "stamp": stamp}
             result = cast(Tensor, experts(x, result, weights, **named))
-        assert isinstance(result, Tensor)
-        return result
+        return cast(Tensor, result)
 
     def _weights(
         self, routing: Routing, adapter_name: str, x: Tensor
@@ -56,26 +57,25 @@ class MoELoraLinear(RoutedLayer):
             return None, None
         weights = weights_by_row(weights.to(x.device), x.shape[0], self.rows)
         weights = align_weights(weights, x, self.stream, routing.grid_of(adapter_name))
-        if chosen is None or self.rows != "sample":
+        if chosen is None:
             return weights, None
-        if x.ndim == 2:
+        if self.rows != "sample" or x.ndim == 2:
             # Without tokens, gathering every sample's experts costs more than multiplying with
             # all; but no gradient may reach the weights of the others here either.
-            return weights.where(weights != 0, 0.0), None
-        return weights, chosen.to(x.device).view(chosen.shape[0], *[1] * (x.ndim - 2), -1)
+            return without_zeros(weights), None
+        apart = (chosen.shape[0], *[1] * (x.ndim - 2), chosen.shape[-1])
+        return weights, chosen.to(x.device).view(apart)
 
     def _plain_linear(self, x: Tensor) -> Linear | None:
         """Return weight and bias of the base layer, when these two are all that there is to it."""
+        # A compiler fuses by itself; a tracer takes the layer as a whole.
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+            return None
         base = self.base_layer
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-            return None  # a compiler fuses by itself; autocast keeps a cast weight for the layer
-        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
-            return None
-        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
-        if trained or hooked or base._backward_pre_hooks or "forward" in vars(base):
-            return None
-        return Linear(base.weight, base.bias)
+        if not is_plain_linear(base) or torch.is_autocast_enabled(x.device.type):
+            return None  # autocast keeps a cast weight for the layer
+        parameters = base._parameters
+        return Linear(cast(Tensor, parameters["weight"]), parameters["bias"])
 
 
 class MoELoraConv2d(RoutedLayer):
@@ -105,8 +105,9 @@ class MoELoraConv2d(RoutedLayer):
         result: Tensor = self.base_layer(input, *args, **kwargs)
         for adapter_name, experts in self.acting_experts():
             routing = self.context.of_adapter(adapter_name)
-            weights, _ = routing.of_layer(adapter_name, self.places.get(adapter_name))
+            weights, chosen = routing.of_layer(adapter_name, self.places.get(adapter_name))
             if weights is not None:
+                weights = weights if chosen is None else without_zeros(weights)
                 weights = weights_by_row(weights.to(input.device), input.shape[0], self.rows)
                 grid = routing.grid_of(adapter_name)
                 weights = align_weights(weights, result.movedim(1, -1), grid=grid)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lora.routing.weights.checkpointing import check_version
+from moe_lora.routing.weights.checkpointing import check_version, guarded
+from moe_lora.selection import without_zeros
+from moe_lora.watching import has_plain_values, is_transformed, nothing_watches
 
 
 def mixture(
@@ -44,7 +46,7 @@ class Mixture(NamedTuple):
         lora_A: `(E, r, in)`.
         lora_B: `(out, E, r)`.
         gate: broadcasts against `(..., E)`, or `(..., k)` where experts are chosen; `None` means 1.
-        scale: one factor for all.
+        scale: what stands for the gate where it is `None`, else 1.
         chosen: `(B, 1, k)`, or with more ones: the experts that every sample uses; `None` means
             all.
         learners: 1 where a sample's gradient reaches the parameters of an expert and 0 where not;
@@ -71,7 +73,7 @@ def mixed(
     if weights is None:
         return Mixture(lora_A, lora_B, None, scaling / lora_A.shape[0], None, learners)
     if chosen is not None:
-        weights = weights.gather(-1, chosen)
+        weights = without_zeros(weights.gather(-1, chosen))
         learners = None if learners is None else learners.gather(-1, chosen)
     return Mixture(lora_A, lora_B, weights * scaling, 1.0, chosen, learners)
 
@@ -90,7 +92,8 @@ def add_mixture(
 
     `base + scale · B (gate ⊙ A x)`, computed in the dtype of `x`. The product with `B` accumulates
     into the base's output, that with `A` in the backward pass into the gradient of `x`; for the
-    backward pass only `x` and `A x` are kept, the gated tensor is made again.
+    backward pass only `x` and `A x` are kept, the gated tensor is made again. Where something
+    watches (see `nothing_watches`), the same is computed in differentiable operations of PyTorch.
 
     Args:
         x: `(..., in)`.
@@ -102,13 +105,18 @@ def add_mixture(
     Returns:
         `(..., out)`.
     """
-    if torch.compiler.is_compiling():
-        result = F.linear(x, base.weight, base.bias) if isinstance(base, Linear) else base
-        return result + _product(x, mix)
     output, (weight, bias) = (None, base) if isinstance(base, Linear) else (base, (None, None))
-    args = (x, *mix, output, weight, bias, stamp)
-    added: Tensor = _AddMixture.apply(*args)  # type: ignore[no-untyped-call]
-    return added
+    operands = (x, mix.lora_A, mix.lora_B, mix.gate, mix.chosen, mix.learners, output, weight, bias)
+    if nothing_watches(*operands):
+        args = (x, *mix, output, weight, bias, stamp)
+        added: Tensor = _AddMixture.apply(*args)  # type: ignore[no-untyped-call]
+        return added
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            result = _plain_sum(x, mix, base)
+    else:
+        result = _plain_sum(x, mix, base)
+    return guarded(result, None if is_transformed() else stamp)
 
 
 class _AddMixture(torch.autograd.Function):
@@ -151,14 +159,14 @@ class _AddMixture(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, gate, chosen, learners, weight, hidden, stamp = ctx.saved_tensors
         check_version(stamp, ctx.stamp)
+        if torch.is_grad_enabled() or not has_plain_values(grad):
+            return _plain_backward(ctx, grad)
         grads: list[Tensor | None] = [None] * 11
         needs = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
             A, B = _side_by_side(lora_A, lora_B, chosen, x.dtype)
             tokens, outer = _apart(x, A), _apart(grad, A)
             shape = (*x.shape[:-1], hidden.shape[-1])
-            if torch.is_grad_enabled():  # under create_graph `hidden` must depend on x and A
-                hidden = tokens @ A.mT
             from_gated = outer @ B
             taught = _times(gate, learners)
             if needs[2]:
@@ -179,6 +187,27 @@ class _AddMixture(torch.autograd.Function):
         return tuple(grads)
 
 
+def _plain_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Take the gradients of `_AddMixture` through plain operations, for `create_graph` and vmap."""
+    x, lora_A, lora_B, gate, chosen, learners, weight, _, _ = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:4]
+    grads: list[Tensor | None] = [None] * 11
+    grads[7] = grad if ctx.needs_input_grad[7] else None
+    if not any(needs):
+        return tuple(grads)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        # A gate may be made from x: views of both are taken as independent inputs.
+        x, lora_A, lora_B = (t.view_as(t) for t in (x, lora_A, lora_B))
+        gate = None if gate is None else gate.view_as(gate)
+        mix = Mixture(lora_A, lora_B, gate, ctx.scale, chosen, learners)
+        result = _product(x, mix) if weight is None else _plain_sum(x, mix, Linear(weight, None))
+        wanted = [t for t, need in zip((x, lora_A, lora_B, gate), needs, strict=True) if need]
+        found = iter(torch.autograd.grad(result, wanted, grad, create_graph=create_graph))
+    grads[:4] = [next(found) if need else None for need in needs]
+    return tuple(grads)
+
+
 def _side_by_side(
     lora_A: Tensor, lora_B: Tensor, chosen: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -188,9 +217,10 @@ def _side_by_side(
     """
     if chosen is None:
         return lora_A.flatten(0, 1).to(dtype), lora_B.flatten(1).to(dtype)
-    batch, experts = chosen.shape[0], chosen.flatten()
-    A = lora_A.index_select(0, experts).view(batch, -1, lora_A.shape[-1])
-    B = lora_B.index_select(1, experts).view(lora_B.shape[0], batch, -1).transpose(0, 1)
+    (out, _, r), experts = lora_B.shape, chosen.flatten()
+    batch, width = chosen.shape[0], chosen.shape[-1] * r
+    A = lora_A.index_select(0, experts).view(batch, width, lora_A.shape[-1])
+    B = lora_B.index_select(1, experts).view(out, batch, width).transpose(0, 1)
     return A.to(dtype), B.to(dtype)
 
 
@@ -230,21 +260,29 @@ def apply_gate(hidden: Tensor, gate: Tensor | None) -> Tensor:
     return hidden * columns
 
 
+def _plain_sum(x: Tensor, mix: Mixture, base: Tensor | Linear) -> Tensor:
+    result = F.linear(x, *base) if isinstance(base, Linear) else base
+    return result + _product(x, mix)
+
+
 def _product(x: Tensor, mix: Mixture) -> Tensor:
+    """Compute `scale · B (gate ⊙ A x)` in differentiable operations of PyTorch."""
     A, B = _side_by_side(mix.lora_A, mix.lora_B, mix.chosen, x.dtype)
-    hidden = (_apart(x, A) @ A.mT).view(*x.shape[:-1], A.shape[-2])
+    multiply = F.linear if mix.chosen is None else _multiply_apart
+    hidden = multiply(x, A)
     if mix.learners is not None:
-        untaught = (_apart(x, A) @ A.detach().mT).view_as(hidden)
+        untaught = multiply(x, A.detach())
         hidden = untaught + apply_gate(hidden - untaught, mix.learners)
-    gated = apply_gate(hidden, mix.gate)
-    if mix.scale != 1:
-        gated = gated * mix.scale
+    gated = hidden * mix.scale if mix.gate is None else apply_gate(hidden, mix.gate)
     if mix.learners is None:
-        delta = _apart(gated, A) @ B.mT
-    else:
-        taught = apply_gate(gated, mix.learners)
-        delta = _apart(taught, A) @ B.mT + _apart(gated - taught, A) @ B.detach().mT
-    return delta.view(*x.shape[:-1], B.shape[-2])
+        return multiply(gated, B)
+    taught = apply_gate(gated, mix.learners)
+    return multiply(taught, B) + multiply(gated - taught, B.detach())
+
+
+def _multiply_apart(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply every sample of `(B, ..., in)` with its own of `(B, out, in)`."""
+    return (_apart(x, weight) @ weight.mT).view(*x.shape[:-1], weight.shape[-2])
 
 
 def _times(gate: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -276,8 +314,6 @@ def _accumulated(
     """Return `base + scale · a b`; in place where `out` is `base`."""
     if base is None:
         return a @ b
-    if torch.is_grad_enabled():
-        out = None
     if base.ndim == 2:
         return torch.addmm(base, a, b, alpha=scale, out=out)
     return torch.baddbmm(base, a, b, alpha=scale, out=out)

@@ -170,3 +170,57 @@ def test_bfloat16_weights_are_averaged_in_float32():
 def test_other_shapes_raise(shape):
     with pytest.raises(ValueError, match=r"Expected `weights` to have shape \(B, 3\)"):
         RoutingStats(NAMES).update(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("tokens", [None, 4])
+@pytest.mark.parametrize("first", [False, True])
+def test_samples_that_are_not_finite_are_counted_apart(bad, tokens, first):
+    shape = (2, 3) if tokens is None else (2, tokens, 3)
+    good = [torch.randn(shape).softmax(-1) for _ in range(3)]
+    mixed, lost = good[1].clone(), torch.full(shape, bad)
+    mixed[1, ..., 2] = bad
+    batches = [good[0], mixed, lost, good[2]]
+    batches = [lost, *batches] if first else batches
+    found, expected = RoutingStats(NAMES), RoutingStats(NAMES)
+    for batch in batches:
+        found.update(batch)
+    for batch in (good[0], good[1][:1], good[2]):
+        expected.update(batch)
+    assert found.non_finite_samples == (5 if first else 3)
+    assert expected.non_finite_samples == 0
+    assert found.usage == expected.usage
+    assert found.mean_weights == pytest.approx(expected.mean_weights, rel=1e-6)
+    assert found.current_weights == pytest.approx(expected.current_weights, rel=1e-6)
+    assert found.entropy == pytest.approx(expected.entropy, rel=1e-6)
+    found.reset()
+    assert found.non_finite_samples == 0
+
+
+def test_weights_that_are_not_finite_are_reported_once_until_reset():
+    stats = RoutingStats(NAMES)
+    stats.update(torch.tensor([[math.nan, 0.5, 0.5], [0.2, 0.3, 0.5]]))
+    assert "NaN or infinite to 1 of the last 2 samples" in stats.collapse_warning()
+    assert stats.collapse_warning() is None
+    assert stats.mean_weights == pytest.approx([0.2, 0.3, 0.5])
+    lost = RoutingStats(NAMES)
+    lost.update(torch.full((2, 3), math.nan))
+    assert lost.usage == [0, 0, 0]
+    assert all(math.isnan(weight) for weight in lost.mean_weights)
+    assert lost.idle_experts() == ()
+
+
+def test_what_is_transformed_is_not_counted():
+    stats = RoutingStats(NAMES)
+    weights = torch.randn(4, 2, 3).softmax(-1)
+
+    def used(weights):
+        stats.update(weights)
+        return weights.square().sum()
+
+    torch.func.vmap(used)(weights)
+    torch.func.grad(used)(weights[0])
+    torch.jit.trace(used, weights[0], check_trace=False)
+    assert stats.usage == [0, 0, 0]
+    stats.update(weights[0])
+    assert sum(stats.usage) == 2

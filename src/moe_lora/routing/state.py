@@ -397,7 +397,7 @@ def check_override(weights: Tensor, top_k: int | None) -> None:
         raise ValueError(
             f"Expected `top_k` to be in [1, num_experts={weights.shape[-1]}], but got {top_k}."
         )
-    if weights.numel() and (weights != 0).sum(-1).max() > top_k:
+    if ((weights != 0).sum(-1) > top_k).any():
         raise ValueError(
             f"Expected at most `top_k`={top_k} weights of a row to differ from 0, but got more."
         )

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moe_lora.watching import is_transformed
+
 
 class RoutingStats:
     """Accumulate expert usage over the calls of a routed model.
 
     `update` only queues arithmetic on the weights' device; reading a value waits for it. Token
-    weights count as the mean over the tokens of each sample. Before the first update every number
+    weights count as the mean over the tokens of each sample. Samples with a weight that is NaN or
+    infinite are left out of every number and counted apart. Before the first update every number
     but the counts is NaN. It is a plain object: no part of a `state_dict`, safe to copy and pickle.
 
     Args:
@@ -36,11 +39,15 @@ class RoutingStats:
         self._usage = torch.zeros(len(self.expert_names), dtype=torch.int64)
         self._current, self._mean = nothing, nothing
         self._entropy = torch.tensor(math.nan)
-        self._samples = 0
+        self._samples = torch.tensor(0)
+        self._seen = 0
         self._warned = False
 
     def update(self, weights: Tensor) -> None:
         """Add the weights of one call.
+
+        What is traced or transformed (see `watching.is_transformed`) has no values to count, and
+        is passed over.
 
         Args:
             weights: `(B, E)`, `(B, T, E)` or `(B, L, E)`, rows sum to 1; detached here.
@@ -54,29 +61,44 @@ class RoutingStats:
                 f"Expected `weights` to have shape (B, {experts}) or (B, T, {experts}), but got "
                 f"{tuple(weights.shape)}."
             )
+        if weights.shape[0] == 0 or is_transformed():
+            return
         rows = weights.detach().float()
         if rows.ndim == 3:
             rows = rows.mean(1)
-        batch = rows.shape[0]
-        if batch == 0:
-            return
         device = rows.device
+        finite = rows.isfinite().all(-1, keepdim=True)
+        rows, count = rows.where(finite, 0.0), finite.sum()
         largest = rows.argmax(-1, keepdim=True) == torch.arange(experts, device=device)
-        entropy = torch.special.entr(rows).sum(-1).mean() / math.log(max(experts, 2))
-        self._usage = self._usage.to(device) + largest.sum(0)
-        self._current = rows.mean(0)
-        self._samples += batch
-        if self._samples == batch:
-            self._mean, self._entropy = self._current, entropy
-        else:
-            share = batch / self._samples
-            self._mean = torch.lerp(self._mean.to(device), self._current, share)
-            self._entropy = torch.lerp(self._entropy.to(device), entropy, share)
+        entropies = torch.special.entr(rows).sum(-1) / math.log(max(experts, 2))
+        self._seen += rows.shape[0]
+        self._usage = self._usage.to(device) + (largest & finite).sum(0)
+        self._current = rows.sum(0) / count
+        self._samples = self._samples.to(device) + count
+        self._mean = self._mean_with(self._mean.to(device), rows.sum(0), count)
+        self._entropy = self._mean_with(self._entropy.to(device), entropies.sum(), count)
+
+    def _mean_with(self, mean: Tensor, total: Tensor, count: Tensor) -> Tensor:
+        """Take the sum over `count` more samples into a mean over all finite samples."""
+        before = torch.where(self._samples > count, mean * (1 - count / self._samples), 0.0)
+        return torch.where(count > 0, before + total / self._samples, mean)
 
     @property
     def usage(self) -> list[int]:
         """Count the samples whose largest weight was each expert's, since the last reset."""
         return [int(count) for count in self._usage.tolist()]
+
+    @property
+    def non_finite_samples(self) -> int:
+        """Count the samples with a weight that was NaN or infinite, since the last reset.
+
+        Example:
+            >>> stats = RoutingStats(["a", "b"])
+            >>> stats.update(torch.tensor([[0.75, 0.25], [float("nan"), 0.5]]))
+            >>> stats.non_finite_samples, stats.mean_weights
+            (1, [0.75, 0.25])
+        """
+        return self._seen - int(self._samples)
 
     @property
     def current_weights(self) -> list[float]:
@@ -150,19 +172,28 @@ class RoutingStats:
     def collapse_warning(self, threshold: float = 0.9) -> str | None:
         """Return a warning the first time that the router is found collapsed, else `None`.
 
-        `reset` arms it again.
+        A router whose weights are NaN or infinite is one, too. `reset` arms it again.
 
         Args:
             threshold: as in `is_collapsed`.
         """
-        if self._warned or not self.is_collapsed(threshold):
+        if self._warned:
+            return None
+        if self.non_finite_samples:
+            self._warned = True
+            return (
+                f"The router gave weights that are NaN or infinite to {self.non_finite_samples} "
+                f"of the last {self._seen} samples. Look for inf and NaN in its inputs and "
+                "parameters; clip gradients or lower the learning rate."
+            )
+        if not self.is_collapsed(threshold):
             return None
         self._warned = True
         means = self.mean_weights
         taker = max(range(len(means)), key=means.__getitem__)
         return (
             f"The router has collapsed: {self.expert_names[taker]} takes {means[taker]:.0%} of the "
-            f"weight over the last {self._samples} samples. Raise the load-balancing weight, the "
+            f"weight over the last {self._seen} samples. Raise the load-balancing weight, the "
             "entropy floor's weight or the routing temperature, drop experts in training, or train "
             "longer with uniform weights first."
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from moe_lora.routing.weights.routing import Routing
+from moe_lora.watching import is_transformed
 
 
 class _Entry(NamedTuple):
@@ -160,7 +161,7 @@ class RoutingContext:
             passes.entry = _Entry(routing, task)
             _RECOMPUTED[task, id(passes)] = routing
 
-        for tensor in _tensors(output):
+        for tensor in () if is_transformed() else _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(restore)
 

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe_lora.selection import expert_indices
+
 Dimension = tuple[int, int] | Literal["layers"]
 """What dimension 1 of `(B, N, E)` weights counts: the tokens of a grid of rows and columns that a
 model may resample, or the adapted layers. Where nothing is said, tokens as the layers see them.
@@ -150,23 +152,6 @@ class Routing:
             weights = torch.full((num_experts,), 1 / num_experts)
         left = without_weight(weights, expert, renormalize=renormalize)
         return replace(self, weights={**self.weights, adapter_name: left}, version=new_version())
-
-
-def expert_indices(weights: Tensor, k: int) -> Tensor:
-    """Return the `k` experts of every row that count: those of the largest magnitude.
-
-    Args:
-        weights: `(..., E)`, of which at most `k` of a row differ from 0; they may be negative.
-        k: how many.
-
-    Returns:
-        `(..., k)`.
-
-    Example:
-        >>> expert_indices(torch.tensor([[0.0, -0.5, 1.5]]), 2)
-        tensor([[2, 1]])
-    """
-    return weights.detach().abs().topk(k, dim=-1).indices
 
 
 def without_weight(weights: Tensor, expert: int, *, renormalize: bool = False) -> Tensor:
