@@ -124,8 +124,8 @@ FAULTS = {
     "config is no object": (lambda f: (f / CONFIG).write_text("[1]"), "`peft_type` is None"),
     "foreign config": (lambda f: edit_config(f, peft_type="LORA"), "`peft_type` is 'LORA'"),
     "unknown method": (lambda f: edit_config(f, peft_type="WHAT"), "`peft_type` is 'WHAT'"),
-    "impossible value": (lambda f: edit_config(f, lora_dropout=2), "`lora_dropout` to be in"),
-    "wrong type": (lambda f: edit_config(f, r="8"), "rank of `r` to be an integer >= 1"),
+    "impossible value": (lambda f: edit_config(f, lora_dropout=2), "`lora_dropout` to be a number"),
+    "wrong type": (lambda f: edit_config(f, r="8"), "`r` to be an integer in"),
     "newer version": (
         lambda f: edit_config(f, format_version=2, news="x"),
         "written by a newer moe_lora. Upgrade",

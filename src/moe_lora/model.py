@@ -24,6 +24,7 @@ from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.families import default_targets, row_layout, token_stream
 from moe_lora.layer import layer_class
 from moe_lora.merging import check_mergeable
+from moe_lora.names import check_adapter_name
 from moe_lora.routed_layer import MoELoraLayer, RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.registry import counts_layers, router_class
@@ -54,7 +55,7 @@ class MoELoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        _check_name_is_free(model, adapter_name)
+        _check_adapter_name(model, adapter_name)
         try:
             with all_or_nothing(model):
                 super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
@@ -78,6 +79,7 @@ class MoELoraModel(BaseTuner):
         """
         if state_dict is not None:
             state_dict = {k: v for k, v in state_dict.items() if ROUTER_ATTRIBUTE not in k}
+        check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
         width = check_base_width(config, model)
         if config.stored is not None:
@@ -214,7 +216,8 @@ class MoELoraModel(BaseTuner):
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
 
 
-def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:
+def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    check_adapter_name(adapter_name)
     held = getattr(model, "peft_config", {}).get(adapter_name)
     if held is not None and held.peft_type != PEFT_TYPE:
         raise ValueError(
