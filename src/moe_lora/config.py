@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from moe_lora.config_checks import check_fields, is_integer
 from moe_lora.names import check_expert_names
@@ -17,6 +18,25 @@ FORMAT_VERSION = 1
 """The version of the checkpoint format that is written, and the highest that is read."""
 
 DEFAULT_EXPERT_NAMES = ("removal_expert", "background_expert", "completion_expert")
+
+# What says where the weights come from or how training goes on, but not what they compute.
+_EDITABLE = frozenset(
+    (
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+        "expert_dropout",
+        "init_lora_weights",
+        "routing_mode",
+        "base_in_channels",
+        "format_version",
+    )
+)
 
 
 class MoELoraType(str):
@@ -181,7 +201,7 @@ class MoELoraConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
         if isinstance(config, MoELoraConfig) and weights.is_file():
-            config.stored = StoredWeights.read(weights)
+            config.stored = StoredWeights.read(weights, config)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,6 +214,31 @@ class MoELoraConfig(PeftConfig):
         """Return the expert names, which are settled once the config exists."""
         assert self.expert_names is not None
         return self.expert_names
+
+    def meaning(self) -> dict[str, Any]:
+        """Return the fields without which a checkpoint's weights mean nothing, by name.
+
+        The others, such as `inference_mode`, may be edited in a checkpoint's file.
+        """
+        return {name: value for name, value in self.to_dict().items() if name not in _EDITABLE}
+
+    def rank_of(self, path: str) -> int:
+        """Return the rank of the experts in a layer.
+
+        Args:
+            path: the layer's path in the base model.
+        """
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), path), self.r)
+
+    def alpha_of(self, path: str) -> float:
+        """Return the `lora_alpha` of the experts in a layer.
+
+        Args:
+            path: the layer's path in the base model.
+        """
+        return self.alpha_pattern.get(
+            get_pattern_key(list(self.alpha_pattern), path), self.lora_alpha
+        )
 
     def _settle_experts(self) -> None:
         if self.expert_names is not None:

@@ -43,13 +43,50 @@ def test_every_expert_loads_with_stock_peft_and_equals_one_hot_weights(
         torch.testing.assert_close(plain(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_saving_again_replaces_the_folder(model, tmp_path):
-    moe_lora.save_experts(model, tmp_path)
-    stale = tmp_path / "removal_expert" / "stale"
-    stale.touch()
-    moe_lora.save_experts(model, tmp_path)
-    assert not stale.exists()
-    assert len(list(tmp_path.iterdir())) == 3
+def test_saving_again_replaces_its_own_files_alone(model, tmp_path):
+    (tmp_path / "removal_expert" / "photos").mkdir(parents=True)
+    for mine in ("removal_expert/photos/1.jpg", "removal_expert/notes.txt", "notes.txt"):
+        (tmp_path / mine).write_text("mine")
+    for _ in range(2):
+        moe_lora.save_experts(model, tmp_path)
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert sorted(p.name for p in (tmp_path / "removal_expert").iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "notes.txt",
+            "photos",
+        ]
+        assert (tmp_path / "removal_expert" / "photos" / "1.jpg").read_text() == "mine"
+
+
+def test_a_file_in_the_place_of_a_folder_is_left_alone(model, tmp_path):
+    (tmp_path / "removal_expert").write_text("mine")
+    with pytest.raises(FileExistsError):
+        moe_lora.save_experts(model, tmp_path)
+    assert (tmp_path / "removal_expert").read_text() == "mine"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_strength_that_acts_is_saved(make_flux, make_flux_inputs, tmp_path, rslora):
+    model = make_flux()
+    config = MoELoraConfig(
+        r=4,
+        lora_alpha=10,
+        target_modules=["to_q", "proj_out", "ff.net.2"],
+        rank_pattern={"to_q": 2},
+        alpha_pattern={"proj_out": 3},
+        use_rslora=rslora,
+        init_lora_weights=False,
+    )
+    model.add_adapter(config)
+    inputs = make_flux_inputs()
+    for strength in (0.3, -2.0, 0.0):
+        model.set_adapters(["default"], [strength])
+        moe_lora.save_experts(model, tmp_path)
+        with moe_lora.route(model.eval(), torch.eye(3)[1]):
+            expected = model(**inputs)[0]
+        plain = PeftModel.from_pretrained(make_flux(), tmp_path / "background_expert").eval()
+        torch.testing.assert_close(plain(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_failing_save_leaves_the_previous_folder_whole(model, tmp_path, monkeypatch):

@@ -9,11 +9,12 @@ from functools import partial
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from moe_lora.adapter_tensors import unwrapped
 from moe_lora.export.factors import Factors
 from moe_lora.export.kohya import flux_paths, split_flux
 from moe_lora.export.plain import PlainFile, StoredFactors, read_plain
 from moe_lora.export.sgm import diffusers_name
-from moe_lora.export.sources import some, unwrapped
+from moe_lora.export.sources import some
 from moe_lora.stored import input_width
 
 
