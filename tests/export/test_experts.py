@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import moe_lora
 from moe_lora import MoELoraConfig
@@ -187,6 +188,17 @@ class TestLoad:
         x = torch.randn(2, 6)
         with moe_lora.route(source, torch.eye(3)[0]), moe_lora.route(target, torch.eye(3)[1]):
             torch.testing.assert_close(target(x), source(x), rtol=1e-5, atol=1e-6)
+
+    def test_experts_of_8_bits(self, saved, make_mlp):
+        _, folder = saved
+        file = folder / "removal_expert" / "adapter_model.safetensors"
+        tensors = {n: t.to(torch.float8_e4m3fn) for n, t in load_file(file).items()}
+        save_file(tensors, file)
+        target = mixture(make_mlp, lora_alpha=3)
+        load_experts(target, folder, ["removal_expert"])
+        found = target.base_model.model.first.moe_lora_experts["default"].lora_B[:, 0]
+        wanted = tensors["base_model.model.first.lora_B.weight"].float() * 2
+        assert torch.equal(found, wanted)
 
     def test_into_one_adapter_of_several(self, saved, make_mlp):
         source, folder = saved

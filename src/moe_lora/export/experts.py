@@ -19,7 +19,7 @@ from moe_lora.export.fitting import read_lora_for
 from moe_lora.export.layouts import anchored, exact_targets, header, peft_tensors
 from moe_lora.export.plain import StoredFactors
 from moe_lora.export.sources import CONFIG_NAME, adapted_layers, some, table_of_model
-from moe_lora.files import updating, write_tensors
+from moe_lora.files import updating, widened, write_tensors
 from moe_lora.routed_layer import MoELoraLayer
 from moe_lora.routing.control import routed_module
 from moe_lora.stored import WEIGHTS_NAME
@@ -164,7 +164,7 @@ def _check_fits(
 @torch.no_grad()
 def _put(experts: MoELoraExperts, index: int, stored: StoredFactors) -> None:
     # At the scaling that it was saved with, an expert returns bit by bit.
-    up = stored.up
+    up = widened(stored.up)
     if stored.scale != experts.base_scaling:
         up = up * (stored.scale / experts.base_scaling)
     experts.lora_A[index].copy_(stored.down)

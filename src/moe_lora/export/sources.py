@@ -16,7 +16,7 @@ from moe_lora.adapter_tensors import bare_modules, check_in_memory
 from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.experts import MoELoraExperts
 from moe_lora.export.factors import ExpertTable, LayerExperts
-from moe_lora.files import read_tensors
+from moe_lora.files import read_tensors, widened
 from moe_lora.routed_layer import MoELoraLayer
 from moe_lora.routing.control import routed_module
 from moe_lora.stored import WEIGHTS_NAME, input_width
@@ -109,7 +109,8 @@ def table_of_checkpoint(folder: str | os.PathLike[str]) -> tuple[ExpertTable, di
     tensors, _ = read_tensors(folder / WEIGHTS_NAME)
     pairs: dict[str, dict[str, Tensor]] = {}
     router: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+    for key, stored in tensors.items():
+        tensor = widened(stored)
         if match := _EXPERTS_KEY.match(key):
             pairs.setdefault(match[1], {})[match[2]] = tensor
         elif ".moe_lora_routers." in key:
