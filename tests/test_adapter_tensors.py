@@ -151,6 +151,23 @@ def test_stock_saving_and_loading_of_wrapped_models(make_flux, plain, tmp_path, 
     equal(tmp_path / "wrapped", tensors)
 
 
+@pytest.mark.parametrize("wrap", [checkpointed, compiled_blocks, twice])
+def test_whole_modules_of_wrapped_blocks_are_saved_and_loaded(make_flux, tmp_path, wrap):
+    model = make_flux()
+    model.add_adapter(config(modules_to_save=["proj_mlp", "norm_out.linear"]))
+    saved = [p for n, p in model.named_parameters() if "modules_to_save" in n]
+    assert len(saved) == 4
+    for parameter in saved:
+        parameter.data.fill_(0.25)
+    folder = save_adapter(model, tmp_path / "plain")
+    tensors = load_file(folder / WEIGHTS)
+    assert len([n for n in tensors if "proj_mlp" in n or "norm_out" in n]) == 4
+    equal(save_adapter(wrap(model), tmp_path / "wrapped"), tensors)
+    loaded = wrap(make_flux())
+    load_adapter(loaded, folder)
+    equal(save_adapter(loaded, tmp_path / "again"), tensors)
+
+
 def test_a_compiled_layer_is_refused_as_a_target(make_mlp):
     model = make_mlp()
     model.first = torch.compile(model.first, backend="eager")

@@ -60,6 +60,18 @@ def test_saving_again_replaces_its_own_files_alone(model, tmp_path):
         assert (tmp_path / "removal_expert" / "photos" / "1.jpg").read_text() == "mine"
 
 
+def test_no_name_leads_out_of_the_folder(model, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "1.jpg").write_text("mine")
+    for name in ("../photos", str(photos), ""):
+        model.peft_config["default"].expert_names = ("removal_expert", name, "completion_expert")
+        with pytest.raises(ValueError, match="`expert_names`"):
+            moe_lora.save_experts(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    assert (photos / "1.jpg").read_text() == "mine"
+
+
 def test_a_file_in_the_place_of_a_folder_is_left_alone(model, tmp_path):
     (tmp_path / "removal_expert").write_text("mine")
     with pytest.raises(FileExistsError):

@@ -20,6 +20,7 @@ from moe_lora.export.layouts import anchored, exact_targets, header, peft_tensor
 from moe_lora.export.plain import StoredFactors
 from moe_lora.export.sources import CONFIG_NAME, adapted_layers, some, table_of_model
 from moe_lora.files import updating, widened, write_tensors
+from moe_lora.names import check_expert_names
 from moe_lora.routed_layer import MoELoraLayer
 from moe_lora.routing.control import routed_module
 from moe_lora.stored import WEIGHTS_NAME
@@ -50,6 +51,7 @@ def save_experts(
     """
     table = table_of_model(model, adapter_name)
     table.check_plain()
+    check_expert_names(table.names)  # they become folders, and a config may be changed
     held = dict(adapted_layers(routed_module(model), adapter_name))
     check_finite({f"{path}.{n}": p for path, e in held.items() for n, p in e.named_parameters()})
     lora_config = _plain_config(table.config, held)
