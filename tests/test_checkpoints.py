@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def write(models):
 
 models = [make(1), make(2)]
 moe_lora.save_adapter(models[0], folder)
-for _ in range(25):
+for _ in range(8):
     writers = []
     for order in (models, models[::-1]):
         writer = os.fork()
@@ -71,9 +72,10 @@ for _ in range(25):
             write(order)
         writers.append(writer)
     for writer in writers:
-        time.sleep(random.uniform(0.02, 0.08))
+        time.sleep(random.uniform(0.1, 0.3))
         os.kill(writer, signal.SIGKILL)
-        os.waitpid(writer, 0)
+        _, status = os.waitpid(writer, 0)
+        assert os.WIFSIGNALED(status), "a writer failed by itself"
     loaded = base()
     moe_lora.load_adapter(loaded, folder)
     experts = loaded[0].moe_lora_experts["default"]
@@ -193,23 +195,40 @@ class TestAtOnce:
         assert not ours.exists()
         assert all(other.exists() for other in others)
 
-    def test_a_temporary_folder_in_use_is_not_swept(self, tmp_path):
-        inside, done = threading.Event(), threading.Event()
+    @pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX alone")
+    def test_another_process_is_waited_for_and_its_temporary_folder_is_not_swept(self, tmp_path):
+        program = f"""
+import pathlib, time
+from moe_lora.files import updating
+with updating(pathlib.Path({str(tmp_path)!r})) as temporary:
+    print("inside", flush=True)
+    time.sleep(1)
+    (temporary / "slow").write_text("1")
+"""
+        command = [sys.executable, "-c", program]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout.readline() == b"inside\n"
+            with updating(tmp_path) as temporary:
+                assert (tmp_path / "slow").exists()
+                (temporary / "quick").write_text("2")
+            assert writer.wait() == 0
+        assert sorted(os.listdir(tmp_path)) == ["quick", "slow"]
+
+    def test_another_thread_is_waited_for(self, tmp_path):
+        inside = threading.Event()
 
         def slow():
             with updating(tmp_path) as temporary:
-                (temporary / "slow").write_text("1")
                 inside.set()
-                done.wait(0.3)
+                time.sleep(0.2)
+                (temporary / "slow").write_text("1")
 
         thread = threading.Thread(target=slow)
         thread.start()
         inside.wait()
-        with updating(tmp_path) as temporary:
-            (temporary / "quick").write_text("2")
-        done.set()
+        with updating(tmp_path):
+            assert (tmp_path / "slow").exists()
         thread.join()
-        assert sorted(os.listdir(tmp_path)) == ["quick", "slow"]
 
 
 class TestEdited:

@@ -141,6 +141,14 @@ FAULTS = {
         lambda f: edit_config(f, router_kwargs={"depth": 3}),
         "Expected `router_kwargs` to be arguments of Scores",
     ),
+    "router of impossible widths": (
+        lambda f: edit_config(f, router_kwargs={"hidden_dim": "wide"}),
+        "Expected `router_kwargs` to be values that Scores can be built with",
+    ),
+    "router of negative widths": (
+        lambda f: edit_config(f, router_kwargs={"hidden_dim": -1}),
+        "Expected `router_kwargs` to be values that Scores can be built with",
+    ),
     "router of other widths": (
         lambda f: edit_config(f, router_kwargs={"hidden_dim": 2}),
         r"scores' has the shape \(1, 3\) where \(2, 3\) is needed",

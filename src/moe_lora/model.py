@@ -145,8 +145,14 @@ class MoELoraModel(BaseTuner):
                 f"Expected `router_kwargs` to be arguments of {cls.__name__}, but got {kwargs} "
                 f"({error})."
             ) from error
-        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            router = cls(**kwargs)
+        try:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                router = cls(**kwargs)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"Expected `router_kwargs` to be values that {cls.__name__} can be built with, but "
+                f"got {kwargs} ({error})."
+            ) from error
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if device.type == "meta" or any(p.is_meta for p in router.parameters()):
             return router
