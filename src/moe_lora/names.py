@@ -26,8 +26,8 @@ def file_name_problem(name: object) -> str | None:
         name: anything, as a config read from a file may hold it.
 
     Example:
-        >>> file_name_problem("removal_expert"), file_name_problem("../photos")
-        (None, "without any of /\\\\:*?\\"<>|")
+        >>> file_name_problem("removal_expert") is None, file_name_problem("")
+        (True, 'a non-empty string')
     """
     if not isinstance(name, str) or not name:
         return "a non-empty string"
