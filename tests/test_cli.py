@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,3 +180,26 @@ class TestExitCodes:
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert done.stderr.splitlines()[-1].startswith("moe-lora: Expected JSON in ")
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["export", "--weights", "uniform"]])
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"expert_names": ["a", "../b", "c"]}, "`expert_names` to be the name of a folder"),
+        ({"lora_alpha": float("nan")}, "`lora_alpha` to be a finite number, but got nan"),
+        ({"num_experts": 10**9}, "`num_experts` to be an integer in"),
+        ({"router_kwargs": [1]}, "`router_kwargs` to be a dict"),
+    ],
+)
+def test_a_config_that_cannot_be_is_told_in_a_sentence(
+    checkpoint, tmp_path, capsys, command, entries, message
+):
+    file = Path(checkpoint) / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+    out = [str(tmp_path / "out")] if command[0] == "export" else []
+    assert main([command[0], checkpoint, *out, *command[1:]]) == 1
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
-from moe_lora.routing.dropout import check_expert_dropout
+from moe_lora.config_checks import check_fields, is_integer
+from moe_lora.names import check_expert_names
 from moe_lora.routing.gating import check_gate
 from moe_lora.stored import WEIGHTS_NAME, StoredWeights
 
@@ -16,6 +18,25 @@ FORMAT_VERSION = 1
 """The version of the checkpoint format that is written, and the highest that is read."""
 
 DEFAULT_EXPERT_NAMES = ("removal_expert", "background_expert", "completion_expert")
+
+# What says where the weights come from or how training goes on, but not what they compute.
+_EDITABLE = frozenset(
+    (
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+        "expert_dropout",
+        "init_lora_weights",
+        "routing_mode",
+        "base_in_channels",
+        "format_version",
+    )
+)
 
 
 class MoELoraType(str):
@@ -45,7 +66,8 @@ class MoELoraConfig(PeftConfig):
     `moe_lora.attach_router` says otherwise.
 
     Raises:
-        ValueError: for a rank, an expert list or a gate that cannot be honoured.
+        ValueError: for a value that a field cannot have, an expert list or a gate that cannot be
+            honored.
 
     Example:
         >>> config = MoELoraConfig(target_modules=["to_q"], num_experts=2)
@@ -139,12 +161,13 @@ class MoELoraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.stored: StoredWeights | None = None
-        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+        if is_integer(self.format_version, FORMAT_VERSION + 1):
             raise ValueError(
                 f"Expected `format_version` to be at most {FORMAT_VERSION}, but got "
                 f"{self.format_version!r}: the checkpoint was written by a newer moe_lora. Upgrade "
                 "with `pip install -U moe-lora`."
             )
+        check_fields({field.name: getattr(self, field.name) for field in fields(self)})
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
@@ -155,26 +178,6 @@ class MoELoraConfig(PeftConfig):
                 f"got {self.target_modules!r}."
             )
         self._settle_experts()
-        for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            if not isinstance(rank, int) or rank < 1:
-                raise ValueError(
-                    f"Expected the rank of `{name}` to be an integer >= 1, but got {rank!r}."
-                )
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(
-                f"Expected `lora_dropout` to be in [0, 1), but got {self.lora_dropout}."
-            )
-        if self.init_lora_weights not in (True, False, "kaiming", "gaussian"):
-            raise ValueError(
-                'Expected `init_lora_weights` to be True, False, "kaiming" or "gaussian", but got '
-                f"{self.init_lora_weights!r}."
-            )
-        if self.routing_mode not in ("routed", "uniform"):
-            raise ValueError(
-                f'Expected `routing_mode` to be "routed" or "uniform", but got '
-                f"{self.routing_mode!r}."
-            )
-        check_expert_dropout(self.expert_dropout)
         check_gate(self.routing_strategy, self.routing_temperature, self.top_k, len(self.experts))
 
     @classmethod
@@ -198,7 +201,7 @@ class MoELoraConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
         if isinstance(config, MoELoraConfig) and weights.is_file():
-            config.stored = StoredWeights.read(weights)
+            config.stored = StoredWeights.read(weights, config)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,17 +215,39 @@ class MoELoraConfig(PeftConfig):
         assert self.expert_names is not None
         return self.expert_names
 
+    def meaning(self) -> dict[str, Any]:
+        """Return the fields without which a checkpoint's weights mean nothing, by name.
+
+        The others, such as `inference_mode`, may be edited in a checkpoint's file.
+        """
+        return {name: value for name, value in self.to_dict().items() if name not in _EDITABLE}
+
+    def rank_of(self, path: str) -> int:
+        """Return the rank of the experts in a layer.
+
+        Args:
+            path: the layer's path in the base model.
+        """
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), path), self.r)
+
+    def alpha_of(self, path: str) -> float:
+        """Return the `lora_alpha` of the experts in a layer.
+
+        Args:
+            path: the layer's path in the base model.
+        """
+        return self.alpha_pattern.get(
+            get_pattern_key(list(self.alpha_pattern), path), self.lora_alpha
+        )
+
     def _settle_experts(self) -> None:
-        if self.num_experts is not None and self.num_experts < 1:
-            raise ValueError(f"Expected `num_experts` to be >= 1, but got {self.num_experts}.")
         if self.expert_names is not None:
             names = tuple(self.expert_names)
         elif self.num_experts in (None, len(DEFAULT_EXPERT_NAMES)):
             names = DEFAULT_EXPERT_NAMES
         else:
             names = tuple(f"expert_{i}" for i in range(self.num_experts or 0))
-        if len(set(names)) != len(names) or not names:
-            raise ValueError(f"Expected distinct `expert_names`, but got {list(names)}.")
+        check_expert_names(names)
         if self.num_experts is not None and self.num_experts != len(names):
             raise ValueError(
                 f"Expected `num_experts` to be the number of `expert_names` ({len(names)}), but "

@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a folder cannot be locked
+    fcntl = None  # type: ignore[assignment]
+
+TEMPORARY = ".saving-moe_lora-"
+_THREADS = threading.RLock()
 
 
 @contextmanager
@@ -19,22 +29,55 @@ def replacing(folder: Path) -> Iterator[Path]:
     """Give a temporary folder that takes the place of `folder` when the context ends well.
 
     Args:
-        folder: where the files shall be; its parents are created when missing.
+        folder: where the files shall be, all others in it are lost; its parents are created when
+            missing.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
-        if folder.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
+        with _alone_in(folder.parent):
+            if folder.exists():
+                old = temporary.with_name(temporary.name + ".old")
+                folder.rename(old)
+                temporary.rename(folder)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def updating(folder: Path, last: str | None = None) -> Iterator[Path]:
+    """Give a temporary folder whose files go into `folder` when the context ends well.
+
+    Each replaces its namesake; other files in the folder stay. Threads and, where the file system
+    knows locks, processes take turns. What programs that were killed here left behind is removed.
+
+    Args:
+        folder: where the files shall be; created when missing.
+        last: the name of a file that the others mean nothing without. Where it changes, the
+            previous one is removed before any other file is replaced, and the new one comes last:
+            a program that is killed in between leaves none, rather than one of other files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder) as alone:
+        if alone:
+            _sweep(folder)
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
+        try:
+            yield temporary
+            names = {file.name for file in temporary.iterdir()}
+            if last in names and _same(temporary / last, folder / last):
+                names.remove(last)
+            elif last in names:
+                (folder / last).unlink(missing_ok=True)
+            for name in sorted(names, key=lambda name: (name == last, name)):
+                os.replace(temporary / name, folder / name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_tensors(
@@ -47,14 +90,9 @@ def write_tensors(
         tensors: by name; moved to the CPU and made contiguous.
         metadata: text by key, beside `format`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, temporary, metadata={"format": "pt", **(metadata or {})})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with updating(path.parent) as temporary:
+        save_file(whole, temporary / path.name, metadata={"format": "pt", **(metadata or {})})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -80,3 +118,58 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"Expected a whole safetensors file at {str(path)!r}, but it is truncated, corrupt or "
             f"of another format ({error}). Save it again, or take an earlier copy."
         ) from error
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor of 8-bit floats in float32, and any other as it is.
+
+    torch neither compares nor adds 8-bit floats.
+
+    Example:
+        >>> widened(torch.ones(2).to(torch.float8_e4m3fn)).dtype
+        torch.float32
+    """
+    eight_bit = tensor.is_floating_point() and tensor.element_size() == 1
+    return tensor.to(torch.float32) if eight_bit else tensor
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """Wait for other writers of a folder, and say whether those of other processes wait, too."""
+    with _THREADS:
+        handle = _lock(folder)
+        try:
+            yield handle is not None
+        finally:
+            if handle is not None:
+                os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder against other processes; `None` where the system has no such locks.
+
+    The lock goes with the process: one that is killed leaves none behind.
+    """
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written to but not listed
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:  # a network file system without locks
+        os.close(handle)
+        return None
+    return handle
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the temporary folders of programs that were killed; call it alone in the folder."""
+    for left in folder.glob(f"{TEMPORARY}*"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()

@@ -11,7 +11,6 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from moe_lora.adapter_routers import (
@@ -20,15 +19,27 @@ from moe_lora.adapter_routers import (
     place_routers,
     remove_routers,
 )
+from moe_lora.adapter_tensors import (
+    EXPERTS,
+    ROUTERS,
+    adapter_tensors,
+    bare_modules,
+    check_in_memory,
+    is_checkpoint_wrapper,
+    is_offloaded_to_disk,
+    state_dict_keys,
+    unwrapped,
+)
 from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.families import default_targets, family_of
 from moe_lora.layer import layer_class
 from moe_lora.merging import check_mergeable
+from moe_lora.names import check_adapter_name
 from moe_lora.routed_layer import MoELoraLayer, RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.registry import counts_layers, router_class
 from moe_lora.routing.router import Router
-from moe_lora.stored import check_base_width
+from moe_lora.stored import PREFIX, bare_names, check_base_width
 from moe_lora.undo import all_or_nothing
 
 
@@ -54,7 +65,7 @@ class MoELoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        _check_name_is_free(model, adapter_name)
+        _check_adapter_name(model, adapter_name)
         try:
             with all_or_nothing(model):
                 super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
@@ -78,10 +89,11 @@ class MoELoraModel(BaseTuner):
         """
         if state_dict is not None:
             state_dict = {k: v for k, v in state_dict.items() if ROUTER_ATTRIBUTE not in k}
+        check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
         width = check_base_width(config, model)
         if config.stored is not None:
-            config.stored.check_base(model)
+            config.stored.check_base(model, config)
         by_layer = counts_layers(config.router, config.router_kwargs)
         router = None if by_layer else self._build_router(config, model, low_cpu_mem_usage)
         with all_or_nothing(model):
@@ -109,6 +121,7 @@ class MoELoraModel(BaseTuner):
                 router = self._build_router(config, model, low_cpu_mem_usage, len(layers))
             if router is not None:
                 routers.attach(adapter_name, router.train(model.training))
+            _widen_experts(model, adapter_name)
             if config.stored is not None:
                 config.stored.check_fit(model, adapter_name)
         config.base_in_channels, config.stored = width, None
@@ -133,8 +146,14 @@ class MoELoraModel(BaseTuner):
                 f"Expected `router_kwargs` to be arguments of {cls.__name__}, but got {kwargs} "
                 f"({error})."
             ) from error
-        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            router = cls(**kwargs)
+        try:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                router = cls(**kwargs)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"Expected `router_kwargs` to be values that {cls.__name__} can be built with, but "
+                f"got {kwargs} ({error})."
+            ) from error
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if device.type == "meta" or any(p.is_meta for p in router.parameters()):
             return router
@@ -147,6 +166,11 @@ class MoELoraModel(BaseTuner):
             peft_config.target_modules = default_targets(self.model)
         return peft_config
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        # A layer is the same one inside a compiled or checkpointed block.
+        return BaseTuner._check_target_module_exists(peft_config, unwrapped(key))
+
     def _create_and_replace(
         self,
         peft_config: MoELoraConfig,
@@ -157,12 +181,10 @@ class MoELoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        r = peft_config.rank_pattern.get(
-            get_pattern_key(list(peft_config.rank_pattern), current_key), peft_config.r
-        )
-        alpha = peft_config.alpha_pattern.get(
-            get_pattern_key(list(peft_config.alpha_pattern), current_key), peft_config.lora_alpha
-        )
+        if is_checkpoint_wrapper(target):
+            return  # what it wraps is the layer, and has a key of its own
+        current_key = unwrapped(current_key)
+        r, alpha = peft_config.rank_of(current_key), peft_config.alpha_of(current_key)
         if isinstance(target, RoutedLayer):
             target.update_layer(adapter_name, peft_config, r, alpha)
             return
@@ -207,16 +229,79 @@ class MoELoraModel(BaseTuner):
         )
         return model
 
+    # PEFT looks the keys of an adapter up by the paths of its modules. Wrappers, and other tuners'
+    # layers, change these; a checkpoint has those of the bare model.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        keys = state_dict_keys(model, adapter_name)
+        missing = [key for key in keys.values() if key not in state_dict]
+        if missing and state_dict:  # it is empty in processes that do not save
+            raise ValueError(
+                f"Expected the state dict to have all of adapter {adapter_name!r}, but "
+                f"{len(missing)} of its {len(keys)} keys are not there, such as {missing[0]!r}. "
+                "Give the state dict of the whole model, or save with moe_lora.save_adapter."
+            )
+        if is_offloaded_to_disk(model):
+            check_in_memory(model, adapter_tensors(model, adapter_name))
+        return {
+            _insert_adapter_name(bare, adapter_name): state_dict[key]
+            for bare, key in keys.items()
+            if key in state_dict
+        }
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        places = {
+            bare.removeprefix(PREFIX): key
+            for bare, key in state_dict_keys(model, adapter_name).items()
+        }
+        known = {bare.removeprefix(PREFIX) for _, bare, _ in bare_modules(model)}
+        names = bare_names(state_dict, known)
+        return {places.get(names[key], key): tensor for key, tensor in state_dict.items()}
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # A router is deeper than PEFT's own layers, which have the name in the last place but one.
-        head, found, tail = key.partition(f".moe_lora_routers.{adapter_name}.")
-        if found:
-            return f"{head}.moe_lora_routers.{tail}"
+        for part in (EXPERTS, ROUTERS):
+            head, found, tail = key.partition(f"{part}.{adapter_name}.")
+            if found:
+                return f"{head}{part}.{tail}"
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
 
 
-def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:
+def _insert_adapter_name(key: str, adapter_name: str) -> str:
+    for part in (EXPERTS, ROUTERS):
+        head, found, tail = key.partition(f"{part}.")
+        if found:
+            return f"{head}{part}.{adapter_name}.{tail}"
+    raise AssertionError(key)
+
+
+def _widen_experts(model: nn.Module, adapter_name: str) -> None:
+    """Hold the experts in float32 where PEFT gave them the 8-bit floats of their base layer."""
+    for module in model.modules():
+        if isinstance(module, RoutedLayer) and adapter_name in module.moe_lora_experts:
+            experts = module.moe_lora_experts[adapter_name]
+            if any(parameter.element_size() == 1 for parameter in experts.parameters()):
+                experts.float()
+
+
+def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    check_adapter_name(adapter_name)
     held = getattr(model, "peft_config", {}).get(adapter_name)
     if held is not None and held.peft_type != PEFT_TYPE:
         raise ValueError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from moe_lora.adapter_tensors import EXPERTS, ROUTERS, adapter_tensors, bare_modules, unwrapped
 
 if TYPE_CHECKING:
     from moe_lora.config import MoELoraConfig
@@ -18,7 +20,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-EXPERTS, ROUTERS = ".moe_lora_experts.", "moe_lora_routers."
+CONFIG_KEY = "moe_lora_config"
+"""Where the header of a weights file has the config that the weights were saved with."""
+
+_EXPERTS_PART, _ROUTERS_PART = f".{EXPERTS}.", f"{ROUTERS}."
+# What PEFT, pipelines and wrappers around a whole model put before all keys.
+_PREFIXES = (PREFIX, "module.", "model.", "transformer.", "unet.")
 
 
 @dataclass(frozen=True)
@@ -27,29 +34,66 @@ class StoredWeights:
 
     Args:
         path: the weights file.
-        shapes: by name, as in the file but without `base_model.model.`.
+        shapes: by name, as in the file.
+        differing: how the config differs from the one that the weights were saved with.
     """
 
     path: Path
     shapes: Shapes
+    differing: str | None = None
 
     @classmethod
-    def read(cls, path: Path) -> StoredWeights:
+    def read(cls, path: Path, config: MoELoraConfig) -> StoredWeights:
         """Read the header of a safetensors file.
+
+        Args:
+            path: the file.
+            config: the config in the same folder.
 
         Raises:
             ValueError: when the file is truncated, corrupt or of another format.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
+                names, header = list(file.keys()), file.metadata() or {}
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         except SafetensorError as error:
             raise ValueError(
                 f"Expected a whole safetensors file at {str(path)!r}, but it is truncated, corrupt "
                 f"or of another format ({error}). Save it again, or take an earlier copy."
             ) from error
-        return cls(path, {name.removeprefix(PREFIX): shape for name, shape in shapes.items()})
+        return cls(path, shapes).beside(config, header)
+
+    def beside(self, config: MoELoraConfig, header: Mapping[str, str]) -> StoredWeights:
+        """Compare the config beside the weights with the one in the header of their file.
+
+        Args:
+            config: the config that was found beside the weights.
+            header: the weights file's metadata; without a config in it, nothing is compared.
+        """
+        told = read_header(self.path, header, CONFIG_KEY)
+        if told is None:
+            return self
+        meaning = json.loads(json.dumps(config.meaning()))
+        differing = [
+            f"`{name}` is {value!r} and was {told[name]!r}"
+            for name, value in meaning.items()
+            if name in told and told[name] != value
+        ]
+        return replace(self, differing=_some(differing, str) if differing else None)
+
+    def check_config(self) -> None:
+        """Check that the config is the one that the weights were saved with, where that is noted.
+
+        Raises:
+            ValueError: when they differ in what the weights mean.
+        """
+        if self.differing is not None:
+            raise ValueError(
+                f"Expected beside {str(self.path)!r} the config that the weights were saved with, "
+                f"but its {self.differing}. Load it with the adapter_config.json that was saved "
+                "with it, or change the config after loading it."
+            )
 
     def check_kind(self) -> None:
         """Check that there are experts in the file.
@@ -57,7 +101,7 @@ class StoredWeights:
         Raises:
             ValueError: for a file of another method.
         """
-        if any(EXPERTS in name for name in self.shapes):
+        if any(_EXPERTS_PART in name for name in self.shapes):
             return
         plain = any(".lora_" in name or name.startswith("lora_") for name in self.shapes)
         what = "those of a plain LoRA" if plain else "none of this method's"
@@ -67,23 +111,37 @@ class StoredWeights:
             f"such as {first!r}. Load it with the library that wrote it."
         )
 
-    def check_base(self, model: nn.Module) -> None:
-        """Check that a model has all the layers that the experts were made for.
+    def check_base(self, model: nn.Module, config: MoELoraConfig) -> None:
+        """Check that a model has all layers of the experts, and a config their number and ranks.
 
         Args:
             model: the model, before or after it is adapted.
+            config: the adapter's configuration.
 
         Raises:
-            ValueError: when it lacks some.
+            ValueError: when it lacks some, or the config is that of other experts.
         """
         self.check_kind()
-        layers = {name.partition(EXPERTS)[0] for name in self.shapes if EXPERTS in name}
-        lacking = sorted(layers - {path for path, _ in model.named_modules()})
+        known = {bare for _, bare, _ in bare_modules(model)}
+        shapes = self._named_for(known)
+        layers = {name.partition(_EXPERTS_PART)[0] for name in shapes if _EXPERTS_PART in name}
+        lacking = sorted(layers - known)
         if lacking:
             raise ValueError(
                 f"Expected {str(self.path)!r} to fit the model, but {type(model).__name__} has no "
-                f"{_some(lacking)}: it was trained on another base model. Load it into that one."
+                f"{_some(lacking)}: {_why_lacking(lacking, known)}"
             )
+        # Before memory is taken for experts that the file does not have.
+        for name, shape in shapes.items():
+            layer, _, factor = name.partition(_EXPERTS_PART)
+            wanted = (len(config.experts), config.rank_of(layer))
+            if factor == "lora_A" and shape[:2] != wanted:
+                both = f"{name!r} has the shape {shape} where {(*wanted, *shape[2:])} is needed"
+                raise ValueError(
+                    f"Expected {str(self.path)!r} to fit the model, but {both}: rank, experts or "
+                    "router of adapter_config.json are not those of the weights. Load it with the "
+                    "adapter_config.json that was saved with it."
+                )
 
     def check_fit(self, model: nn.Module, adapter_name: str) -> None:
         """Check that the tensors are exactly those of an adapter in a model, in its shapes.
@@ -93,19 +151,28 @@ class StoredWeights:
             adapter_name: the adapter's name.
 
         Raises:
-            ValueError: for tensors that the model has no place for, of other shapes, or missing.
+            ValueError: for tensors that the model has no place for, of other shapes, or missing;
+                or when the config is not that of the weights.
         """
-        expected = dict(_adapter_shapes(model, adapter_name))
-        problem = self._homeless(expected) or self._misshapen(expected) or self._missing(expected)
+        tensors = adapter_tensors(model, adapter_name)
+        expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        found = replace(self, shapes=self._named_for({bare for _, bare, _ in bare_modules(model)}))
+        problem = found._homeless(expected) or found._misshapen(expected)
+        problem = problem or found._missing(expected)
         if problem is not None:
             raise ValueError(f"Expected {str(self.path)!r} to fit the model, but {problem}")
+        self.check_config()
+
+    def _named_for(self, known: Collection[str]) -> Shapes:
+        names = bare_names(self.shapes, known)
+        return {names[name]: shape for name, shape in self.shapes.items()}
 
     def _homeless(self, expected: Shapes) -> str | None:
         unknown = [name for name in self.shapes if name not in expected]
         if not unknown:
             return None
         some = _some(unknown)
-        if ROUTERS in unknown[0]:
+        if _ROUTERS_PART in unknown[0]:
             return (
                 f"it holds router parameters that the config's router does not have ({some}). Load "
                 "it with the adapter_config.json that was saved with it."
@@ -123,7 +190,7 @@ class StoredWeights:
             both = f"{name!r} has the shape {shape} where {wanted} is needed"
             axes = (0, 1) if name.endswith(".lora_A") else (1, 2)
             same_experts = (
-                EXPERTS in name
+                _EXPERTS_PART in name
                 and len(shape) == len(wanted)
                 and all(shape[axis] == wanted[axis] for axis in axes)
             )
@@ -175,17 +242,84 @@ def check_base_width(config: MoELoraConfig, model: nn.Module) -> int | None:
     return known if width is None else width
 
 
-def _adapter_shapes(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for path, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            tensors = module.state_dict()
-            for name, inner in module.adapter_state_dict_load_map(adapter_name).items():
-                yield f"{path}.{name}", tuple(tensors[inner].shape)
-        elif path.endswith((EXPERTS.strip("."), ROUTERS.rstrip("."))):
-            held = module._modules.get(adapter_name)
-            for name, tensor in held.state_dict().items() if held is not None else ():
-                yield f"{path}.{name}", tuple(tensor.shape)
+def bare_names(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """Map the names in a file to those in a model, without what wrappers and pipelines added.
+
+    Args:
+        names: of the tensors in a file.
+        known: the bare paths of the model's modules.
+
+    Example:
+        >>> name = "transformer.block._orig_mod.to_q.moe_lora_experts.lora_A"
+        >>> bare_names([name], {"block", "block.to_q"})[name]
+        'block.to_q.moe_lora_experts.lora_A'
+    """
+    bare = {name: unwrapped(name) for name in names}
+
+    def placed(name: str) -> str:
+        layer, found, rest = name.partition(_EXPERTS_PART)
+        # Of a layer inside another tuner's, if the model has none of this name.
+        return name if not found or layer in known else _without_tuners(layer) + found + rest
+
+    while True:
+        layers = {
+            placed(n).partition(_EXPERTS_PART)[0] for n in bare.values() if _EXPERTS_PART in n
+        }
+        own = [n for n in bare.values() if _EXPERTS_PART in n or _ROUTERS_PART in n]
+        prefix = next((p for p in _PREFIXES if own and all(n.startswith(p) for n in own)), None)
+        if prefix is None or layers <= set(known):
+            return {name: placed(n) for name, n in bare.items()}
+        bare = {name: n.removeprefix(prefix) for name, n in bare.items()}
 
 
-def _some(names: list[str]) -> str:
-    return repr(names[0]) if len(names) == 1 else f"{names[0]!r} and {len(names) - 1} more"
+def read_header(path: Path, header: Mapping[str, str], key: str) -> dict[str, Any] | None:
+    """Return the JSON object that a safetensors file's metadata has under a key, or `None`.
+
+    Args:
+        path: the file, for the message.
+        header: its metadata.
+        key: where the object is.
+
+    Raises:
+        ValueError: when there is something else under the key.
+    """
+    if key not in header:
+        return None
+    try:
+        entries = json.loads(header[key])
+    except ValueError as error:
+        raise ValueError(
+            f"Expected JSON as `{key}` in the header of {str(path)!r}, but got {error}. Save it "
+            "again, or take an earlier copy."
+        ) from error
+    if not isinstance(entries, dict):
+        raise ValueError(
+            f"Expected a JSON object as `{key}` in the header of {str(path)!r}, but got a "
+            f"{type(entries).__name__}."
+        )
+    return entries
+
+
+def _without_tuners(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part != "base_layer")
+
+
+def _why_lacking(lacking: list[str], known: Collection[str]) -> str:
+    """Say whether the layers are there under another path, and what to do."""
+    ends = {path[: -len(lacking[0]) - 1] for path in known if path.endswith(f".{lacking[0]}")}
+    for outer in sorted(ends):
+        if all(f"{outer}.{layer}" in known for layer in lacking):
+            return f"it has them in {outer!r}. Load the adapter into that module."
+    parts = lacking[0].split(".")
+    for count in range(1, len(parts)):
+        prefix = ".".join(parts[:count]) + "."
+        if all(layer.startswith(prefix) and layer[len(prefix) :] in known for layer in lacking):
+            return (
+                f"it has them without the beginning {prefix!r}. Load the adapter into the module "
+                "that has this name in the model it was saved from, or take it off the keys."
+            )
+    return "it was trained on another base model. Load it into that one."
+
+
+def _some(names: list[str], show: Callable[[str], str] = repr) -> str:
+    return show(names[0]) if len(names) == 1 else f"{show(names[0])} and {len(names) - 1} more"

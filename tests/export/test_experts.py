@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import moe_lora
 from moe_lora import MoELoraConfig
@@ -43,13 +44,62 @@ def test_every_expert_loads_with_stock_peft_and_equals_one_hot_weights(
         torch.testing.assert_close(plain(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_saving_again_replaces_the_folder(model, tmp_path):
-    moe_lora.save_experts(model, tmp_path)
-    stale = tmp_path / "removal_expert" / "stale"
-    stale.touch()
-    moe_lora.save_experts(model, tmp_path)
-    assert not stale.exists()
-    assert len(list(tmp_path.iterdir())) == 3
+def test_saving_again_replaces_its_own_files_alone(model, tmp_path):
+    (tmp_path / "removal_expert" / "photos").mkdir(parents=True)
+    for mine in ("removal_expert/photos/1.jpg", "removal_expert/notes.txt", "notes.txt"):
+        (tmp_path / mine).write_text("mine")
+    for _ in range(2):
+        moe_lora.save_experts(model, tmp_path)
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert sorted(p.name for p in (tmp_path / "removal_expert").iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "notes.txt",
+            "photos",
+        ]
+        assert (tmp_path / "removal_expert" / "photos" / "1.jpg").read_text() == "mine"
+
+
+def test_no_name_leads_out_of_the_folder(model, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "1.jpg").write_text("mine")
+    for name in ("../photos", str(photos), ""):
+        model.peft_config["default"].expert_names = ("removal_expert", name, "completion_expert")
+        with pytest.raises(ValueError, match="`expert_names`"):
+            moe_lora.save_experts(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    assert (photos / "1.jpg").read_text() == "mine"
+
+
+def test_a_file_in_the_place_of_a_folder_is_left_alone(model, tmp_path):
+    (tmp_path / "removal_expert").write_text("mine")
+    with pytest.raises(FileExistsError):
+        moe_lora.save_experts(model, tmp_path)
+    assert (tmp_path / "removal_expert").read_text() == "mine"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_strength_that_acts_is_saved(make_flux, make_flux_inputs, tmp_path, rslora):
+    model = make_flux()
+    config = MoELoraConfig(
+        r=4,
+        lora_alpha=10,
+        target_modules=["to_q", "proj_out", "ff.net.2"],
+        rank_pattern={"to_q": 2},
+        alpha_pattern={"proj_out": 3},
+        use_rslora=rslora,
+        init_lora_weights=False,
+    )
+    model.add_adapter(config)
+    inputs = make_flux_inputs()
+    for strength in (0.3, -2.0, 0.0):
+        model.set_adapters(["default"], [strength])
+        moe_lora.save_experts(model, tmp_path)
+        with moe_lora.route(model.eval(), torch.eye(3)[1]):
+            expected = model(**inputs)[0]
+        plain = PeftModel.from_pretrained(make_flux(), tmp_path / "background_expert").eval()
+        torch.testing.assert_close(plain(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_failing_save_leaves_the_previous_folder_whole(model, tmp_path, monkeypatch):
@@ -150,6 +200,17 @@ class TestLoad:
         x = torch.randn(2, 6)
         with moe_lora.route(source, torch.eye(3)[0]), moe_lora.route(target, torch.eye(3)[1]):
             torch.testing.assert_close(target(x), source(x), rtol=1e-5, atol=1e-6)
+
+    def test_experts_of_8_bits(self, saved, make_mlp):
+        _, folder = saved
+        file = folder / "removal_expert" / "adapter_model.safetensors"
+        tensors = {n: t.to(torch.float8_e4m3fn) for n, t in load_file(file).items()}
+        save_file(tensors, file)
+        target = mixture(make_mlp, lora_alpha=3)
+        load_experts(target, folder, ["removal_expert"])
+        found = target.base_model.model.first.moe_lora_experts["default"].lora_B[:, 0]
+        wanted = tensors["base_model.model.first.lora_B.weight"].float() * 2
+        assert torch.equal(found, wanted)
 
     def test_into_one_adapter_of_several(self, saved, make_mlp):
         source, folder = saved

@@ -63,7 +63,7 @@ class TestFaults:
             ({"r": 5}, r"to be \(E=3, r=5, in\)"),
             ({"expert_names": ["a", "b"], "num_experts": 2}, r"\(E=2, r="),
             ({"r": None}, "`r` to be an integer"),
-            ({"router_kwargs": 3, "rank_pattern": 3}, "a field has a value that no config has"),
+            ({"router_kwargs": 3, "rank_pattern": 3}, "`r[a-z_]*` to be a dict of"),
         ],
     )
     def test_a_config_that_does_not_fit(self, checkpoint, changes, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from moe_lora.adapter_tensors import check_finite
 from moe_lora.config import MoELoraConfig
 from moe_lora.experts import MoELoraExperts
 from moe_lora.export.factors import Factors
@@ -17,7 +19,8 @@ from moe_lora.export.fitting import read_lora_for
 from moe_lora.export.layouts import anchored, exact_targets, header, peft_tensors
 from moe_lora.export.plain import StoredFactors
 from moe_lora.export.sources import CONFIG_NAME, adapted_layers, some, table_of_model
-from moe_lora.files import replacing, write_tensors
+from moe_lora.files import updating, widened, write_tensors
+from moe_lora.names import check_expert_names
 from moe_lora.routed_layer import MoELoraLayer
 from moe_lora.routing.control import routed_module
 from moe_lora.stored import WEIGHTS_NAME
@@ -28,9 +31,10 @@ def save_experts(
 ) -> list[Path]:
     """Write every expert as a plain PEFT LoRA, which stock PEFT loads onto the base model.
 
-    An expert alone is what the mixture gives at one-hot weights. The files are
-    `directory/<expert_name>/adapter_config.json` and `adapter_model.safetensors`; each folder is
-    written under a temporary name and renamed when it is whole.
+    An expert alone is what the mixture gives at one-hot weights, at the strength that it has now
+    (diffusers' `set_adapters(names, strengths)`, PEFT's `set_scale`). The files are
+    `directory/<expert_name>/adapter_config.json` and `adapter_model.safetensors`, written under
+    temporary names and renamed when they are whole; other files in these folders stay.
 
     Args:
         model: the adapted model, or a wrapper around it.
@@ -41,12 +45,15 @@ def save_experts(
         The folders, in the order of the experts.
 
     Raises:
-        ValueError: when the model or the adapter does not exist, or when the adapter trains whole
-            modules, too, without which an expert is not what it was.
+        ValueError: when the model or the adapter does not exist; when its weights are not in
+            memory, or hold NaN or inf; or when the adapter trains whole modules, too, without which
+            an expert is not what it was.
     """
     table = table_of_model(model, adapter_name)
     table.check_plain()
+    check_expert_names(table.names)  # they become folders, and a config may be changed
     held = dict(adapted_layers(routed_module(model), adapter_name))
+    check_finite({f"{path}.{n}": p for path, e in held.items() for n, p in e.named_parameters()})
     lora_config = _plain_config(table.config, held)
     folders = []
     for index, name in enumerate(table.names):
@@ -56,7 +63,7 @@ def save_experts(
         }
         noted = header(expert=name, base_class=table.base_class, in_channels=table.in_channels)
         folder = Path(directory) / name
-        with replacing(folder) as temporary:
+        with updating(folder, last=CONFIG_NAME) as temporary:
             write_tensors(temporary / WEIGHTS_NAME, peft_tensors(lora), noted)
             lora_config.save_pretrained(str(temporary))
         folders.append(folder)
@@ -159,7 +166,7 @@ def _check_fits(
 @torch.no_grad()
 def _put(experts: MoELoraExperts, index: int, stored: StoredFactors) -> None:
     # At the scaling that it was saved with, an expert returns bit by bit.
-    up = stored.up
+    up = widened(stored.up)
     if stored.scale != experts.base_scaling:
         up = up * (stored.scale / experts.base_scaling)
     experts.lora_A[index].copy_(stored.down)
@@ -167,16 +174,23 @@ def _put(experts: MoELoraExperts, index: int, stored: StoredFactors) -> None:
 
 
 def _plain_config(config: MoELoraConfig, layers: dict[str, MoELoraExperts]) -> LoraConfig:
-    ranks = {path: e.r for path, e in layers.items() if e.r != config.r}
-    alphas = {path: e.lora_alpha for path, e in layers.items() if e.lora_alpha != config.lora_alpha}
+    alphas = {path: _acting_alpha(experts) for path, experts in layers.items()}
+    usual = Counter(alphas.values()).most_common(1)[0][0]
     return LoraConfig(
         r=config.r,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=usual,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         target_modules=exact_targets(layers),
-        rank_pattern={anchored(path): rank for path, rank in ranks.items()},
-        alpha_pattern={anchored(path): alpha for path, alpha in alphas.items()},
+        rank_pattern={anchored(path): e.r for path, e in layers.items() if e.r != config.r},
+        alpha_pattern={anchored(path): alpha for path, alpha in alphas.items() if alpha != usual},
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
+
+
+def _acting_alpha(experts: MoELoraExperts) -> float:
+    """Return the `lora_alpha` of a plain LoRA that is as strong as the experts are now."""
+    if experts.scaling == experts.base_scaling:
+        return experts.lora_alpha
+    return experts.lora_alpha * (experts.scaling / experts.base_scaling)

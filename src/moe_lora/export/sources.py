@@ -12,11 +12,11 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from moe_lora.adapter_tensors import bare_modules, check_in_memory
 from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.experts import MoELoraExperts
 from moe_lora.export.factors import ExpertTable, LayerExperts
-from moe_lora.files import read_tensors
-from moe_lora.module_paths import bare_path
+from moe_lora.files import read_tensors, widened
 from moe_lora.routed_layer import MoELoraLayer
 from moe_lora.routing.control import routed_module
 from moe_lora.stored import WEIGHTS_NAME, input_width
@@ -33,12 +33,12 @@ def adapted_layers(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, Mo
         base: the module that the adapter was injected into.
         adapter_name: whose layers.
     """
-    for path, module in base.named_modules():
+    for _, bare, module in bare_modules(base):
         held = getattr(module, "moe_lora_experts", None)
         if isinstance(module, MoELoraLayer) and held is not None and adapter_name in held:
             experts = held[adapter_name]
             assert isinstance(experts, MoELoraExperts)
-            yield bare_path(path, base), experts
+            yield bare, experts
 
 
 def table_of_model(model: nn.Module, adapter_name: str = "default") -> ExpertTable:
@@ -53,23 +53,16 @@ def table_of_model(model: nn.Module, adapter_name: str = "default") -> ExpertTab
             spread over processes.
     """
     base = routed_module(model)
+    held = dict(adapted_layers(base, adapter_name))
+    if not held:
+        raise ValueError(f"Expected an adapter named {adapter_name!r}, but the model has none.")
+    check_in_memory(
+        model, {f"{path}.{n}": p for path, e in held.items() for n, p in e.named_parameters()}
+    )
     layers = {
         path: LayerExperts(e.lora_A.detach(), e.lora_B.detach(), e.scaling)
-        for path, e in adapted_layers(base, adapter_name)
+        for path, e in held.items()
     }
-    if not layers:
-        raise ValueError(f"Expected an adapter named {adapter_name!r}, but the model has none.")
-    away = [path for path, experts in layers.items() if experts.lora_A.is_meta]
-    if away:
-        raise ValueError(
-            f"Expected the experts' weights in memory, but those of {some(away)} are on the meta "
-            "device. Take the model out of its offloading first."
-        )
-    if any(hasattr(experts.lora_A, "full_tensor") for experts in layers.values()):
-        raise ValueError(
-            "Expected whole experts, but the model's are spread over processes. Save the gathered "
-            "state, as the guide on several processes shows, and export from that checkpoint."
-        )
     configs = base.peft_config
     assert isinstance(configs, dict)
     return ExpertTable(
@@ -116,11 +109,14 @@ def table_of_checkpoint(folder: str | os.PathLike[str]) -> tuple[ExpertTable, di
     tensors, _ = read_tensors(folder / WEIGHTS_NAME)
     pairs: dict[str, dict[str, Tensor]] = {}
     router: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+    for key, stored in tensors.items():
+        tensor = widened(stored)
         if match := _EXPERTS_KEY.match(key):
             pairs.setdefault(match[1], {})[match[2]] = tensor
         elif ".moe_lora_routers." in key:
             router[key.partition(".moe_lora_routers.")[2]] = tensor
+    if config.stored is not None:
+        config.stored.check_config()
     if not pairs:
         raise ValueError(
             f"Expected the experts of a mixture in {str(folder / WEIGHTS_NAME)!r}, but none of its "
