@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from moe_lora.adapted_model import AdaptedModel
 from moe_lora.adapter_routers import (
     AdapterRouters,
     number_layers,
@@ -24,12 +27,16 @@ from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.families import default_targets, row_layout, token_stream
 from moe_lora.layer import layer_class
 from moe_lora.merging import check_mergeable
-from moe_lora.routed_layer import MoELoraLayer, RoutedLayer
+from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.registry import counts_layers, router_class
 from moe_lora.routing.router import Router
-from moe_lora.stored import check_base_width
+from moe_lora.stored import PREFIX, check_base_width
 from moe_lora.undo import all_or_nothing
+from moe_lora.unloading import unload_beside_others
+
+EXPERTS_ATTRIBUTE = "moe_lora_experts"
+_AROUND = re.compile(rf"(\.base_layer)+\.{EXPERTS_ATTRIBUTE}\.")
 
 
 class MoELoraModel(BaseTuner):
@@ -43,7 +50,7 @@ class MoELoraModel(BaseTuner):
     """
 
     prefix: str = "moe_lora_"
-    tuner_layer_cls = MoELoraLayer
+    tuner_layer_cls = RoutedLayer
     target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(
@@ -85,10 +92,15 @@ class MoELoraModel(BaseTuner):
         by_layer = counts_layers(config.router, config.router_kwargs)
         router = None if by_layer else self._build_router(config, model, low_cpu_mem_usage)
         with all_or_nothing(model):
-            routers = model._modules.get(ROUTER_ATTRIBUTE) or AdapterRouters(self.peft_config)
-            assert isinstance(routers, AdapterRouters)
+            # Away for the time being: they are not to be adapted, frozen or matched.
+            held = model._modules.pop(ROUTER_ATTRIBUTE, None)
+            if isinstance(held, AdapterRouters):
+                routers, self._model = held, held.adapted_model
+            else:
+                self._model = AdaptedModel(model)
+                routers = AdapterRouters(self.peft_config, self._model)
+                routers.state.mode = config.routing_mode  # the first adapter decides it
             self._slot = routers.state
-            is_new = model._modules.get(ROUTER_ATTRIBUTE) is None
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -99,11 +111,7 @@ class MoELoraModel(BaseTuner):
             place_routers(model, routers)
             routers.configs = self.peft_config
             layers = number_layers(model, adapter_name)
-            routers.state.add_adapter(adapter_name, config.experts, layers)
-            if is_new:
-                # The mode is the model's, so that its first adapter decides it.
-                routers.state.mode = config.routing_mode
-                routers.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            routers.add_adapter(adapter_name, layers)
             if by_layer:
                 router = self._build_router(config, model, low_cpu_mem_usage, len(layers))
             if router is not None:
@@ -162,6 +170,10 @@ class MoELoraModel(BaseTuner):
         alpha = peft_config.alpha_pattern.get(
             get_pattern_key(list(peft_config.alpha_pattern), current_key), peft_config.lora_alpha
         )
+        # Directly around the base layer, inside of other tuners' layers: these then find their own
+        # layers where they expect them, whichever came first.
+        while isinstance(target, BaseTunerLayer) and not isinstance(target, RoutedLayer):
+            parent, target_name, target = target, "base_layer", target.base_layer
         if isinstance(target, RoutedLayer):
             target.update_layer(adapter_name, peft_config, r, alpha)
             return
@@ -172,6 +184,7 @@ class MoELoraModel(BaseTuner):
             r,
             alpha,
             slot=self._slot,
+            model=self._model,
             stream=token_stream(current_key, self.model),
             rows=row_layout(current_key, self.model),
         )
@@ -196,6 +209,12 @@ class MoELoraModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             check_mergeable(self.model, adapter_names, safe_merge=safe_merge)
+        if any(config.peft_type != PEFT_TYPE for config in self.peft_config.values()):
+            unload_beside_others(
+                self.model, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
+            )
+            unloaded: nn.Module = self.model
+            return unloaded
         remove_routers(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(
             merge=merge,
@@ -205,13 +224,87 @@ class MoELoraModel(BaseTuner):
         )
         return model
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse what PEFT lets only its own LoRA layers choose; PEFT calls this."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "Expected no `adapter_names`, but got some: one adapter mixes the experts of all "
+                "samples of a batch. Call model.set_adapter and run the samples of each adapter "
+                "by themselves, or weigh experts by sample with moe_lora.route."
+            )
+        yield
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        router = _router_of(self.model, adapter_name)
+        if router is not None and autocast_adapter_dtype:
+            for parameter in router.parameters():
+                if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+                    parameter.data = parameter.data.float()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        # Another tuner's tensors inside of, or around, our layers are not this adapter's.
+        ours = {k: v for k, v in found.items() if f".{EXPERTS_ATTRIBUTE}." in f".{k}"}
+        return ours | _of_router(model, adapter_name, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        homes = {}
+        for key in _of_router(model, adapter_name, model.state_dict()):
+            stored = cls._remove_adapter_name_from_key(key, adapter_name)
+            homes[stored] = homes[PREFIX + stored] = key
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return {homes.get(key, key): tensor for key, tensor in remapped.items()}
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # A router is deeper than PEFT's own layers, which have the name in the last place but one.
         head, found, tail = key.partition(f".moe_lora_routers.{adapter_name}.")
         if found:
             return f"{head}.moe_lora_routers.{tail}"
+        # Other tuners' layers may be around ours, in this model and not in the next.
+        key = _AROUND.sub(f".{EXPERTS_ATTRIBUTE}.", key)
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def _router_of(model: nn.Module, adapter_name: str) -> nn.Module | None:
+    routers = model._modules.get(ROUTER_ATTRIBUTE)
+    if not isinstance(routers, AdapterRouters) or adapter_name not in routers.moe_lora_routers:
+        return None
+    return routers.moe_lora_routers[adapter_name]
+
+
+def _of_router(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Select the tensors of an adapter's router."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterRouters):
+            module.check_untouched()
+            prefix = f"{path}.moe_lora_routers.{adapter_name}."
+            found.update({k: v for k, v in state_dict.items() if k.startswith(prefix)})
+    return found
 
 
 def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:
