@@ -50,7 +50,7 @@ class WeightSlot:
         self.middle: Mapping[str, Middle] = {}
         self.learners: Tensor | None = None
         self._top_k: Mapping[str, int | None] = {}
-        self.stamp = torch.zeros((), dtype=torch.int64)
+        self.stamp = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def put(
         self,

@@ -41,7 +41,8 @@ def merge(
     """
     base = routed_module(model)
     if weights is not None:
-        weights = torch.as_tensor(weights, dtype=torch.float32)
+        given = weights if isinstance(weights, Tensor) else torch.tensor(weights, device="cpu")
+        weights = given.float()
         if weights.ndim != 1:
             raise ValueError(
                 f"Expected `weights` to have shape (E,), but got {tuple(weights.shape)}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -140,9 +140,9 @@ class MoELoraModel(BaseTuner):
                 f"Expected `router_kwargs` to be arguments of {cls.__name__}, but got {kwargs} "
                 f"({error})."
             ) from error
-        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            router = cls(**kwargs)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        with init_empty_weights() if low_cpu_mem_usage else device:
+            router = cls(**kwargs)
         if device.type == "meta" or any(p.is_meta for p in router.parameters()):
             return router
         return router.to(device)

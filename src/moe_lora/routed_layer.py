@@ -51,6 +51,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     cast_input_dtype_enabled = True  # diffusers' layerwise casting sets it, without effect here
     experts_class: type[MoELoraExperts]
     in_shape: tuple[int, ...]
+    in_features: int
     out_features: int
 
     def __init__(
@@ -90,7 +91,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, config: MoELoraConfig, r: int, lora_alpha: float
     ) -> None:
         """Add an adapter to the layer; arguments as in the constructor."""
-        experts = self.experts_class(self.in_shape, self.out_features, r, lora_alpha, config)
+        with self.get_base_layer().weight.device:  # type: ignore[union-attr]
+            experts = self.experts_class(self.in_shape, self.out_features, r, lora_alpha, config)
         self.moe_lora_experts[adapter_name] = experts.train(self.base_layer.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
