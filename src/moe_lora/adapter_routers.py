@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from moe_lora.adapted_model import AdaptedModel
 from moe_lora.checkpointing import wrap_checkpointing
 from moe_lora.config import MoELoraConfig
+from moe_lora.merging import check_mergeable
 from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.router import Router
 from moe_lora.routing.state import RoutingState
 from moe_lora.state_dicts import find_by_base_name
+from moe_lora.stored import base_path
 
 _KEPT_WHOLE = "_skip_layerwise_casting_patterns"
 
@@ -177,10 +180,10 @@ class AdapterRouters(nn.Module):
         self.moe_lora_routers[adapter_name] = router
 
     def check_untouched(self) -> None:
-        """Raise when another tuner adapts layers of a router, which no file could hold.
+        """Raise when something meant for the model's layers was done to those of a router.
 
         Raises:
-            ValueError: when there is such a layer.
+            ValueError: when another tuner adapts them, or they are stored in less than float32.
         """
         for path, module in self.named_modules():
             if isinstance(module, BaseTunerLayer):
@@ -188,6 +191,13 @@ class AdapterRouters(nn.Module):
                     f"Expected routers without adapters, but {ROUTER_ATTRIBUTE}.{path} is adapted "
                     f"by {module.active_adapters}. Delete that adapter, and inject it with "
                     f'`exclude_modules=r".*{ROUTER_ATTRIBUTE}.*"`.'
+                )
+        for path, parameter in self.named_parameters():
+            if parameter.dtype.itemsize < 4:
+                raise ValueError(
+                    f"Expected routers in float32, but {ROUTER_ATTRIBUTE}.{path} is in "
+                    f"{parameter.dtype}. Load it in float32, and leave {ROUTER_ATTRIBUTE!r} out "
+                    "with `skip_modules_pattern` of diffusers' apply_layerwise_casting."
                 )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -256,29 +266,37 @@ def number_layers(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
     return tuple(base_path(model, path) for path, _ in layers)
 
 
-def base_path(model: nn.Module, path: str) -> str:
-    """Return a layer's path in the base model, without the other tuners' layers around it."""
-    head, _, tail = path.rpartition(".")
-    while tail == "base_layer" and isinstance(model.get_submodule(head), BaseTunerLayer):
-        path, (head, _, tail) = head, head.rpartition(".")
-    return path
-
-
 def place_routers(model: nn.Module, routers: AdapterRouters) -> None:
     """Make routers a submodule of a model, and have them asked before its forward passes."""
     remove_routers(model)
     model.add_module(ROUTER_ATTRIBUTE, routers)
     model.register_forward_pre_hook(route_call, with_kwargs=True)
     model._register_state_dict_hook(find_by_base_name)
+    if hasattr(model, "fuse_lora"):
+        # What diffusers calls layer by layer would refuse after other layers were changed.
+        vars(model)["fuse_lora"] = partial(_fuse_all_or_none, routers.adapted_model)
     if hasattr(model, "enable_layerwise_casting"):
         # What diffusers would store in float8; a router's arithmetic is that of float32.
         kept: Any = getattr(model, _KEPT_WHOLE, None)
         setattr(model, _KEPT_WHOLE, (*(kept or ()), ROUTER_ATTRIBUTE))
 
 
+def _fuse_all_or_none(
+    adapted_model: AdaptedModel,
+    lora_scale: float = 1.0,
+    safe_fusing: bool = False,
+    adapter_names: list[str] | None = None,
+) -> None:
+    """Fuse as diffusers' `fuse_lora` does, once every mixture is known to be mergeable."""
+    model: Any = adapted_model()
+    check_mergeable(model, adapter_names, safe_merge=safe_fusing)
+    type(model).fuse_lora(model, lora_scale, safe_fusing, adapter_names)
+
+
 def remove_routers(model: nn.Module) -> None:
     """Take the routers of a model away, and the hook that asks them."""
     model._modules.pop(ROUTER_ATTRIBUTE, None)
+    vars(model).pop("fuse_lora", None)
     if ROUTER_ATTRIBUTE in vars(model).get(_KEPT_WHOLE, ()):
         delattr(model, _KEPT_WHOLE)
     for key, hook in list(model._forward_pre_hooks.items()):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -175,6 +176,19 @@ def check_base_width(config: MoELoraConfig, model: nn.Module) -> int | None:
     return known if width is None else width
 
 
+def base_path(model: nn.Module, path: str) -> str:
+    """Return a layer's path in the base model, without the other tuners' layers around it.
+
+    Args:
+        model: the adapted model.
+        path: the layer's path in it.
+    """
+    head, _, tail = path.rpartition(".")
+    while tail == "base_layer" and isinstance(model.get_submodule(head), BaseTunerLayer):
+        path, (head, _, tail) = head, head.rpartition(".")
+    return path
+
+
 def _adapter_shapes(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -183,6 +197,8 @@ def _adapter_shapes(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
                 yield f"{path}.{name}", tuple(tensors[inner].shape)
         elif path.endswith((EXPERTS.strip("."), ROUTERS.rstrip("."))):
             held = module._modules.get(adapter_name)
+            layer, _, name = path.rpartition(".")
+            path = f"{base_path(model, layer)}.{name}"
             for name, tensor in held.state_dict().items() if held is not None else ():
                 yield f"{path}.{name}", tuple(tensor.shape)
 

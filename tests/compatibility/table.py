@@ -15,6 +15,8 @@ import peft
 import pytest
 import torch
 from compatibility.stage import Stage, config_of
+from diffusers.hooks import layerwise_casting as casting
+from diffusers.loaders import lora_base
 from peft import get_layer_status, get_model_status
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
@@ -186,11 +188,12 @@ def layers(model: nn.Module) -> list[MoELoraLinear]:
 def fuse_lora_routed(stage: Stage) -> None:
     model = stage.model()
     model.set_adapters(list(ALL), [0.7, 1.0, 1.0])
-    for _ in range(2):
+    for names in (None, ["mix"], ["style", "mix"]):
         with pytest.raises(ValueError, match="chooses them for every"):
-            model.fuse_lora(lora_scale=0.5, adapter_names=["mix"])
-    model.unfuse_lora()
-    assert not any(layer.merged for layer in layers(model))
+            model.fuse_lora(lora_scale=0.5, adapter_names=names)
+    stage.check(model, {**ALL, "mix": 0.7})
+    with pytest.raises(ValueError, match="chooses them for every"):
+        lora_base.fuse_text_encoder_lora(model, lora_scale=0.5, adapter_names=["mix"])
     for layer in layers(model):
         experts = layer.moe_lora_experts["mix"]
         assert experts.scaling == pytest.approx(0.7 * experts.base_scaling)
@@ -268,14 +271,31 @@ def attention_kwargs(stage: Stage) -> None:
 
 @case("diffusers", "model.enable_layerwise_casting", note="experts and router stay in float32")
 def enable_layerwise_casting(stage: Stage) -> None:
+    for dtype, error in ((torch.bfloat16, 0.02), (torch.float8_e4m3fn, 0.2)):
+        model = stage.model()
+        expected = stage(model)
+        model.enable_layerwise_casting(dtype, torch.float32)
+        kept = {p.dtype for name, p in model.named_parameters() if "moe_lora_" in name}
+        assert kept == {torch.float32}
+        assert model.transformer_blocks[0].attn.to_q.get_base_layer().weight.dtype == dtype
+        assert (stage(model) - expected).norm() < error * expected.norm()
+
+
+@case(
+    "diffusers",
+    "apply_layerwise_casting",
+    "raises",
+    'a router stays in float32: leave it out with skip_modules_pattern=("moe_router", ...)',
+)
+def layerwise_casting_function(stage: Stage) -> None:
     model = stage.model()
-    expected = stage(model)
-    model.enable_layerwise_casting(torch.bfloat16, torch.float32)
-    kept = {p.dtype for name, p in model.named_parameters() if "moe_lora_" in name}
-    assert kept == {torch.float32}
-    cast = model.transformer_blocks[0].attn.to_q.get_base_layer()
-    assert cast.weight.dtype == torch.bfloat16
-    assert (stage(model) - expected).norm() < 0.02 * expected.norm()
+    casting.apply_layerwise_casting(model, torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="Expected routers in float32"):
+        stage(model)
+    model = stage.model()
+    pattern = (*casting.DEFAULT_SKIP_MODULES_PATTERN, "moe_router")
+    casting.apply_layerwise_casting(model, torch.bfloat16, torch.float32, pattern)
+    assert stage(model).isfinite().all()
 
 
 @case("diffusers", "model.enable_gradient_checkpointing", note="after unload_lora, too")

@@ -159,6 +159,32 @@ class TestStrengthsAndMerging:
         assert not model.base_model.model.first.merged
 
 
+class TestFiles:
+    @pytest.mark.parametrize("lora_first", [True, False])
+    def test_a_mixture_is_saved_and_loaded_beside_a_lora(self, make_mlp, tmp_path, lora_first):
+        lora = LoraConfig(target_modules=["first", "head"], init_lora_weights=False)
+        model, x = make_mlp(), torch.rand(2, 6)
+        for step in (lora, config()) if lora_first else (config(), lora):
+            name = "mix" if isinstance(step, MoELoraConfig) else "style"
+            inject_adapter_in_model(step, model, name)
+        set_adapter(model, ["mix"])
+        expected = model(x)
+        moe_lora.save_adapter(model, tmp_path, "mix")
+        plain = make_mlp()
+        moe_lora.load_adapter(plain, tmp_path, "mix")
+        close(plain(x), expected)
+        beside = make_mlp()
+        inject_adapter_in_model(lora, beside, "style")
+        moe_lora.load_adapter(beside, tmp_path, "mix")
+        set_adapter(beside, ["mix"])
+        close(beside(x), expected)
+        assert moe_lora.adapted_layers(beside, "mix") == ("first", "second")
+        outside = get_peft_model(beside, config(), "second")
+        outside.load_adapter(tmp_path, "third")
+        set_adapter(beside, ["third"])
+        close(beside(x), expected)
+
+
 class TestContainers:
     @pytest.mark.parametrize(
         "call",

@@ -18,7 +18,7 @@ from moe_lora.export.factors import ExpertTable, LayerExperts
 from moe_lora.files import read_tensors
 from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import routed_module
-from moe_lora.stored import WEIGHTS_NAME, input_width
+from moe_lora.stored import WEIGHTS_NAME, base_path, input_width
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -39,7 +39,7 @@ def adapted_layers(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, Mo
         if isinstance(module, RoutedLayer) and held is not None and adapter_name in held:
             experts = held[adapter_name]
             assert isinstance(experts, MoELoraExperts)
-            yield unwrapped(path), experts
+            yield unwrapped(base_path(base, path)), experts
 
 
 def unwrapped(path: str) -> str:
