@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 
 import diffusers
+import peft.functional
 import pytest
 from compatibility.stage import ORDERS, Stage
 from compatibility.table import CASES
+from peft.tuners.tuners_utils import BaseTuner
 
 
 @pytest.fixture(scope="module", params=ORDERS, ids=lambda order: "-".join(order))
@@ -29,6 +31,14 @@ def test_switches_are_listed_once():
     names = [(case.library, case.switch) for case in CASES]
     assert len(set(names)) == len(names)
     assert all(case.note for case in CASES if case.works != "yes")
+
+
+def test_every_public_switch_of_peft_is_listed():
+    shown = " ".join(case.switch for case in CASES if case.library == "PEFT")
+    no_switch = {"forward", "get_model_config", "inject_adapter"}
+    public = {name for name in vars(BaseTuner) if not name.startswith("_")} - no_switch
+    switches = {name for name in public if callable(getattr(BaseTuner, name))}
+    assert {name for name in {*switches, *peft.functional.__all__} if name not in shown} == set()
 
 
 @pytest.mark.parametrize(
