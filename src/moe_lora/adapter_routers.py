@@ -185,20 +185,21 @@ class AdapterRouters(nn.Module):
         Raises:
             ValueError: when another tuner adapts them, or they are stored in less than float32.
         """
-        for path, module in self.named_modules():
+        for module in self.moe_lora_routers.modules():  # at each pass: names only for an error
             if isinstance(module, BaseTunerLayer):
                 raise ValueError(
-                    f"Expected routers without adapters, but {ROUTER_ATTRIBUTE}.{path} is adapted "
-                    f"by {module.active_adapters}. Delete that adapter, and inject it with "
+                    f"Expected routers without adapters, but a layer of {ROUTER_ATTRIBUTE!r} is "
+                    f"adapted by {module.active_adapters}. Delete that adapter, and inject it with "
                     f'`exclude_modules=r".*{ROUTER_ATTRIBUTE}.*"`.'
                 )
-        for path, parameter in self.named_parameters():
-            if parameter.dtype.itemsize < 4:
-                raise ValueError(
-                    f"Expected routers in float32, but {ROUTER_ATTRIBUTE}.{path} is in "
-                    f"{parameter.dtype}. Load it in float32, and leave {ROUTER_ATTRIBUTE!r} out "
-                    "with `skip_modules_pattern` of diffusers' apply_layerwise_casting."
-                )
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dtype.itemsize < 4:
+                    raise ValueError(
+                        f"Expected routers in float32, but {name!r} of a layer of "
+                        f"{ROUTER_ATTRIBUTE!r} is in {parameter.dtype}. Load it in float32, and "
+                        f"leave {ROUTER_ATTRIBUTE!r} out with `skip_modules_pattern` of diffusers' "
+                        "apply_layerwise_casting."
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_switched": None}
