@@ -34,15 +34,11 @@ class Case:
     show: Callable[[Stage], None]
 
 
-CASES: list[Case] = []
-
-
-def case(library: Literal["diffusers", "PEFT"], switch: str, works: Works = "yes", note: str = ""):
-    def add(show: Callable[[Stage], None]) -> Callable[[Stage], None]:
-        CASES.append(Case(library, switch, works, note, show))
-        return show
-
-    return add
+def case(
+    library: Literal["diffusers", "PEFT"], switch: str, works: Works = "yes", note: str = ""
+) -> Callable[[Callable[[Stage], None]], Case]:
+    """Make a case of the function that shows it."""
+    return lambda show: Case(library, switch, works, note, show)
 
 
 def trainable(model: nn.Module) -> set[str]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from compatibility import diffusers_models, diffusers_pipelines, peft_switches
-from compatibility.case import CASES
+from compatibility.case import Case
 
-__all__ = ["CASES", "diffusers_models", "diffusers_pipelines", "peft_switches"]
+CASES = [
+    value
+    for module in (diffusers_models, diffusers_pipelines, peft_switches)
+    for value in vars(module).values()
+    if isinstance(value, Case)
+]
