@@ -23,7 +23,7 @@ import moe_lora
 from moe_lora import MoELoraConfig
 from moe_lora.families import FAMILIES, candidate_targets, default_targets, family_of
 from moe_lora.layer import MoELoraLinear
-from moe_lora.routed_layer import MoELoraLayer
+from moe_lora.routed_layer import RoutedLayer
 
 cases = pytest.mark.parametrize("case", table.CASES, ids=lambda case: case.name)
 
@@ -104,7 +104,7 @@ def experts_of(model: nn.Module) -> dict[str, Any]:
     return {
         path: module.moe_lora_experts["default"]
         for path, module in model.named_modules()
-        if isinstance(module, MoELoraLayer) and hasattr(module, "moe_lora_experts")
+        if isinstance(module, RoutedLayer) and hasattr(module, "moe_lora_experts")
     }
 
 

@@ -356,7 +356,7 @@ class TestSeveralAdapters:
         assert status.active_adapters == ["default"]
         assert status.requires_grad == {"default": True}
         assert status.peft_types == {"default": "MOE_LORA"}
-        assert len(get_layer_status(model)) == len(adapted_layers(model)) + 1
+        assert len(get_layer_status(model)) == len(adapted_layers(model))
 
 
 class TestCopies:

@@ -2,50 +2,154 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from moe_lora.adapted_model import AdaptedModel
 from moe_lora.config import MoELoraConfig
-from moe_lora.routed_layer import MoELoraLayer, RoutedLayer
+from moe_lora.merging import check_mergeable
+from moe_lora.module_paths import bare_path
+from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.router import Router
 from moe_lora.routing.state import RoutingState
+from moe_lora.state_dicts import find_by_base_name
+
+_KEPT_WHOLE = "_skip_layerwise_casting_patterns"
 
 
-class AdapterRouters(nn.Module, MoELoraLayer):
-    """Hold the routers of a model, one per adapter, as PEFT holds a layer's adapter weights.
+class Switched(NamedTuple):
+    """Remember what the layers of a model were switched to.
 
-    Being a tuner layer, it is saved, loaded, switched, frozen and deleted by PEFT with the experts.
+    Attributes:
+        active: the adapters that are active in any layer.
+        merged: the adapters that are merged into any base weight.
+        acting: the adapters that add to the output of any layer.
+        disabled: whether adapters are disabled in every layer.
+    """
+
+    active: list[str]
+    merged: list[str]
+    acting: list[str]
+    disabled: bool
+
+
+class AdapterRouters(nn.Module):
+    """Hold the routers of a model, one per adapter, and follow the switches of its layers.
+
+    It is no tuner layer, since loops over these ask for what a router cannot have: a base layer, a
+    width, a place in a block. The layers tell it what they were switched to instead.
 
     Args:
         configs: the adapters' configurations by name, shared with the tuner.
+        model: the adapted model.
     """
 
-    adapter_layer_names = ("moe_lora_routers",)
-
-    def __init__(self, configs: dict[str, MoELoraConfig]) -> None:
+    def __init__(self, configs: dict[str, MoELoraConfig], model: AdaptedModel) -> None:
         super().__init__()
         self.moe_lora_routers = nn.ModuleDict()
         self.state = RoutingState(self.moe_lora_routers)
         self.configs = configs
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
+        self.adapted_model = model
+        self._layers_left: dict[str, int] = {}
+        self._switched: Switched | None = None
 
     @property
     def base_layer(self) -> None:
         """Stand for what is left when the adapters are unloaded: nothing.
 
-        diffusers' `unload_lora` puts the base layer in the place of every tuner layer.
+        diffusers' `unload_lora` puts it in the place of everything that has one.
         """
         return None
+
+    def get_base_layer(self) -> None:
+        """Return `base_layer`."""
+        return None
+
+    def unload_and_optionally_merge_module(self, **kwargs: Any) -> nn.Module:
+        """Return what is left when another tuner unloads all layers (PEFT calls this)."""
+        return _NoRouters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x`: an adapted `nn.Sequential` calls this, its last child, like the others."""
         return x
+
+    @property
+    def switched(self) -> Switched:
+        """Return what the layers are switched to."""
+        if self._switched is None:
+            self._switched = self._look()
+        return self._switched
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _look(self) -> Switched:
+        model = self.adapted_model()
+        modules = model.modules() if model is not None else ()
+        layers = [module for module in modules if isinstance(module, RoutedLayer)]
+        # Dictionaries stand for sets in order: it decides in which order routers are asked.
+        active = dict.fromkeys(name for layer in layers for name in layer.active_adapters)
+        merged = dict.fromkeys(name for layer in layers for name in layer.merged_adapters)
+        acting = dict.fromkeys(
+            name
+            for layer in layers
+            if not layer.disable_adapters and not layer.merged
+            for name, _ in layer.experts()
+        )
+        disabled = bool(layers) and all(layer.disable_adapters for layer in layers)
+        return Switched(list(active), list(merged), list(acting), disabled)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Return the adapters that are active in any layer."""
+        return self.switched.active
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Return the adapters that are merged into any base weight."""
+        return self.switched.merged
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Tell whether adapters are disabled in every layer."""
+        return self.switched.disabled
+
+    def look_again(self) -> None:
+        """Read anew which adapters act in the layers before the next forward pass."""
+        self._switched = None
+
+    def train_only(self, adapter_names: Sequence[str], requires_grad: bool) -> None:
+        """Set `requires_grad` of these adapters' routers, and freeze the others."""
+        for name, router in self.moe_lora_routers.items():
+            _train(router, requires_grad and name in adapter_names)
+        self.look_again()
+
+    def set_requires_grad(self, adapter_names: Sequence[str], requires_grad: bool) -> None:
+        """Set `requires_grad` of these adapters' routers."""
+        for name in adapter_names:
+            if name in self.moe_lora_routers:
+                _train(self.moe_lora_routers[name], requires_grad)
+
+    def add_adapter(self, adapter_name: str, layers: Sequence[str]) -> None:
+        """Make room for an adapter, whose layers have these paths."""
+        names = self.configs[adapter_name].experts
+        self.state.add_adapter(adapter_name, names, tuple(layers))
+        self._layers_left[adapter_name] = len(layers)
+        self.look_again()
+
+    def layer_lost(self, adapter_name: str) -> None:
+        """Delete an adapter's router with the last of its layers."""
+        self._layers_left[adapter_name] -= 1
+        if not self._layers_left[adapter_name]:
+            del self._layers_left[adapter_name]
+            self.state.remove_adapter(adapter_name)
+            if adapter_name in self.moe_lora_routers:
+                del self.moe_lora_routers[adapter_name]
+        self.look_again()
 
     def attach(self, adapter_name: str, router: Router) -> None:
         """Make `router` the router of an adapter, and note it in the adapter's configuration."""
@@ -68,36 +172,59 @@ class AdapterRouters(nn.Module, MoELoraLayer):
             top_k=config.top_k,
         )
         router.expert_dropout = config.expert_dropout
-        router.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        _note_frozen(router)
+        _train(router, adapter_name in self.active_adapters and not config.inference_mode)
         config.router = router.registered_name or type(router).__qualname__
         config.router_kwargs = dict(router.init_kwargs)
         self.moe_lora_routers[adapter_name] = router
         self.state.require_routing()
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.state.remove_adapter(adapter_name)
-        super().delete_adapter(adapter_name)
+    def check_untouched(self) -> None:
+        """Raise when something meant for the model's layers was done to those of a router.
 
-    def _all_available_adapter_names(self) -> list[str]:
-        # The next active adapter is chosen from these, and need not have a router.
-        return sorted(self.state.expert_names)
+        Raises:
+            ValueError: when another tuner adapts them, or they are stored in less than float32.
+        """
+        for module in self.moe_lora_routers.modules():  # at each pass: names only for an error
+            if isinstance(module, BaseTunerLayer):
+                raise ValueError(
+                    f"Expected routers without adapters, but a layer of {ROUTER_ATTRIBUTE!r} is "
+                    f"adapted by {module.active_adapters}. Delete that adapter, and inject it with "
+                    f'`exclude_modules=r".*{ROUTER_ATTRIBUTE}.*"`.'
+                )
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dtype.itemsize < 4:
+                    raise ValueError(
+                        f"Expected routers in float32, but {name!r} of a layer of "
+                        f"{ROUTER_ATTRIBUTE!r} is in {parameter.dtype}. Load it in float32, and "
+                        f"leave {ROUTER_ATTRIBUTE!r} out with `skip_modules_pattern` of diffusers' "
+                        "apply_layerwise_casting."
+                    )
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Note which adapters are merged: a router has no base weight to merge into."""
-        names = check_adapters_to_merge(self, adapter_names)
-        self.merged_adapters.extend(name for name in names if name in self.state.expert_names)
-
-    def unmerge(self) -> None:
-        """Forget which adapters were merged."""
-        self.merged_adapters.clear()
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        """Do nothing: there is no base layer."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_switched": None}
 
     def __repr__(self) -> str:
         return "moe_lora." + super().__repr__()
+
+
+class _NoRouters(nn.Module):
+    """Take the routers' place until the next forward pass notices that there are none."""
+
+    base_layer = None
+
+
+def _note_frozen(router: Router) -> None:
+    """Remember which parameters the router's author froze, before any switch does."""
+    if "frozen_parameters" not in vars(router):
+        frozen = [name for name, p in router.named_parameters() if not p.requires_grad]
+        router.frozen_parameters = frozenset(frozen)
+
+
+def _train(router: nn.Module, requires_grad: bool) -> None:
+    assert isinstance(router, Router)
+    for name, parameter in router.named_parameters():
+        parameter.requires_grad_(requires_grad and name not in router.frozen_parameters)
 
 
 def begin_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -112,12 +239,12 @@ def begin_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     state = routers.state
     state.enter(None)
-    if routers.disable_adapters:
-        # The layers take merged adapters out of their base weights now, too.
-        routers.unmerge()
-    elif not (routers.merged and set(routers.active_adapters) <= set(routers.merged_adapters)):
+    if not torch.compiler.is_compiling():
+        routers.check_untouched()
+    acting = routers.switched.acting
+    if acting:
         own = routers.moe_lora_routers  # of a replica: not those of its state
-        state.decide(state.route(model, args, kwargs, routers.active_adapters, own))
+        state.decide(state.route(model, args, kwargs, acting, own))
 
 
 def end_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -138,6 +265,9 @@ def number_layers(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
     Args:
         model: the adapted model.
         adapter_name: whose layers; they are counted in the order of the model's modules.
+
+    Returns:
+        The paths as they are in the base model.
     """
     layers = [
         (path, module)
@@ -146,22 +276,43 @@ def number_layers(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
     ]
     for place, (_, layer) in enumerate(layers):
         layer.places[adapter_name] = torch.tensor([place], device="cpu")
-    return tuple(path for path, _ in layers)
+    return tuple(bare_path(path, model) for path, _ in layers)
 
 
 def place_routers(model: nn.Module, routers: AdapterRouters) -> None:
     """Make routers a submodule of a model, and have them asked before its forward passes."""
-    if model._modules.get(ROUTER_ATTRIBUTE) is routers:
-        return
     remove_routers(model)
     model.add_module(ROUTER_ATTRIBUTE, routers)
     model.register_forward_pre_hook(begin_pass, with_kwargs=True)
     model.register_forward_hook(end_pass, with_kwargs=True, always_call=True)
+    model._register_state_dict_hook(find_by_base_name)
+    if hasattr(model, "fuse_lora"):
+        # What diffusers calls layer by layer would refuse after other layers were changed.
+        vars(model)["fuse_lora"] = partial(_fuse_all_or_none, routers.adapted_model)
+    if hasattr(model, "enable_layerwise_casting"):
+        # What diffusers would store in float8; a router's arithmetic is that of float32.
+        kept: Any = getattr(model, _KEPT_WHOLE, None)
+        setattr(model, _KEPT_WHOLE, (*(kept or ()), ROUTER_ATTRIBUTE))
+
+
+def _fuse_all_or_none(
+    adapted_model: AdaptedModel,
+    lora_scale: float = 1.0,
+    safe_fusing: bool = False,
+    adapter_names: list[str] | None = None,
+) -> None:
+    """Fuse as diffusers' `fuse_lora` does, once every mixture is known to be mergeable."""
+    model: Any = adapted_model()
+    check_mergeable(model, adapter_names, safe_merge=safe_fusing)
+    type(model).fuse_lora(model, lora_scale, safe_fusing, adapter_names)
 
 
 def remove_routers(model: nn.Module) -> None:
     """Take the routers of a model away, and the hooks that ask them."""
     model._modules.pop(ROUTER_ATTRIBUTE, None)
+    vars(model).pop("fuse_lora", None)
+    if ROUTER_ATTRIBUTE in vars(model).get(_KEPT_WHOLE, ()):
+        delattr(model, _KEPT_WHOLE)
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is begin_pass:
             del model._forward_pre_hooks[key]
@@ -171,3 +322,6 @@ def remove_routers(model: nn.Module) -> None:
             del model._forward_hooks[key]
             model._forward_hooks_with_kwargs.pop(key, None)
             model._forward_hooks_always_called.pop(key, None)
+    for key, hook in list(model._state_dict_hooks.items()):
+        if hook is find_by_base_name:
+            del model._state_dict_hooks[key]

@@ -155,8 +155,6 @@ def _held(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, nn.Mo
     The adapter's name is in neither path.
     """
     for path, bare, module in bare_modules(model):
-        if not isinstance(module, BaseTunerLayer):
-            continue
         for attribute in (EXPERTS, ROUTERS):
             by_name = module._modules.get(attribute)
             if isinstance(by_name, nn.ModuleDict) and adapter_name in by_name:

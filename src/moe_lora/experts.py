@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,21 @@ from moe_lora.config import MoELoraConfig
 from moe_lora.mixing import Linear, add_mixture, apply_gate, mixed
 from moe_lora.routing.weights.checkpointing import guarded
 from moe_lora.watching import is_transformed
+
+
+class Factors(NamedTuple):
+    """Remember a mixture of fixed weights, `A (E, r, *in_shape)` and `B (out, E, r)`."""
+
+    A: Tensor
+    B: Tensor
+
+    def to(self, device: torch.device) -> Factors:
+        return Factors(self.A.to(device), self.B.to(device))
+
+    def product(self) -> Tensor:
+        """Return the change of the base weight, `(out, *in_shape)`."""
+        delta: Tensor = self.B.flatten(1) @ self.A.flatten(0, 1).flatten(1)
+        return delta.view(self.B.shape[0], *self.A.shape[2:])
 
 
 class MoELoraExperts(nn.Module):
@@ -84,18 +100,21 @@ class MoELoraExperts(nn.Module):
         mix = mixed(self.lora_A, self.lora_B, weights, self.scaling, chosen, learners)
         return add_mixture(self.dropout(x), mix, base, stamp)
 
-    def delta_weight(self, weights: Tensor | None = None) -> Tensor:
-        """Return the change of the base weight that a mixture of `(E,)` fixed weights amounts to.
+    @torch.no_grad()
+    def factors(self, weights: Tensor | None = None) -> Factors:
+        """Return what a mixture of `(E,)` fixed weights adds to the base weight.
 
         Returns:
-            `(out, *in_shape)`, in float32 (float64 for float64 experts).
+            A copy, in float32 (float64 for float64 experts).
         """
         precise = torch.promote_types(self.lora_A.dtype, torch.float32)
-        A, B = self.lora_A.to(precise), self.lora_B.to(precise)
-        gate = torch.full((B.shape[1],), 1 / B.shape[1]) if weights is None else weights
-        B = B * (gate.to(B) * self.scaling).view(1, -1, 1)
-        delta = B.flatten(1) @ A.flatten(0, 1).flatten(1)
-        return delta.view(B.shape[0], *A.shape[2:])
+        A, B = self.lora_A.to(precise, copy=True), self.lora_B.to(precise)
+        gate = B.new_full((B.shape[1],), 1 / B.shape[1]) if weights is None else weights.to(B)
+        return Factors(A, B * (gate * self.scaling).view(1, -1, 1))
+
+    def delta_weight(self, weights: Tensor | None = None) -> Tensor:
+        """Return the `(out, *in_shape)` change of the base weight under fixed weights."""
+        return self.factors(weights).product()
 
 
 class MoELoraConvExperts(MoELoraExperts):
@@ -104,6 +123,17 @@ class MoELoraConvExperts(MoELoraExperts):
     `lora_A` is `(E, r, in, kh, kw)`, a convolution with the base's stride and padding to `E·r`
     channels; `lora_B` mixes these at every place.
     """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        # `model.to(memory_format=torch.channels_last)` knows weights of four dimensions.
+        def rank_4(tensor: Tensor) -> Tensor:
+            if tensor.ndim != 5:
+                return fn(tensor)
+            applied = fn(tensor.flatten(0, 1))
+            return applied.view(*tensor.shape[:2], *applied.shape[1:])
+
+        super()._apply(rank_4, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(  # type: ignore[override]
         self,

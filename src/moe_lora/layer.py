@@ -99,11 +99,12 @@ class MoELoraConv2d(RoutedLayer):
                 "Leave the layer out with `exclude_modules`."
             )
         self.in_shape = (base.in_channels, *base.kernel_size)
-        self.out_features = base.out_channels
+        self.in_features, self.out_features = base.in_channels, base.out_channels
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        acting = self.acting_experts()  # first: it takes disabled adapters out of the base weight
         result: Tensor = self.base_layer(input, *args, **kwargs)
-        for adapter_name, experts in self.acting_experts():
+        for adapter_name, experts in acting:
             routing = self.context.of_adapter(adapter_name)
             weights, chosen = routing.of_layer(adapter_name, self.places.get(adapter_name))
             if weights is not None:

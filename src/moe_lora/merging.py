@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
-from moe_lora.routed_layer import MoELoraLayer, RoutedLayer
-from moe_lora.routing.control import active_adapters, routing_state
-from moe_lora.routing.state import Override
+from moe_lora.experts import MoELoraExperts
+from moe_lora.routed_layer import RoutedLayer
+from moe_lora.routing.control import routed_module
 
 
 def merge(
@@ -36,23 +36,21 @@ def merge(
     Raises:
         ValueError: when `weights` is `None` and the router chooses weights for every input, since
             no single base weight equals an input-dependent mixture; for weights not of shape
-            (E,); or, with `safe_merge`, for NaN or inf.
+            (E,); when several parts of the model are adapted; or, with `safe_merge`, for NaN or
+            inf.
     """
-    state = routing_state(model)
-    steering: AbstractContextManager[None] = nullcontext()
+    base = routed_module(model)
     if weights is not None:
-        weights = torch.as_tensor(weights, dtype=torch.float32)
+        given = weights if isinstance(weights, Tensor) else torch.tensor(weights, device="cpu")
+        weights = given.float()
         if weights.ndim != 1:
             raise ValueError(
                 f"Expected `weights` to have shape (E,), but got {tuple(weights.shape)}."
             )
-        state.check_num_experts("weights", weights, adapter_names or active_adapters(model))
-        steering = state.steered(override=Override.of(weights))
-    with steering:
-        check_mergeable(model, adapter_names, safe_merge=safe_merge)
-        for layer in _tuner_layers(model):
-            with onload_layer(layer):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    check_mergeable(base, adapter_names, safe_merge=safe_merge, weights=weights)
+    for layer in _layers(base):
+        with onload_layer(layer):
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, weights=weights)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -60,15 +58,22 @@ def unmerge(model: nn.Module) -> None:
 
     Args:
         model: the adapted model, or a wrapper around it.
+
+    Raises:
+        ValueError: when the model has no adapter, or several adapted parts.
     """
-    for layer in _tuner_layers(model):
+    for layer in _layers(routed_module(model)):
         if layer.merged:
             with onload_layer(layer):
                 layer.unmerge()
 
 
 def check_mergeable(
-    model: nn.Module, adapter_names: list[str] | None = None, *, safe_merge: bool = False
+    model: nn.Module,
+    adapter_names: list[str] | None = None,
+    *,
+    safe_merge: bool = False,
+    weights: Tensor | None = None,
 ) -> None:
     """Raise what merging would raise in any layer, before a base weight changes.
 
@@ -76,27 +81,38 @@ def check_mergeable(
         model: the adapted model, or a wrapper around it.
         adapter_names: which adapters; the active ones by default.
         safe_merge: look for NaN and inf, too, which computes every merged weight once more.
+        weights: `(E,)`; `None` takes those that the model's routing fixes.
 
     Raises:
-        ValueError: when an adapter's weights depend on the input; with `safe_merge`, for NaN or
-            inf.
+        ValueError: when an adapter's weights depend on the input, or `weights` are for another
+            number of experts; with `safe_merge`, for NaN or inf.
     """
-    for layer in _tuner_layers(model):
-        if not isinstance(layer, RoutedLayer):
-            continue
+    for layer in _layers(model):
         names = layer.active_adapters if adapter_names is None else adapter_names
         new = [n for n in names if n in layer.moe_lora_experts and n not in layer.merged_adapters]
-        weights = {name: layer.context.fixed_weights(name) for name in new}
+        mixed = {name: _fixed(layer, name, weights) for name in new}
         if not getattr(layer.quantization_backend, "supports_merge", True):
             layer.get_base_weight()  # says why it cannot be merged into
         broken = None
         if safe_merge and new:
             with onload_layer(layer):
-                broken = _first_not_finite(layer, weights)
+                broken = _first_not_finite(layer, mixed)
         if broken is not None:
             raise ValueError(
                 f"Expected finite merged weights, but adapter {broken!r} gives NaN or inf."
             )
+
+
+def _fixed(layer: RoutedLayer, adapter_name: str, weights: Tensor | None) -> Tensor | None:
+    if weights is None:
+        return layer.context.fixed_weights(adapter_name)
+    experts = cast(MoELoraExperts, layer.moe_lora_experts[adapter_name]).lora_A.shape[0]
+    if weights.shape != (experts,):
+        raise ValueError(
+            f"Expected `weights` to have shape (E,) with E={experts} for adapter "
+            f"{adapter_name!r}, but got {tuple(weights.shape)}."
+        )
+    return weights
 
 
 def _first_not_finite(layer: RoutedLayer, weights: dict[str, Tensor | None]) -> str | None:
@@ -109,5 +125,5 @@ def _first_not_finite(layer: RoutedLayer, weights: dict[str, Tensor | None]) -> 
     return None
 
 
-def _tuner_layers(model: nn.Module) -> list[MoELoraLayer]:
-    return [module for module in model.modules() if isinstance(module, MoELoraLayer)]
+def _layers(model: nn.Module) -> list[RoutedLayer]:
+    return [module for module in model.modules() if isinstance(module, RoutedLayer)]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
+from moe_lora.adapted_model import AdaptedModel
 from moe_lora.adapter_routers import (
     AdapterRouters,
     number_layers,
@@ -35,12 +37,13 @@ from moe_lora.families import default_targets, family_of
 from moe_lora.layer import layer_class
 from moe_lora.merging import check_mergeable
 from moe_lora.names import check_adapter_name
-from moe_lora.routed_layer import MoELoraLayer, RoutedLayer
+from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.registry import counts_layers, router_class
 from moe_lora.routing.router import Router
 from moe_lora.stored import PREFIX, bare_names, check_base_width
 from moe_lora.undo import all_or_nothing
+from moe_lora.unloading import unload_beside_others
 
 
 class MoELoraModel(BaseTuner):
@@ -54,7 +57,7 @@ class MoELoraModel(BaseTuner):
     """
 
     prefix: str = "moe_lora_"
-    tuner_layer_cls = MoELoraLayer
+    tuner_layer_cls = RoutedLayer
     target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(
@@ -97,10 +100,15 @@ class MoELoraModel(BaseTuner):
         by_layer = counts_layers(config.router, config.router_kwargs)
         router = None if by_layer else self._build_router(config, model, low_cpu_mem_usage)
         with all_or_nothing(model):
-            routers = model._modules.get(ROUTER_ATTRIBUTE) or AdapterRouters(self.peft_config)
-            assert isinstance(routers, AdapterRouters)
+            # Away for the time being: they are not to be adapted, frozen or matched.
+            held = model._modules.pop(ROUTER_ATTRIBUTE, None)
+            if isinstance(held, AdapterRouters):
+                routers, self._model = held, held.adapted_model
+            else:
+                self._model = AdaptedModel(model)
+                routers = AdapterRouters(self.peft_config, self._model)
+                routers.state.mode = config.routing_mode  # the first adapter decides it
             self._context = routers.state
-            is_new = model._modules.get(ROUTER_ATTRIBUTE) is None
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -111,12 +119,7 @@ class MoELoraModel(BaseTuner):
             place_routers(model, routers)
             routers.configs = self.peft_config
             layers = number_layers(model, adapter_name)
-            routers.state.add_adapter(adapter_name, config.experts, layers)
-            if is_new:
-                # The mode is the model's, so that its first adapter decides it.
-                routers.state.mode = config.routing_mode
-                routers.state.require_routing()
-                routers.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            routers.add_adapter(adapter_name, layers)
             if by_layer:
                 router = self._build_router(config, model, low_cpu_mem_usage, len(layers))
             if router is not None:
@@ -146,15 +149,15 @@ class MoELoraModel(BaseTuner):
                 f"Expected `router_kwargs` to be arguments of {cls.__name__}, but got {kwargs} "
                 f"({error})."
             ) from error
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
         try:
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            with init_empty_weights() if low_cpu_mem_usage else device:
                 router = cls(**kwargs)
         except (TypeError, RuntimeError) as error:
             raise ValueError(
                 f"Expected `router_kwargs` to be values that {cls.__name__} can be built with, but "
                 f"got {kwargs} ({error})."
             ) from error
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if device.type == "meta" or any(p.is_meta for p in router.parameters()):
             return router
         return router.to(device)
@@ -185,6 +188,10 @@ class MoELoraModel(BaseTuner):
             return  # what it wraps is the layer, and has a key of its own
         current_key = unwrapped(current_key)
         r, alpha = peft_config.rank_of(current_key), peft_config.alpha_of(current_key)
+        # Directly around the base layer, inside of other tuners' layers: these then find their own
+        # layers where they expect them, whichever came first.
+        while isinstance(target, BaseTunerLayer) and not isinstance(target, RoutedLayer):
+            parent, target_name, target = target, "base_layer", target.base_layer
         if isinstance(target, RoutedLayer):
             target.update_layer(adapter_name, peft_config, r, alpha)
             return
@@ -196,6 +203,7 @@ class MoELoraModel(BaseTuner):
             r,
             alpha,
             context=self._context,
+            model=self._model,
             stream=family.stream(current_key),
             rows=family.layout(current_key),
         )
@@ -220,6 +228,12 @@ class MoELoraModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             check_mergeable(self.model, adapter_names, safe_merge=safe_merge)
+        if any(config.peft_type != PEFT_TYPE for config in self.peft_config.values()):
+            unload_beside_others(
+                self.model, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
+            )
+            unloaded: nn.Module = self.model
+            return unloaded
         remove_routers(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(
             merge=merge,
@@ -228,6 +242,26 @@ class MoELoraModel(BaseTuner):
             adapter_names=adapter_names,
         )
         return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse what PEFT lets only its own LoRA layers choose; PEFT calls this."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "Expected no `adapter_names`, but got some: one adapter mixes the experts of all "
+                "samples of a batch. Call model.set_adapter and run the samples of each adapter "
+                "by themselves, or weigh experts by sample with moe_lora.route."
+            )
+        yield
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        routers = self.model._modules.get(ROUTER_ATTRIBUTE)
+        if autocast_adapter_dtype and isinstance(routers, AdapterRouters):
+            own = [r for name, r in routers.moe_lora_routers.items() if name == adapter_name]
+            for parameter in (p for router in own for p in router.parameters()):
+                if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+                    parameter.data = parameter.data.float()
 
     # PEFT looks the keys of an adapter up by the paths of its modules. Wrappers, and other tuners'
     # layers, change these; a checkpoint has those of the bare model.
@@ -241,6 +275,7 @@ class MoELoraModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        _check_routers(model)
         keys = state_dict_keys(model, adapter_name)
         missing = [key for key in keys.values() if key not in state_dict]
         if missing and state_dict:  # it is empty in processes that do not save
@@ -281,6 +316,12 @@ class MoELoraModel(BaseTuner):
             if found:
                 return f"{head}{part}.{tail}"
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def _check_routers(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, AdapterRouters):
+            module.check_untouched()
 
 
 def _insert_adapter_name(key: str, adapter_name: str) -> str:

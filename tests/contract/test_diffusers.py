@@ -116,14 +116,19 @@ def test_weights_of_adapters_scale_their_part(make_case, ours):
     x = torch.rand(2, layer.in_features)
     base = layer.base_layer(x)
     parts = {}
+
+    def out():
+        with moe_lora.route(model, torch.tensor([0.5, 0.3, 0.2])):  # a layer by itself
+            return layer(x)
+
     for name in "ab":
         model.set_adapter(name)
-        parts[name] = layer(x) - base
+        parts[name] = out() - base
     model.set_adapters(["a", "b"], weights=[0.25, 3.0])
     expected = base + 0.25 * parts["a"] + 3.0 * parts["b"]
-    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out(), expected, rtol=1e-4, atol=1e-5)
     model.set_adapters(["a", "b"])
-    torch.testing.assert_close(layer(x), base + parts["a"] + parts["b"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out(), base + parts["a"] + parts["b"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("called", [False, True])

@@ -21,7 +21,7 @@ from moe_lora.export.plain import StoredFactors
 from moe_lora.export.sources import CONFIG_NAME, adapted_layers, some, table_of_model
 from moe_lora.files import updating, widened, write_tensors
 from moe_lora.names import check_expert_names
-from moe_lora.routed_layer import MoELoraLayer
+from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import routed_module
 from moe_lora.stored import WEIGHTS_NAME
 
@@ -107,7 +107,7 @@ def load_experts(
             f"Expected experts out of {list(table.names)}, but got "
             f"{some(foreign) if foreign else 'none'}. Choose with `names`."
         )
-    if any(isinstance(m, MoELoraLayer) and m.merged for m in base.modules()):
+    if any(isinstance(m, RoutedLayer) and m.merged for m in base.modules()):
         raise ValueError(
             "Expected experts apart from the base weights, but they are merged. Call "
             "moe_lora.unmerge(model) first."

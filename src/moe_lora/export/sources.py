@@ -17,7 +17,7 @@ from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.experts import MoELoraExperts
 from moe_lora.export.factors import ExpertTable, LayerExperts
 from moe_lora.files import read_tensors, widened
-from moe_lora.routed_layer import MoELoraLayer
+from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import routed_module
 from moe_lora.stored import WEIGHTS_NAME, input_width
 
@@ -35,7 +35,7 @@ def adapted_layers(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, Mo
     """
     for _, bare, module in bare_modules(base):
         held = getattr(module, "moe_lora_experts", None)
-        if isinstance(module, MoELoraLayer) and held is not None and adapter_name in held:
+        if isinstance(module, RoutedLayer) and held is not None and adapter_name in held:
             experts = held[adapter_name]
             assert isinstance(experts, MoELoraExperts)
             yield bare, experts

@@ -37,15 +37,34 @@ def routed_module(model: nn.Module) -> nn.Module:
     """Find the module that an adapter was injected into, inside any wrappers.
 
     Raises:
-        ValueError: when the model has no moe_lora adapter.
+        ValueError: when the model has no moe_lora adapter, or several parts that have one each.
     """
-    for module in model.modules():
-        if ROUTER_ATTRIBUTE in module._modules:
-            return module
+    found = dict(_adapted_parts(model))
+    if len(found) > 1:
+        raise ValueError(
+            f"Expected one adapted model, but {type(model).__name__} has {len(found)}: "
+            f"{sorted(found)}. Call this with each of them."
+        )
+    for module in found.values():
+        return module
     raise ValueError(
         f"Expected a model with a moe_lora adapter, but {type(model).__name__} has none. Inject "
         "one with model.add_adapter(MoELoraConfig(...)) or peft.get_peft_model."
     )
+
+
+def _adapted_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if ROUTER_ATTRIBUTE in module._modules:
+            yield path, module
+            continue
+        waiting += [(f"{path}.{n}".lstrip("."), child) for n, child in module.named_children()]
 
 
 def routing_state(model: nn.Module) -> RoutingState:

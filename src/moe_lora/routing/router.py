@@ -43,6 +43,8 @@ class Router(nn.Module, ABC):
         num_layers: `None`, or the number of adapted layers for which the router decides one by one:
             it then returns logits `(B, num_layers, E)`, in the order of `adapted_layers(model)`.
             Set it in `__init__`, from an argument of this name.
+        frozen_parameters: names of the parameters that did not require gradients when the router
+            was put into a model, and never will.
         expert_dropout: in training, the probability of leaving an expert out of a sample; the
             config's, once the router is in a model.
 
@@ -57,6 +59,7 @@ class Router(nn.Module, ABC):
     needs_mask: ClassVar[bool] = False
     registered_name: ClassVar[str | None] = None
     init_kwargs: dict[str, Any]
+    frozen_parameters: frozenset[str]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Router:
         router = super().__new__(cls)

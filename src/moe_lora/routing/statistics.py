@@ -35,11 +35,12 @@ class RoutingStats:
 
     def reset(self) -> None:
         """Forget everything seen so far."""
-        nothing = torch.full((len(self.expert_names),), math.nan)
-        self._usage = torch.zeros(len(self.expert_names), dtype=torch.int64)
+        # On the CPU, not on a default device: it follows the weights once there are some.
+        nothing = torch.full((len(self.expert_names),), math.nan, device="cpu")
+        self._usage = torch.zeros(len(self.expert_names), dtype=torch.int64, device="cpu")
         self._current, self._mean = nothing, nothing
-        self._entropy = torch.tensor(math.nan)
-        self._samples = torch.tensor(0)
+        self._entropy = torch.tensor(math.nan, device="cpu")
+        self._samples = torch.tensor(0, device="cpu")
         self._seen = 0
         self._warned = False
 
