@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
@@ -49,9 +50,36 @@ class AdaptedModel:
         held = None if model is None else model._modules.get(ROUTER_ATTRIBUTE)
         return cast(AdapterSwitches, held) if hasattr(held, "layer_lost") else None
 
+    def refer_to(self, model: nn.Module) -> None:
+        """Refer to another model from now on."""
+        self._model = weakref.ref(model)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModel:
         copied = memo.get(id(self()))
         return self if copied is None else AdaptedModel(copied)
 
-    def __reduce__(self) -> tuple[type[AdaptedModel], tuple[nn.Module | None]]:
-        return AdaptedModel, (self(),)
+    def __reduce__(self) -> tuple[type[AdaptedModel], tuple[None]]:
+        return AdaptedModel, (None,)  # a pickled block takes no model along; see `Anchor`
+
+
+class Anchor:
+    """Let the layers of a pickled model, which share one `AdaptedModel`, refer to the new one.
+
+    Args:
+        model: what the layers share; the model itself holds the anchor.
+    """
+
+    def __init__(self, model: AdaptedModel) -> None:
+        self.model = model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Anchor:
+        return Anchor(copy.deepcopy(self.model, memo))
+
+    def __reduce__(self) -> tuple[Any, tuple[AdaptedModel, nn.Module | None]]:
+        return _anchored, (self.model, self.model())
+
+
+def _anchored(shared: AdaptedModel, model: nn.Module | None) -> Anchor:
+    if model is not None:
+        shared.refer_to(model)
+    return Anchor(shared)

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moe_lora.adapted_model import AdaptedModel
+from moe_lora.adapted_model import AdaptedModel, Anchor
 from moe_lora.config import MoELoraConfig
 from moe_lora.merging import check_mergeable
 from moe_lora.module_paths import bare_path
@@ -56,6 +56,7 @@ class AdapterRouters(nn.Module):
         self.state = RoutingState(self.moe_lora_routers)
         self.configs = configs
         self.adapted_model = model
+        self._anchor = Anchor(model)
         self._layers_left: dict[str, int] = {}
         self._switched: Switched | None = None
 
@@ -238,13 +239,14 @@ def begin_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         remove_routers(model)
         return
     state = routers.state
+    before = state.recomputed()
     state.enter(None)
     if not torch.compiler.is_compiling():
         routers.check_untouched()
     acting = routers.switched.acting
     if acting:
         own = routers.moe_lora_routers  # of a replica: not those of its state
-        state.decide(state.route(model, args, kwargs, acting, own))
+        state.decide(state.route(model, args, kwargs, acting, own, before))
 
 
 def end_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -255,7 +257,7 @@ def end_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     routing = routers.state.leave()
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    if routing is not None and not routing.is_plain:
+    if routing is not None:
         routers.state.restore_in_backward(output, routing)
 
 

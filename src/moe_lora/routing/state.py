@@ -18,6 +18,7 @@ from moe_lora.routing.inputs import GivenInputs, RouterInputs
 from moe_lora.routing.model_call import MaskMemory, ModelCall
 from moe_lora.routing.router import Router, RoutingDecision
 from moe_lora.routing.statistics import RoutingStats
+from moe_lora.routing.weights.checkpointing import recomputed
 from moe_lora.routing.weights.context import RoutingContext
 from moe_lora.routing.weights.routing import Dimension, Routing, new_version
 
@@ -168,6 +169,7 @@ class RoutingState(RoutingContext):
         kwargs: Mapping[str, Any],
         adapter_names: Iterable[str],
         routers: nn.ModuleDict,
+        before: Routing | None = None,
     ) -> Routing:
         """Decide the routing of `model(*args, **kwargs)`.
 
@@ -177,9 +179,12 @@ class RoutingState(RoutingContext):
             kwargs: its keyword arguments.
             adapter_names: the adapters that act.
             routers: the routers of the model, or of the replica, by adapter name.
+            before: the routing of the pass that is computed again, if one is.
         """
         steering, mine = self.steering, self.in_thread
-        mine.has_run, mine.decisions = True, {}
+        mine.has_run = True
+        if before is None:  # a checkpointed pass that is computed again decides nothing new
+            mine.decisions = {}
         if getattr(model, "_is_replica", False) and self._open and steering is _NO_STEERING:
             raise RuntimeError(
                 "Expected moe_lora.route, teach_experts and knocked_out outside of DataParallel, "
@@ -194,27 +199,27 @@ class RoutingState(RoutingContext):
             routing = Routing(dict.fromkeys(names))
         else:
             given = steering.given or self.given
-            routing = self._ask(asked, given, model, args, kwargs, routers)
-        return self._steered(routing, steering, names)
+            routing = self._ask(asked, given, (model, args, kwargs), routers, noted=before is None)
+        routing = self._steered(routing, steering, names)
+        return routing if before is None else recomputed(routing, before)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _ask(
         self,
         names: list[str],
         given: GivenInputs,
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        called: tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]],
         routers: nn.ModuleDict,
+        *,
+        noted: bool,
     ) -> Routing:
         """Ask the routers, and put their weights where the layers look for them."""
-        call = ModelCall.read(model, args, kwargs)
+        call = ModelCall.read(*called)
         inputs = call.router_inputs(given, self.mask_memory.analyze)
         weights: dict[str, Tensor | None] = {}
         dimension: dict[str, Dimension] = {}
         decisions = {name: _decide(routers[name], inputs) for name in names}
         for name, decision in decisions.items():
-            self.stats[name].update(decision.weights.detach())
             router = routers[name]
             assert isinstance(router, Router)
             used = router.weights_to_use(decision, given.task_hint)
@@ -224,10 +229,12 @@ class RoutingState(RoutingContext):
                 used, grid = call.place_tokens(used)
                 dimension.update({} if grid is None else {name: grid})
             weights[name] = used
-        self.in_thread.decisions = decisions
-        return Routing.of(
-            weights, {name: _kept_experts(routers[name]) for name in names}, dimension
-        )
+            if noted:
+                self.stats[name].update(decision.weights.detach())
+        if noted:
+            self.in_thread.decisions = decisions
+        kept = {name: _kept_experts(routers[name]) for name in names}
+        return Routing.of(weights, kept, dimension)
 
     def _overridden(
         self,
@@ -368,9 +375,18 @@ class RoutingState(RoutingContext):
         return weights
 
     def check_num_experts(self, what: str, tensor: Tensor, adapter_names: Iterable[str]) -> None:
-        """Raise unless a tensor's last dimension is the number of experts of some adapters."""
-        experts = sorted({len(self.expert_names[name]) for name in adapter_names})
-        if experts != [tensor.shape[-1]]:
+        """Raise unless a tensor's last dimension is the number of experts of the active adapters.
+
+        Args:
+            what: the tensor's name.
+            tensor: `(..., E)`.
+            adapter_names: the active adapters, those of other tuners too; where none is a mixture,
+                the number must be that of any.
+        """
+        known = self.expert_names
+        active = {name: known[name] for name in adapter_names if name in known}
+        experts = sorted({len(names) for names in (active or known).values()})
+        if tensor.shape[-1] not in experts or (active and len(experts) > 1):
             raise ValueError(
                 f"Expected `{what}` to have the shape (..., E), for the experts of the active "
                 f"adapters E in {experts}, but got {tuple(tensor.shape)}."

@@ -8,13 +8,14 @@ was found, and a checkpointing function that keeps the routing by itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_lora.routing.weights.context import RoutingContext
-from moe_lora.routing.weights.routing import Routing
+from moe_lora.routing.weights.routing import Routing, graph_task
 
 
 class RoutedCheckpoint:
@@ -85,6 +86,33 @@ def check_version(version: Tensor | None, expected: int | None) -> None:
         )
 
 
+def recomputed(routing: Routing, before: Routing) -> Routing:
+    """Return the routing of a pass that begins in the backward pass of another.
+
+    Where the whole model is checkpointed, it is the same pass, computed again.
+
+    Args:
+        routing: what was decided now.
+        before: the routing of the pass whose backward pass runs.
+
+    Returns:
+        The routing, under the version of the earlier one if both are equal.
+
+    Raises:
+        RuntimeError: when a checkpoint computes the pass again under another routing.
+    """
+    if routing.equals(before):
+        return replace(routing, version=before.version)
+    if _in_checkpoint():
+        raise RuntimeError(
+            "A checkpointed call of the routed model was computed again under other routing "
+            "weights, so its gradients would be wrong. Leave modes, router inputs and moe_lora's "
+            "contexts as they were until the backward pass is over, or checkpoint the model's "
+            "blocks instead."
+        )
+    return routing
+
+
 class _Versioned(torch.autograd.Function):
     """Pass a tensor on, in a graph that checks its routing's version on the way back."""
 
@@ -111,7 +139,8 @@ def guarded(x: Tensor, version: Tensor | None) -> Tensor:
 def _in_reentrant_recomputation(routing: Routing) -> bool:
     # Both kinds of checkpoint recompute inside the backward pass; only the non-reentrant kind does
     # so under saved-tensor hooks of its own. A pass that began inside it recomputes nothing.
-    task = torch._C._current_graph_task_id()
-    if task in (-1, routing.graph_task):
-        return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    return graph_task() not in (-1, routing.graph_task) and not _in_checkpoint()
+
+
+def _in_checkpoint() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from moe_lora.routing.weights.routing import Routing
+from moe_lora.routing.weights.routing import Routing, graph_task
 from moe_lora.watching import is_transformed
 
 
@@ -77,10 +77,10 @@ class RoutingContext:
 
     def enter(self, routing: Routing | None) -> None:
         """Begin a pass."""
-        if self._passes.entry.graph_task != -1 and _graph_task() == -1:
+        if self._passes.entry.graph_task != -1 and graph_task() == -1:
             self._passes.entry = _NOTHING  # left by a backward pass that ended in an error
         self._passes.outer.append(self._passes.entry)
-        self._passes.entry = _Entry(routing, _graph_task())
+        self._passes.entry = _Entry(routing, graph_task())
 
     def decide(self, routing: Routing) -> None:
         """Set the routing of the pass that began last."""
@@ -106,10 +106,14 @@ class RoutingContext:
         entry = self._passes.entry
         if torch.compiler.is_compiling():
             return entry.routing
-        task = _graph_task()
+        task = graph_task()
         if entry is not _NOTHING and entry.graph_task == task:
             return entry.routing
         return None if task == -1 else _RECOMPUTED.get((task, id(self._passes)))
+
+    def recomputed(self) -> Routing | None:
+        """Return the routing of the pass whose backward pass runs now, if any."""
+        return None if graph_task() == -1 else self.current()
 
     def of_adapter(self, adapter_name: str) -> Routing:
         """Return the routing that one adapter of a layer is mixed by.
@@ -152,7 +156,7 @@ class RoutingContext:
         """
 
         def restore(grad: Tensor) -> None:
-            task, passes = _graph_task(), self._passes
+            task, passes = graph_task(), self._passes
             if passes.entry.graph_task != task:
                 # The end of a backward pass may be reached in another thread.
                 end = functools.partial(vars(passes).update, entry=passes.entry)
@@ -168,10 +172,6 @@ class RoutingContext:
     def fixed_weights(self, adapter_name: str) -> Tensor | None:
         """Return the `(E,)` weights that an adapter may be merged with; `None` means uniform."""
         return None
-
-
-def _graph_task() -> int:
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -29,7 +29,8 @@ def new_version() -> Tensor | None:
         return torch.tensor(next(_VERSIONS), dtype=torch.int64, device="cpu")
 
 
-def _graph_task() -> int:
+def graph_task() -> int:
+    """Return the number of the backward pass that runs in this thread, -1 outside of any."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
@@ -61,7 +62,7 @@ class Routing:
     dimension: Mapping[str, Dimension] = field(default_factory=dict)
     expert_grad_mask: Tensor | None = None
     version: Tensor | None = field(default_factory=_uniform_version)
-    graph_task: int = field(default_factory=_graph_task)
+    graph_task: int = field(default_factory=graph_task)
 
     @classmethod
     def of(
@@ -93,12 +94,6 @@ class Routing:
         return cls(weights, indices, dimension, version=version)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether every adapter is mixed uniformly and every sample teaches all experts."""
-        given = any(weights is not None for weights in self.weights.values())
-        return not given and self.expert_grad_mask is None
-
-    @property
     def requires_grad(self) -> bool:
         """Whether gradients reach any of the weights."""
         return any(w is not None and w.requires_grad for w in self.weights.values())
@@ -126,6 +121,14 @@ class Routing:
         """Return the grid of an adapter's token weights, where the model may resample it."""
         dimension = self.dimension.get(adapter_name)
         return None if dimension is None or dimension == "layers" else dimension
+
+    def equals(self, other: Routing) -> bool:
+        """Tell whether both have the same weights and masks."""
+        if self.weights.keys() != other.weights.keys():
+            return False
+        pairs = [(weights, other.weights[name]) for name, weights in self.weights.items()]
+        pairs.append((self.expert_grad_mask, other.expert_grad_mask))
+        return all(_equal(*pair) for pair in pairs)
 
     def with_grad_mask(self, expert_grad_mask: Tensor) -> Routing:
         """Return the routing under which every sample teaches only some experts.
@@ -172,6 +175,10 @@ def without_weight(weights: Tensor, expert: int, *, renormalize: bool = False) -
         return kept
     total = kept.sum(-1, keepdim=True)
     return kept / total.where(total != 0, 1.0)
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _at(values: Tensor, layer_index: Tensor) -> Tensor:
