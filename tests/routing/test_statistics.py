@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import threading
 
 import pytest
 import torch
@@ -224,3 +225,21 @@ def test_what_is_transformed_is_not_counted():
     assert stats.usage == [0, 0, 0]
     stats.update(weights[0])
     assert sum(stats.usage) == 2
+
+
+def test_no_update_of_several_threads_is_lost():
+    stats = RoutingStats(["a", "b"])
+    barrier = threading.Barrier(4)
+
+    def count():
+        barrier.wait(timeout=10)
+        for _ in range(200):
+            stats.update(torch.tensor([[0.75, 0.25]]))
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stats.usage == [800, 0]
+    assert stats.mean_weights == pytest.approx([0.75, 0.25])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moe_lora.watching import is_transformed
+
+_UPDATING = threading.Lock()  # passes of several threads are counted by one model
 
 
 class RoutingStats:
@@ -72,12 +75,13 @@ class RoutingStats:
         rows, count = rows.where(finite, 0.0), finite.sum()
         largest = rows.argmax(-1, keepdim=True) == torch.arange(experts, device=device)
         entropies = torch.special.entr(rows).sum(-1) / math.log(max(experts, 2))
-        self._seen += rows.shape[0]
-        self._usage = self._usage.to(device) + (largest & finite).sum(0)
-        self._current = rows.sum(0) / count
-        self._samples = self._samples.to(device) + count
-        self._mean = self._mean_with(self._mean.to(device), rows.sum(0), count)
-        self._entropy = self._mean_with(self._entropy.to(device), entropies.sum(), count)
+        with _UPDATING:
+            self._seen += rows.shape[0]
+            self._usage = self._usage.to(device) + (largest & finite).sum(0)
+            self._current = rows.sum(0) / count
+            self._samples = self._samples.to(device) + count
+            self._mean = self._mean_with(self._mean.to(device), rows.sum(0), count)
+            self._entropy = self._mean_with(self._entropy.to(device), entropies.sum(), count)
 
     def _mean_with(self, mean: Tensor, total: Tensor, count: Tensor) -> Tensor:
         """Take the sum over `count` more samples into a mean over all finite samples."""
