@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from moe_lora import MoELoraConfig
-from moe_lora.module_paths import bare_modules, bare_path
+from moe_lora.module_paths import bare_modules, bare_path, bare_paths
 
 
 class OwnNames(nn.Module):
@@ -47,16 +47,17 @@ def test_every_module_and_parameter_of_the_bare_model_keeps_its_path(make_mlp, w
     model[0].second = wrap(model[0].second)
     model[0].first = wrap(model[0].first)
     model[0], model[1] = wrap(model[0]), wrap(model[1])
-    found = [path for path, _ in bare_modules(model) if "router" not in path]
-    assert sorted(found) == sorted(paths)
+    found = {path for path in bare_paths(model) if "router" not in path}
+    assert found == paths
     ours = [bare_path(n, model) for n, _ in model.named_parameters() if "lora" not in n]
     assert sorted(n for n in ours if "hada" not in n) == sorted(weights)
 
 
-def test_a_layer_comes_in_its_outermost_form(make_mlp):
+def test_a_layer_comes_in_all_its_forms_from_the_outermost_on(make_mlp):
     model = adapted(make_mlp())
-    outer = dict(bare_modules(model))["first"]
-    assert outer is model.first
+    forms = [module for _, bare, module in bare_modules(model) if bare == "first"]
+    inside = model.first.base_layer
+    assert forms == [model.first, inside, inside.base_layer, model.first.get_base_layer()]
     inner = [p for p, m in model.named_modules() if "MoELoraLinear" in type(m).__name__]
     assert [bare_path(p, model) for p in inner] == ["first"]
 
@@ -66,14 +67,14 @@ def test_whole_modules_trained_beside_others(make_mlp):
         make_mlp(), LoraConfig(target_modules=["first"], modules_to_save=["second"])
     ).base_model.model
     assert bare_path("second.original_module.weight", model) == "second.weight"
-    assert [p for p, _ in bare_modules(model)] == ["", "first", "second", "head"]
+    assert bare_paths(model) == {"", "first", "second", "head"}
 
 
 def test_distributed(make_mlp, one_process):
     model = make_mlp()
     model.first = DistributedDataParallel(model.first)
     assert bare_path("first.module.weight", model) == "first.weight"
-    assert [p for p, _ in bare_modules(model)] == ["", "first", "second", "head"]
+    assert bare_paths(model) == {"", "first", "second", "head"}
 
 
 def test_a_state_dicts_keys_without_adapter_names(make_mlp):
@@ -86,4 +87,25 @@ def test_a_state_dicts_keys_without_adapter_names(make_mlp):
 
 def test_a_shared_module_comes_once(make_mlp):
     layer = nn.Linear(2, 2)
-    assert [p for p, _ in bare_modules(nn.Sequential(layer, layer))] == ["", "0"]
+    assert bare_paths(nn.Sequential(layer, layer)) == {"", "0"}
+
+
+def test_steps_that_a_state_dict_does_not_show():
+    model = nn.Sequential(checkpoint_wrapper(nn.DataParallel(nn.Linear(1, 1))))
+    (key, *_) = model.state_dict()
+    assert key == "0.module.weight"
+    assert bare_path(key, model) == "0.weight"
+
+
+@pytest.mark.parametrize(
+    ("path", "bare"),
+    [
+        ("a._orig_mod.b", "a.b"),
+        ("a.base_layer", "a"),
+        ("module.base_layer", "module"),
+        ("module.a", "module.a"),
+        ("module.b", "module.b"),
+    ],
+)
+def test_paths_in_a_file_are_compared_with_those_of_a_model(path, bare):
+    assert bare_path(path, known={"a", "a.b", "module", "module.a"}) == bare

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from moe_lora.adapter_tensors import (
     EXPERTS,
     adapter_tensors,
-    bare_modules,
     check_finite,
     check_in_memory,
-    inner_module,
     is_offloaded_to_disk,
 )
 from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.files import read_tensors, updating, widened, write_tensors
+from moe_lora.module_paths import bare_paths, inner_module
 from moe_lora.names import check_adapter_name
 from moe_lora.routing.control import ROUTER_ATTRIBUTE, adapted_layers, routed_module
-from moe_lora.stored import CONFIG_KEY, PREFIX, StoredWeights, bare_names, read_header
+from moe_lora.state_dict_names import PREFIX, bare_names
+from moe_lora.stored import CONFIG_KEY, StoredWeights, read_header
 from moe_lora.stored import WEIGHTS_NAME as SAFE_WEIGHTS_NAME
 from moe_lora.undo import all_or_nothing
 
@@ -148,14 +148,14 @@ def load_adapter(
 def _fill(base: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
     places = adapter_tensors(base, adapter_name)
     check_in_memory(base, places)
-    names = bare_names(tensors, {bare for _, bare, _ in bare_modules(base)})
+    names = bare_names(tensors, bare_paths(base))
     for name, tensor in tensors.items():
         places[names[name]].copy_(tensor)
 
 
 def _check_complete(base: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
     """Check that the experts are those of the layers that the adapter was injected into."""
-    known = {bare for _, bare, _ in bare_modules(base)}
+    known = bare_paths(base)
     factors = [
         f"{layer}.{EXPERTS}.{factor}"
         for layer in adapted_layers(base, adapter_name)
@@ -178,7 +178,9 @@ def _host(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, PeftModel) or module._modules.get(ROUTER_ATTRIBUTE) is not None:
             return module
-    return inner_module(model)
+    while (inside := inner_module(model)) is not None:
+        model = inside
+    return model
 
 
 def _config_to_save(config: MoELoraConfig, base: nn.Module) -> MoELoraConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +11,13 @@ from torch import Tensor, nn
 
 from moe_lora.adapted_model import AdaptedModel, Anchor
 from moe_lora.config import MoELoraConfig
-from moe_lora.merging import check_mergeable
+from moe_lora.guards import guard, remove_guards
 from moe_lora.module_paths import bare_path
 from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.router import Router
 from moe_lora.routing.state import RoutingState
-from moe_lora.state_dicts import find_by_base_name
-
-_KEPT_WHOLE = "_skip_layerwise_casting_patterns"
+from moe_lora.state_dict_names import find_by_base_name
 
 
 class Switched(NamedTuple):
@@ -288,33 +285,13 @@ def place_routers(model: nn.Module, routers: AdapterRouters) -> None:
     model.register_forward_pre_hook(begin_pass, with_kwargs=True)
     model.register_forward_hook(end_pass, with_kwargs=True, always_call=True)
     model._register_state_dict_hook(find_by_base_name)
-    if hasattr(model, "fuse_lora"):
-        # What diffusers calls layer by layer would refuse after other layers were changed.
-        vars(model)["fuse_lora"] = partial(_fuse_all_or_none, routers.adapted_model)
-    if hasattr(model, "enable_layerwise_casting"):
-        # What diffusers would store in float8; a router's arithmetic is that of float32.
-        kept: Any = getattr(model, _KEPT_WHOLE, None)
-        setattr(model, _KEPT_WHOLE, (*(kept or ()), ROUTER_ATTRIBUTE))
-
-
-def _fuse_all_or_none(
-    adapted_model: AdaptedModel,
-    lora_scale: float = 1.0,
-    safe_fusing: bool = False,
-    adapter_names: list[str] | None = None,
-) -> None:
-    """Fuse as diffusers' `fuse_lora` does, once every mixture is known to be mergeable."""
-    model: Any = adapted_model()
-    check_mergeable(model, adapter_names, safe_merge=safe_fusing)
-    type(model).fuse_lora(model, lora_scale, safe_fusing, adapter_names)
+    guard(model, routers.adapted_model)
 
 
 def remove_routers(model: nn.Module) -> None:
     """Take the routers of a model away, and the hooks that ask them."""
     model._modules.pop(ROUTER_ATTRIBUTE, None)
-    vars(model).pop("fuse_lora", None)
-    if ROUTER_ATTRIBUTE in vars(model).get(_KEPT_WHOLE, ()):
-        delattr(model, _KEPT_WHOLE)
+    remove_guards(model)
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is begin_pass:
             del model._forward_pre_hooks[key]

@@ -1,4 +1,4 @@
-"""The tensors of an adapter under the keys of a checkpoint, whatever wraps the model's modules."""
+"""The tensors of an adapter by their keys in a checkpoint, and whether they hold their values."""
 
 from __future__ import annotations
 
@@ -6,57 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from moe_lora.module_paths import bare_modules, bare_path, joined
+
 EXPERTS, ROUTERS = "moe_lora_experts", "moe_lora_routers"
-
-# What torch.compile, FSDP and activation checkpointing call the module that they wrap. The state
-# dicts of the latter two are without these names.
-_COMPILED = "_orig_mod"
-_HIDDEN = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
-
-def unwrapped(path: str) -> str:
-    """Return a module's path without what wrappers put into it.
-
-    Example:
-        >>> unwrapped("blocks.0._orig_mod.to_q")
-        'blocks.0.to_q'
-    """
-    return _without(path, (_COMPILED, *_HIDDEN))
-
-
-def inner_module(module: nn.Module) -> nn.Module:
-    """Return what known wrappers around a module wrap, and a module without any as it is."""
-    while (name := _inner_name(module)) is not None and not isinstance(module, BaseTunerLayer):
-        module = module._modules[name]  # type: ignore[assignment]
-    return module
-
-
-def bare_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """Yield path, bare path and module of every module.
-
-    The bare path is that in the model without wrappers and without other tuners' layers, under
-    which checkpoints name a layer.
-
-    Args:
-        model: the model; a wrapper around it is not taken off.
-    """
-    bare: dict[str, str] = {}
-    inner: dict[str, str | None] = {}
-    for path, module in model.named_modules():
-        parent, _, name = path.rpartition(".")
-        if not path:
-            bare[path] = ""
-        elif inner[parent] == name:
-            bare[path] = bare[parent]
-        else:
-            bare[path] = _join(bare[parent], name)
-        inner[path] = _inner_name(module)
-        yield path, bare[path], module
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -71,27 +26,27 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         if isinstance(module, AuxiliaryTrainingWrapper):
             state = module.state_dict(keep_vars=True)
             names = module.adapter_state_dict_load_map(adapter_name)
-            found |= {_join(bare, unwrapped(name)): state[inner] for name, inner in names.items()}
-    for _, bare, module in _held(model, adapter_name):
+            found |= {joined(bare, bare_path(name)): state[inner] for name, inner in names.items()}
+    for _, bare, module in parts_of_adapter(model, adapter_name):
         for name, tensor in module.state_dict(keep_vars=True).items():
-            found[f"{bare}.{unwrapped(name)}"] = tensor
+            found[f"{bare}.{bare_path(name)}"] = tensor
     return found
 
 
-def state_dict_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Map the keys that an adapter has in a checkpoint to those in the model's state dict.
+def parts_of_adapter(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, nn.Module]]:
+    """Yield the experts of every layer, and the router, each with path and bare path.
 
-    What `modules_to_save` names is left out, PEFT finds it by itself.
+    The adapter's name is in neither path.
 
     Args:
         model: the module that the adapter was injected into, or a `PeftModel`.
-        adapter_name: whose keys.
+        adapter_name: whose.
     """
-    return {
-        f"{bare}.{unwrapped(name)}": f"{_without(path, _HIDDEN)}.{adapter_name}.{name}"
-        for path, bare, module in _held(model, adapter_name)
-        for name in module.state_dict()
-    }
+    for path, bare, module in bare_modules(model):
+        for attribute in (EXPERTS, ROUTERS):
+            by_name = module._modules.get(attribute)
+            if isinstance(by_name, nn.ModuleDict) and adapter_name in by_name:
+                yield joined(path, attribute), joined(bare, attribute), by_name[adapter_name]
 
 
 def check_in_memory(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -139,26 +94,9 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def is_checkpoint_wrapper(module: nn.Module) -> bool:
-    """Tell whether a module is torch's wrapper that checkpoints another module's activations."""
-    return "_checkpoint_wrapped_module" in module._modules
-
-
 def is_offloaded_to_disk(model: nn.Module) -> bool:
     """Tell whether diffusers' group offloading keeps any of a model's weights on disk."""
     return next(_offloaded_to_disk(model), None) is not None
-
-
-def _held(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, nn.Module]]:
-    """Yield the experts of every layer, and the router, each with path and bare path.
-
-    The adapter's name is in neither path.
-    """
-    for path, bare, module in bare_modules(model):
-        for attribute in (EXPERTS, ROUTERS):
-            by_name = module._modules.get(attribute)
-            if isinstance(by_name, nn.ModuleDict) and adapter_name in by_name:
-                yield _join(path, attribute), _join(bare, attribute), by_name[adapter_name]
 
 
 def _offloaded_to_disk(model: nn.Module) -> Iterator[Tensor]:
@@ -170,19 +108,3 @@ def _offloaded_to_disk(model: nn.Module) -> Iterator[Tensor]:
             group: Any = getattr(hook, "group", None)
             if getattr(group, "offload_to_disk_path", None) is not None:
                 yield from group.tensor_to_key
-
-
-def _inner_name(module: nn.Module) -> str | None:
-    if isinstance(module, BaseTunerLayer):
-        return "base_layer"
-    if isinstance(module, _PARALLEL):
-        return "module"
-    return next((name for name in (_COMPILED, *_HIDDEN) if name in module._modules), None)
-
-
-def _without(path: str, names: tuple[str, ...]) -> str:
-    return ".".join(part for part in path.split(".") if part not in names)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

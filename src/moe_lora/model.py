@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
-from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
 from moe_lora.adapted_model import AdaptedModel
@@ -21,27 +18,18 @@ from moe_lora.adapter_routers import (
     place_routers,
     remove_routers,
 )
-from moe_lora.adapter_tensors import (
-    EXPERTS,
-    ROUTERS,
-    adapter_tensors,
-    bare_modules,
-    check_in_memory,
-    is_checkpoint_wrapper,
-    is_offloaded_to_disk,
-    state_dict_keys,
-    unwrapped,
-)
 from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.families import default_targets, family_of
 from moe_lora.layer import layer_class
 from moe_lora.merging import check_mergeable
+from moe_lora.module_paths import bare_path, is_checkpoint_wrapper
 from moe_lora.names import check_adapter_name
 from moe_lora.routed_layer import RoutedLayer
+from moe_lora.router_building import build_router
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
-from moe_lora.routing.registry import counts_layers, router_class
-from moe_lora.routing.router import Router
-from moe_lora.stored import PREFIX, bare_names, check_base_width
+from moe_lora.routing.registry import counts_layers
+from moe_lora.state_dict_names import tensors_to_load, tensors_to_save, without_adapter_name
+from moe_lora.stored import check_base_width
 from moe_lora.undo import all_or_nothing
 from moe_lora.unloading import unload_beside_others
 
@@ -98,7 +86,7 @@ class MoELoraModel(BaseTuner):
         if config.stored is not None:
             config.stored.check_base(model, config)
         by_layer = counts_layers(config.router, config.router_kwargs)
-        router = None if by_layer else self._build_router(config, model, low_cpu_mem_usage)
+        router = None if by_layer else build_router(config, model, low_cpu_mem_usage)
         with all_or_nothing(model):
             # Away for the time being: they are not to be adapted, frozen or matched.
             held = model._modules.pop(ROUTER_ATTRIBUTE, None)
@@ -121,46 +109,13 @@ class MoELoraModel(BaseTuner):
             layers = number_layers(model, adapter_name)
             routers.add_adapter(adapter_name, layers)
             if by_layer:
-                router = self._build_router(config, model, low_cpu_mem_usage, len(layers))
+                router = build_router(config, model, low_cpu_mem_usage, len(layers))
             if router is not None:
                 routers.attach(adapter_name, router.train(model.training))
             _widen_experts(model, adapter_name)
             if config.stored is not None:
                 config.stored.check_fit(model, adapter_name)
         config.base_in_channels, config.stored = width, None
-
-    def _build_router(
-        self,
-        config: MoELoraConfig,
-        model: nn.Module,
-        low_cpu_mem_usage: bool,
-        num_layers: int | None = None,
-    ) -> Router | None:
-        if config.router is None:
-            return None
-        cls = router_class(config.router)
-        kwargs = {**cls.default_kwargs(model, config.router_kwargs), **config.router_kwargs}
-        if num_layers is not None:
-            kwargs["num_layers"] = num_layers
-        try:
-            inspect.signature(cls).bind(**kwargs)
-        except TypeError as error:
-            raise TypeError(
-                f"Expected `router_kwargs` to be arguments of {cls.__name__}, but got {kwargs} "
-                f"({error})."
-            ) from error
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        try:
-            with init_empty_weights() if low_cpu_mem_usage else device:
-                router = cls(**kwargs)
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"Expected `router_kwargs` to be values that {cls.__name__} can be built with, but "
-                f"got {kwargs} ({error})."
-            ) from error
-        if device.type == "meta" or any(p.is_meta for p in router.parameters()):
-            return router
-        return router.to(device)
 
     def _prepare_adapter_config(
         self, peft_config: PeftConfig, model_config: dict[str, Any]
@@ -172,7 +127,7 @@ class MoELoraModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         # A layer is the same one inside a compiled or checkpointed block.
-        return BaseTuner._check_target_module_exists(peft_config, unwrapped(key))
+        return BaseTuner._check_target_module_exists(peft_config, bare_path(key))
 
     def _create_and_replace(
         self,
@@ -186,7 +141,7 @@ class MoELoraModel(BaseTuner):
     ) -> None:
         if is_checkpoint_wrapper(target):
             return  # what it wraps is the layer, and has a key of its own
-        current_key = unwrapped(current_key)
+        current_key = bare_path(current_key)
         r, alpha = peft_config.rank_of(current_key), peft_config.alpha_of(current_key)
         # Directly around the base layer, inside of other tuners' layers: these then find their own
         # layers where they expect them, whichever came first.
@@ -263,9 +218,6 @@ class MoELoraModel(BaseTuner):
                 if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
                     parameter.data = parameter.data.float()
 
-    # PEFT looks the keys of an adapter up by the paths of its modules. Wrappers, and other tuners'
-    # layers, change these; a checkpoint has those of the bare model.
-
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -276,21 +228,7 @@ class MoELoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         _check_routers(model)
-        keys = state_dict_keys(model, adapter_name)
-        missing = [key for key in keys.values() if key not in state_dict]
-        if missing and state_dict:  # it is empty in processes that do not save
-            raise ValueError(
-                f"Expected the state dict to have all of adapter {adapter_name!r}, but "
-                f"{len(missing)} of its {len(keys)} keys are not there, such as {missing[0]!r}. "
-                "Give the state dict of the whole model, or save with moe_lora.save_adapter."
-            )
-        if is_offloaded_to_disk(model):
-            check_in_memory(model, adapter_tensors(model, adapter_name))
-        return {
-            _insert_adapter_name(bare, adapter_name): state_dict[key]
-            for bare, key in keys.items()
-            if key in state_dict
-        }
+        return tensors_to_save(model, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -300,36 +238,22 @@ class MoELoraModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        places = {
-            bare.removeprefix(PREFIX): key
-            for bare, key in state_dict_keys(model, adapter_name).items()
-        }
-        known = {bare.removeprefix(PREFIX) for _, bare, _ in bare_modules(model)}
-        names = bare_names(state_dict, known)
-        return {places.get(names[key], key): tensor for key, tensor in state_dict.items()}
+        return tensors_to_load(model, adapter_name, state_dict)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # A router is deeper than PEFT's own layers, which have the name in the last place but one.
-        for part in (EXPERTS, ROUTERS):
-            head, found, tail = key.partition(f"{part}.{adapter_name}.")
-            if found:
-                return f"{head}{part}.{tail}"
-        return str(super()._remove_adapter_name_from_key(key, adapter_name))
+        short = without_adapter_name(key, adapter_name)
+        return (
+            str(super()._remove_adapter_name_from_key(key, adapter_name))
+            if short is None
+            else short
+        )
 
 
 def _check_routers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, AdapterRouters):
             module.check_untouched()
-
-
-def _insert_adapter_name(key: str, adapter_name: str) -> str:
-    for part in (EXPERTS, ROUTERS):
-        head, found, tail = key.partition(f"{part}.")
-        if found:
-            return f"{head}{part}.{adapter_name}.{tail}"
-    raise AssertionError(key)
 
 
 def _widen_experts(model: nn.Module, adapter_name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from moe_lora.adapter_tensors import EXPERTS, ROUTERS, adapter_tensors, bare_modules, unwrapped
+from moe_lora.adapter_tensors import adapter_tensors
+from moe_lora.module_paths import bare_paths
+from moe_lora.state_dict_names import EXPERTS_PART, ROUTERS_PART, bare_names
 
 if TYPE_CHECKING:
     from moe_lora.config import MoELoraConfig
@@ -19,13 +21,8 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 CONFIG_KEY = "moe_lora_config"
 """Where the header of a weights file has the config that the weights were saved with."""
-
-_EXPERTS_PART, _ROUTERS_PART = f".{EXPERTS}.", f"{ROUTERS}."
-# What PEFT, pipelines and wrappers around a whole model put before all keys.
-_PREFIXES = (PREFIX, "module.", "model.", "transformer.", "unet.")
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class StoredWeights:
         Raises:
             ValueError: for a file of another method.
         """
-        if any(_EXPERTS_PART in name for name in self.shapes):
+        if any(EXPERTS_PART in name for name in self.shapes):
             return
         plain = any(".lora_" in name or name.startswith("lora_") for name in self.shapes)
         what = "those of a plain LoRA" if plain else "none of this method's"
@@ -122,9 +119,9 @@ class StoredWeights:
             ValueError: when it lacks some, or the config is that of other experts.
         """
         self.check_kind()
-        known = {bare for _, bare, _ in bare_modules(model)}
+        known = bare_paths(model)
         shapes = self._named_for(known)
-        layers = {name.partition(_EXPERTS_PART)[0] for name in shapes if _EXPERTS_PART in name}
+        layers = {name.partition(EXPERTS_PART)[0] for name in shapes if EXPERTS_PART in name}
         lacking = sorted(layers - known)
         if lacking:
             raise ValueError(
@@ -133,7 +130,7 @@ class StoredWeights:
             )
         # Before memory is taken for experts that the file does not have.
         for name, shape in shapes.items():
-            layer, _, factor = name.partition(_EXPERTS_PART)
+            layer, _, factor = name.partition(EXPERTS_PART)
             wanted = (len(config.experts), config.rank_of(layer))
             if factor == "lora_A" and shape[:2] != wanted:
                 both = f"{name!r} has the shape {shape} where {(*wanted, *shape[2:])} is needed"
@@ -156,7 +153,7 @@ class StoredWeights:
         """
         tensors = adapter_tensors(model, adapter_name)
         expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        found = replace(self, shapes=self._named_for({bare for _, bare, _ in bare_modules(model)}))
+        found = replace(self, shapes=self._named_for(bare_paths(model)))
         problem = found._homeless(expected) or found._misshapen(expected)
         problem = problem or found._missing(expected)
         if problem is not None:
@@ -172,7 +169,7 @@ class StoredWeights:
         if not unknown:
             return None
         some = _some(unknown)
-        if _ROUTERS_PART in unknown[0]:
+        if ROUTERS_PART in unknown[0]:
             return (
                 f"it holds router parameters that the config's router does not have ({some}). Load "
                 "it with the adapter_config.json that was saved with it."
@@ -190,7 +187,7 @@ class StoredWeights:
             both = f"{name!r} has the shape {shape} where {wanted} is needed"
             axes = (0, 1) if name.endswith(".lora_A") else (1, 2)
             same_experts = (
-                _EXPERTS_PART in name
+                EXPERTS_PART in name
                 and len(shape) == len(wanted)
                 and all(shape[axis] == wanted[axis] for axis in axes)
             )
@@ -242,36 +239,6 @@ def check_base_width(config: MoELoraConfig, model: nn.Module) -> int | None:
     return known if width is None else width
 
 
-def bare_names(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
-    """Map the names in a file to those in a model, without what wrappers and pipelines added.
-
-    Args:
-        names: of the tensors in a file.
-        known: the bare paths of the model's modules.
-
-    Example:
-        >>> name = "transformer.block._orig_mod.to_q.moe_lora_experts.lora_A"
-        >>> bare_names([name], {"block", "block.to_q"})[name]
-        'block.to_q.moe_lora_experts.lora_A'
-    """
-    bare = {name: unwrapped(name) for name in names}
-
-    def placed(name: str) -> str:
-        layer, found, rest = name.partition(_EXPERTS_PART)
-        # Of a layer inside another tuner's, if the model has none of this name.
-        return name if not found or layer in known else _without_tuners(layer) + found + rest
-
-    while True:
-        layers = {
-            placed(n).partition(_EXPERTS_PART)[0] for n in bare.values() if _EXPERTS_PART in n
-        }
-        own = [n for n in bare.values() if _EXPERTS_PART in n or _ROUTERS_PART in n]
-        prefix = next((p for p in _PREFIXES if own and all(n.startswith(p) for n in own)), None)
-        if prefix is None or layers <= set(known):
-            return {name: placed(n) for name, n in bare.items()}
-        bare = {name: n.removeprefix(prefix) for name, n in bare.items()}
-
-
 def read_header(path: Path, header: Mapping[str, str], key: str) -> dict[str, Any] | None:
     """Return the JSON object that a safetensors file's metadata has under a key, or `None`.
 
@@ -298,10 +265,6 @@ def read_header(path: Path, header: Mapping[str, str], key: str) -> dict[str, An
             f"{type(entries).__name__}."
         )
     return entries
-
-
-def _without_tuners(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
 def _why_lacking(lacking: list[str], known: Collection[str]) -> str:

@@ -76,11 +76,12 @@ def from_loras(
 
 def _check_bare(model: nn.Module, loras: Mapping[str, Mapping[str, StoredFactors]]) -> None:
     # PEFT goes by the paths that the model has now; a checkpoint holds those of the bare model.
-    here = {path for path, _ in model.named_modules()}
-    hosts = dict(bare_modules(model))
+    forms = reversed(list(bare_modules(model)))
+    outermost = {bare: (path, module) for path, bare, module in forms}
     for path in sorted({path for lora in loras.values() for path in lora}):
-        adapted = isinstance(hosts[path], BaseTunerLayer)
-        if path not in here or (not adapted and inner_module(hosts[path]) is not None):
+        here, layer = outermost[path]
+        wrapped = not isinstance(layer, BaseTunerLayer) and inner_module(layer) is not None
+        if here != path or wrapped:
             raise ValueError(
                 f"Expected {path!r} to be a layer of the bare model, but it is inside a wrapper, "
                 "such as those of torch.compile and activation checkpointing. Wrap or compile it "

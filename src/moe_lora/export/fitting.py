@@ -14,7 +14,7 @@ from moe_lora.export.kohya import flux_norm, flux_paths, split_flux
 from moe_lora.export.plain import PlainFile, StoredFactors, read_plain
 from moe_lora.export.sgm import diffusers_name
 from moe_lora.export.sources import some
-from moe_lora.module_paths import bare_modules, inner_module
+from moe_lora.module_paths import bare_modules
 from moe_lora.stored import input_width
 
 
@@ -82,7 +82,7 @@ def _flat_names(layers: Iterable[str]) -> dict[str, str]:
 
 
 def _check_norms(plain: PlainFile, model: nn.Module) -> None:
-    weights = {path: getattr(module, "weight", None) for path, module in bare_modules(model)}
+    weights = {path: getattr(m, "weight", None) for path, m in _base_layers(model).items()}
     for key, scale in plain.norms.items():
         path = flux_norm(key)
         weight = weights.get(path)
@@ -99,10 +99,7 @@ def _check_norms(plain: PlainFile, model: nn.Module) -> None:
 def _layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the weight's shape of every layer that can have a LoRA."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, module in bare_modules(model):
-        base = module
-        while (inside := inner_module(base)) is not None:
-            base = inside
+    for name, base in _base_layers(model).items():
         if not isinstance(base, nn.Linear | nn.Conv2d):
             continue
         if isinstance(base, nn.Linear):
@@ -111,6 +108,11 @@ def _layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
         else:
             shapes[name] = (base.out_channels, base.in_channels // base.groups, *base.kernel_size)
     return shapes
+
+
+def _base_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the bare model, each in its innermost form."""
+    return {bare: module for _, bare, module in bare_modules(model)}
 
 
 def _fitted(
