@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.routing.state import Override
+from moe_lora.routing.steering import Override
 from moe_lora.watching import is_plain_linear, nothing_watches
 
 E, R = 3, 2

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_lora.adapter_routers import AdapterRouters
 from moe_lora.routing.control import ROUTER_ATTRIBUTE, routed_module, routing_state
-from moe_lora.routing.state import Ablation
+from moe_lora.routing.steering import Ablation
 
 Batch = TypeVar("Batch")
 Evaluate = Callable[[nn.Module, Batch], Mapping[str, float | Tensor]]

@@ -17,8 +17,9 @@ from moe_lora.masks.validation import check_size
 from moe_lora.routing.inputs import GivenInputs
 from moe_lora.routing.model_call.mask_memory import analyze_as_given
 from moe_lora.routing.router import Router, RoutingDecision
-from moe_lora.routing.state import Override, RoutingMode, RoutingState, check_override
+from moe_lora.routing.state import RoutingMode, RoutingState
 from moe_lora.routing.statistics import RoutingStats
+from moe_lora.routing.steering import Override, check_override
 from moe_lora.routing.weights.checkpointing import RoutedCheckpoint
 
 ROUTER_ATTRIBUTE = "moe_router"
