@@ -1,4 +1,4 @@
-"""Routers, what they read and return, and the hand-over of their weights to the layers."""
+"""Routers, their inputs and decisions, and how their weights reach the adapted layers."""
 
 from moe_lora.routing.balance import (
     entropy_floor_loss,
