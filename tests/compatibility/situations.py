@@ -109,17 +109,17 @@ CHECKPOINTING = [
     Situation(
         "Compiled blocks under torch.utils.checkpoint",
         "partly",
-        "Losses on the model's output are right. A loss on inner features alone, after a later "
-        "pass, gets wrong gradients without an error. Use routed_checkpoint for it.",
+        "Losses on the model's output are right. A loss on inner features of an earlier pass, in "
+        "the backward pass of a later one, gets wrong gradients without an error. Use "
+        "routed_checkpoint for it.",
         "stress/test_checkpointing_orders.py::test_the_usual_orders_are_no_error",
     ),
     Situation(
-        "A loss on inner features alone, after a later pass",
-        "partly",
-        "Raises under plain checkpointing of blocks that are not compiled. Right under "
-        "routed_checkpoint.",
+        "A loss on inner features alone, without the model's output",
+        "raises",
+        "Use routed_checkpoint.",
         "stress/test_checkpointing_orders.py::"
-        "test_several_passes_have_the_gradients_that_they_have_without_or_raise",
+        "test_losses_on_inner_features_need_a_routed_checkpoint",
     ),
     Situation(
         "Selective checkpointing",

@@ -324,8 +324,9 @@ def routed_checkpoint(
     """Make an activation-checkpointing function that recomputes with the right routing.
 
     Losses on the model's output need no call of this, whatever checkpoints its blocks. It is for
-    losses on inner features alone, computed backward after a later forward pass. Without it such a
-    loss raises; where the blocks are compiled, it gets a wrong gradient without an error.
+    losses on inner features alone, which raise without it. Compiled blocks are guarded less: an
+    inner feature of one pass, in one backward pass with the output of a later pass, gets a wrong
+    gradient without an error.
 
     Args:
         model: the adapted model, or a wrapper around it.
