@@ -236,7 +236,7 @@ PROCESSES = [
     Situation(
         "DeepSpeed ZeRO stages 2 and 3",
         "partly",
-        "See the guide to several processes.",
+        "See the guide to distributed training.",
         "test_distributed.py::test_deepspeed_trains_like_one_process",
     ),
     Situation(
