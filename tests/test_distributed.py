@@ -25,7 +25,7 @@ SCENARIOS = [
     "ddp-views",
     "ddp-accumulation",
     "ddp-checkpointing",
-    "ddp-two-passes",
+    "ddp-passes-that-differ",
     "ddp-cold-experts",
     "ddp-saving",
     "accelerate",
@@ -111,8 +111,8 @@ def test_two_processes_train_like_one_through_phases_that_ask_no_router(report_o
     assert report["parameter"] < 1e-3  # AdamW turns the noise of tiny gradients into steps
 
 
-def test_a_backward_pass_over_asked_and_unasked_passes_keeps_the_routers_gradient(report_of):
-    report = report_of("ddp-two-passes")
+def test_processes_whose_passes_differ_end_with_the_same_gradients(report_of):
+    report = report_of("ddp-passes-that-differ")
     assert report["gradient"] < 1e-5
     assert report["none_in_one"] == []
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 from torch.optim import Optimizer
@@ -151,6 +151,8 @@ def train(options: TrainOptions) -> Path:
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=None if options.report_to == "none" else options.report_to,
         project_config=ProjectConfiguration(options.output_dir, logging_dir=options.logging_dir),
+        # Uniform phases leave the router's parameters unused.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     folder = prepare_and_run(accelerator, options)
     # The process group must outlive DDP: gloo's, destroyed by DDP's reducer, may wait for itself.

@@ -27,7 +27,8 @@ def knocked_out(
 ) -> Iterator[None]:
     """Leave an expert out inside the context: its weights are 0, whatever decides them.
 
-    Contexts nest: all that are named are left out.
+    Contexts nest: all that are named are left out. It acts in the thread, or asynchronous task,
+    that opened it.
 
     Args:
         model: the adapted model, or a wrapper around it.

@@ -21,7 +21,11 @@ def add_adapter(stage: Stage) -> None:
     stage.check(stage.model(), ALL)
 
 
-@case("diffusers", "model.set_adapter", note="router and experts are frozen and trained together")
+@case(
+    "diffusers",
+    "model.set_adapter",
+    note="Freezes and trains the router together with its experts.",
+)
 def set_adapter(stage: Stage) -> None:
     model = stage.model()
     for names in (["mix"], ["style"], ["turbo", "mix"], ["turbo", "style"]):
@@ -30,7 +34,7 @@ def set_adapter(stage: Stage) -> None:
         assert trainable(model) == ({"mix", "mix router"} if "mix" in names else set())
 
 
-@case("diffusers", "model.set_adapters", note="strengths, of a mixture, too")
+@case("diffusers", "model.set_adapters", note="A strength scales a mixture as it scales a LoRA.")
 def set_adapters(stage: Stage) -> None:
     model = stage.model()
     for strengths in ({"mix": 0.3, "style": -0.5}, {"turbo": 2.0, "mix": 0.0}, ALL):
@@ -77,7 +81,7 @@ def disable_lora(stage: Stage) -> None:
     switched_off_and_on(stage, "disable_lora", "enable_lora")
 
 
-@case("diffusers", "model.delete_adapters", note="the router goes with its experts")
+@case("diffusers", "model.delete_adapters", note="Deletes the router together with its experts.")
 def delete_adapters(stage: Stage) -> None:
     for gone in ALL:
         model = stage.model()
@@ -97,7 +101,7 @@ def delete_adapters(stage: Stage) -> None:
     "diffusers",
     "model.fuse_lora, routed",
     "raises",
-    "no single weight is a mixture that depends on the input: fuse a fixed one",
+    "The weights depend on the input. Fuse in uniform mode, or use moe_lora.merge(model, weights).",
 )
 def fuse_lora_routed(stage: Stage) -> None:
     model = stage.model()
@@ -128,7 +132,7 @@ def fuse_lora_uniform(stage: Stage) -> None:
     stage.check(model, ALL, uniform)
 
 
-@case("diffusers", "model.unload_lora", note="takes the mixture, too")
+@case("diffusers", "model.unload_lora", note="Removes the mixture as well.")
 def unload_lora(stage: Stage) -> None:
     model = stage.model()
     model.unload_lora()
@@ -137,7 +141,9 @@ def unload_lora(stage: Stage) -> None:
     assert not model._forward_pre_hooks
 
 
-@case("diffusers", "model.load_lora_adapter", note="of plain LoRAs, in any order")
+@case(
+    "diffusers", "model.load_lora_adapter", note="Loads plain LoRAs before and after the mixture."
+)
 def load_lora_adapter(stage: Stage) -> None:
     for name in ("turbo", "style"):
         model = stage.model(without=name)
@@ -146,7 +152,9 @@ def load_lora_adapter(stage: Stage) -> None:
         stage.check(model, ALL)
 
 
-@case("diffusers", "model.save_lora_adapter", note="of plain LoRAs; mixtures: save_adapter")
+@case(
+    "diffusers", "model.save_lora_adapter", note="For plain LoRAs. Save mixtures with save_adapter."
+)
 def save_lora_adapter(stage: Stage) -> None:
     model = stage.model()
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +179,7 @@ def attention_kwargs(stage: Stage) -> None:
     assert all(layer.moe_lora_experts["mix"].scaling == before[layer] for layer in before)
 
 
-@case("diffusers", "model.enable_layerwise_casting", note="experts and router stay in float32")
+@case("diffusers", "model.enable_layerwise_casting", note="Experts and router stay in float32.")
 def enable_layerwise_casting(stage: Stage) -> None:
     for dtype, error in ((torch.bfloat16, 0.02), (torch.float8_e4m3fn, 0.2)):
         model = stage.model()
@@ -187,7 +195,7 @@ def enable_layerwise_casting(stage: Stage) -> None:
     "diffusers",
     "apply_layerwise_casting",
     "raises",
-    'a router stays in float32: leave it out with skip_modules_pattern=("moe_router", ...)',
+    'Routers need float32. Leave them out with skip_modules_pattern=("moe_router", ...).',
 )
 def layerwise_casting_function(stage: Stage) -> None:
     model = stage.model()
@@ -200,7 +208,11 @@ def layerwise_casting_function(stage: Stage) -> None:
     assert stage(model).isfinite().all()
 
 
-@case("diffusers", "model.enable_gradient_checkpointing", note="after unload_lora, too")
+@case(
+    "diffusers",
+    "model.enable_gradient_checkpointing",
+    note="Also after unload_lora and a new adapter.",
+)
 def enable_gradient_checkpointing(stage: Stage) -> None:
     model, gradients = stage.model(), []
     model.set_adapter(["mix"])

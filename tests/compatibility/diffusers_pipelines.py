@@ -43,7 +43,9 @@ def load(stage: Stage, pipe: Any, name: str, **kwargs: Any) -> None:
     pipe.load_lora_weights(tensors, adapter_name=name, **kwargs)
 
 
-@case("diffusers", "pipe.save_lora_weights", note="of plain LoRAs; mixtures: save_adapter")
+@case(
+    "diffusers", "pipe.save_lora_weights", note="For plain LoRAs. Save mixtures with save_adapter."
+)
 def save_lora_weights(stage: Stage) -> None:
     pipe = pipeline(stage)
     tensors = peft.get_peft_model_state_dict(pipe.transformer, adapter_name="style")
@@ -55,7 +57,7 @@ def save_lora_weights(stage: Stage) -> None:
     stage.check(pipe.transformer, ALL)
 
 
-@case("diffusers", "pipe.load_lora_weights", note="before and after the mixture")
+@case("diffusers", "pipe.load_lora_weights", note="Loads plain LoRAs before and after the mixture.")
 def load_lora_weights(stage: Stage) -> None:
     pipe = pipeline(stage)
     stage.check(pipe.transformer, ALL)
@@ -75,7 +77,7 @@ def load_without_a_name(stage: Stage) -> None:
     stage.check(pipe.transformer, ALL)
 
 
-@case("diffusers", "pipe.load_lora_weights(hotswap=True)", note="of plain LoRAs")
+@case("diffusers", "pipe.load_lora_weights(hotswap=True)", note="Swaps plain LoRAs.")
 def hotswap(stage: Stage) -> None:
     pipe = pipeline(stage)
     doubled = {f"transformer.{k}": v * 2**0.5 for k, v in stage.state_dict("turbo").items()}
@@ -83,7 +85,7 @@ def hotswap(stage: Stage) -> None:
     stage.check(pipe.transformer, {**ALL, "turbo": 2.0})
 
 
-@case("diffusers", "pipe.enable_lora_hotswap", note="pads plain LoRAs only")
+@case("diffusers", "pipe.enable_lora_hotswap", note="Pads plain LoRAs only.")
 def enable_lora_hotswap(stage: Stage) -> None:
     if stage.order[0] == "mix":
         return hotswap_after_the_mixture(stage)
@@ -120,7 +122,11 @@ def get_adapters(stage: Stage) -> None:
     assert set(pipe.get_list_adapters()["transformer"]) == set(ALL)
 
 
-@case("diffusers", "pipe.set_lora_device", note="moves the experts; a router works where it is")
+@case(
+    "diffusers",
+    "pipe.set_lora_device",
+    note="Moves the experts. The router stays and works where it is.",
+)
 def set_lora_device(stage: Stage) -> None:
     pipe = pipeline(stage)
     pipe.set_lora_device(["turbo", "mix"], "cpu")
@@ -154,7 +160,7 @@ def pipe_fuse_lora(stage: Stage) -> None:
     stage.check(pipe.transformer, {})
 
 
-@case("diffusers", "pipe.unload_lora_weights", note="takes the mixture, too")
+@case("diffusers", "pipe.unload_lora_weights", note="Removes the mixture as well.")
 def unload_lora_weights(stage: Stage) -> None:
     pipe = pipeline(stage)
     pipe.unload_lora_weights()

@@ -28,7 +28,11 @@ def inject_adapter(stage: Stage) -> None:
     stage.check(model, ALL)
 
 
-@case("PEFT", "get_peft_model_state_dict", note="the same keys, whatever is around the layers")
+@case(
+    "PEFT",
+    "get_peft_model_state_dict",
+    note="Keys are those of the bare model, with other adapters around the layers, too.",
+)
 def get_state_dict(stage: Stage) -> None:
     for model in (stage.model(), stage.peft_model()):
         for name in ALL:
@@ -59,7 +63,7 @@ def functional_delete_adapter(stage: Stage) -> None:
     stage.check(model, {"turbo": 1.0, "style": 1.0})
 
 
-@case("PEFT", "set_requires_grad", note="of experts and router")
+@case("PEFT", "set_requires_grad", note="Switches experts and router.")
 def set_requires_grad(stage: Stage) -> None:
     for model, call in (
         (stage.model(), peft.functional.set_requires_grad),
@@ -79,7 +83,11 @@ def cast_adapter_dtype(stage: Stage) -> None:
     assert kept == {torch.float32}
 
 
-@case("PEFT", "PeftModel.set_adapter", note="switches mixtures only, as it does for LoRAs")
+@case(
+    "PEFT",
+    "PeftModel.set_adapter",
+    note="Switches the adapters of its own tuner only, as with LoRAs.",
+)
 def peft_set_adapter(stage: Stage) -> None:
     model = stage.peft_model()
     model.add_adapter("second", config_of("mix", init_lora_weights=True))
@@ -98,7 +106,11 @@ def disable_adapter(stage: Stage) -> None:
     stage.check(model, ALL)
 
 
-@case("PEFT", "tuner.disable_adapter_layers, enable_adapter_layers", note="switches LoRAs, too")
+@case(
+    "PEFT",
+    "tuner.disable_adapter_layers, enable_adapter_layers",
+    note="Switches the LoRAs beside the mixture as well.",
+)
 def disable_adapter_layers(stage: Stage) -> None:
     model = stage.peft_model()
     model.base_model.disable_adapter_layers()
@@ -109,7 +121,7 @@ def disable_adapter_layers(stage: Stage) -> None:
     assert trainable(model) == {"mix", "mix router"}
 
 
-@case("PEFT", "supports_lora_conversion, convert_to_lora", "raises", "use export_lora or to_lora")
+@case("PEFT", "supports_lora_conversion, convert_to_lora", "raises", "Use export_lora.")
 def lora_conversion(stage: Stage) -> None:
     model = stage.peft_model()
     assert not model.supports_lora_conversion()
@@ -135,7 +147,11 @@ def peft_files(stage: Stage) -> None:
     assert trainable(again) == {"default", "default router"}
 
 
-@case("PEFT", "PeftModel.merge_adapter, unmerge_adapter")
+@case(
+    "PEFT",
+    "PeftModel.merge_adapter, unmerge_adapter",
+    note="For fixed mixtures. Raises while the router decides.",
+)
 def merge_adapter(stage: Stage) -> None:
     model = stage.peft_model()
     with pytest.raises(ValueError, match="chooses them for every"):
@@ -149,7 +165,7 @@ def merge_adapter(stage: Stage) -> None:
     stage.check(model, ALL, uniform)
 
 
-@case("PEFT", "PeftModel.unload", note="leaves other tuners' LoRAs")
+@case("PEFT", "PeftModel.unload", note="Leaves the adapters of other tuners.")
 def unload(stage: Stage) -> None:
     model = stage.peft_model().unload()
     stage.check(model, {"turbo": 1.0, "style": 1.0})
@@ -157,7 +173,9 @@ def unload(stage: Stage) -> None:
     assert not any("moe_" in name for name, _ in model.named_modules())
 
 
-@case("PEFT", "PeftModel.merge_and_unload", note="leaves other tuners' LoRAs")
+@case(
+    "PEFT", "PeftModel.merge_and_unload", note="For fixed mixtures. Leaves other tuners' adapters."
+)
 def merge_and_unload(stage: Stage) -> None:
     model = stage.peft_model()
     moe_lora.set_routing_mode(model, "uniform")
@@ -179,7 +197,7 @@ def peft_delete_adapter(stage: Stage) -> None:
     "PEFT",
     "PeftModel.forward(adapter_names=...)",
     "raises",
-    "run the samples of each adapter by themselves, or weigh experts by sample with route",
+    "Call the model once per adapter, or weigh the experts per sample with moe_lora.route.",
 )
 def adapter_names(stage: Stage) -> None:
     model = stage.peft_model()
@@ -200,14 +218,14 @@ def status(stage: Stage) -> None:
     assert get_model_status(stage.peft_model()).available_adapters == sorted(ALL)
 
 
-@case("PEFT", "disable_input_dtype_casting", note="has no effect on a mixture")
+@case("PEFT", "disable_input_dtype_casting", note="Has no effect on a mixture.")
 def input_dtype_casting(stage: Stage) -> None:
     model = stage.model()
     with disable_input_dtype_casting(model):
         stage.check(model, ALL)
 
 
-@case("PEFT", "rescale_adapter_scale", "not for mixtures", "scales plain LoRAs only")
+@case("PEFT", "rescale_adapter_scale", "not for mixtures", "Scales plain LoRAs only.")
 def rescale(stage: Stage) -> None:
     model = stage.model()
     with rescale_adapter_scale(model, 0.5):
@@ -215,7 +233,7 @@ def rescale(stage: Stage) -> None:
     stage.check(model, ALL)
 
 
-@case("PEFT", "hotswap_adapter", "raises", "PEFT swaps plain LoRAs only")
+@case("PEFT", "hotswap_adapter", "raises", "PEFT swaps plain LoRAs only.")
 def peft_hotswap(stage: Stage) -> None:
     model = stage.peft_model()
     with tempfile.TemporaryDirectory() as folder:
@@ -225,7 +243,7 @@ def peft_hotswap(stage: Stage) -> None:
     stage.check(model, ALL)
 
 
-@case("PEFT", "PeftMixedModel", "raises", "adapters of several methods: inject them one by one")
+@case("PEFT", "PeftMixedModel", "raises", "Inject adapters of several methods one by one.")
 def mixed_model(stage: Stage) -> None:
     base = stage.build()
     with pytest.raises(ValueError, match="MOE_LORA"):
@@ -233,7 +251,12 @@ def mixed_model(stage: Stage) -> None:
     stage.check(base, {})
 
 
-@case("PEFT", 'LoraConfig(target_modules="all-linear") beside a router', "raises", "exclude it")
+@case(
+    "PEFT",
+    'LoraConfig(target_modules="all-linear") beside a router',
+    "raises",
+    'Exclude it with exclude_modules=r".*moe_router.*".',
+)
 def all_linear(stage: Stage) -> None:
     model = stage.model()
     config = peft.LoraConfig(r=2, target_modules="all-linear")
@@ -247,7 +270,7 @@ def all_linear(stage: Stage) -> None:
     stage.check(model, ALL)
 
 
-@case("PEFT", "LoraModel.unload", note="takes the mixture, as all that is adapted")
+@case("PEFT", "LoraModel.unload", note="Removes the mixture as well: everything that is adapted.")
 def lora_unload(stage: Stage) -> None:
     model = stage.build()
     for name in ("mix", "turbo"):
@@ -261,7 +284,7 @@ def lora_unload(stage: Stage) -> None:
     assert plain.state_dict().keys() == stage.build().state_dict().keys()
 
 
-@case("PEFT", "get_base_model_state_dict", note="the routers' tensors are in it, too")
+@case("PEFT", "get_base_model_state_dict", note="The tensors of the routers are in it as well.")
 def base_state_dict(stage: Stage) -> None:
     found = peft.get_base_model_state_dict(stage.peft_model())
     ours = {key for key in found if key.startswith("moe_router.")}

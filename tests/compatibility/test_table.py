@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import warnings
+from pathlib import Path
 
 import diffusers
 import peft.functional
 import pytest
+from compatibility.page import PAGE, written_into
+from compatibility.situations import SITUATIONS
 from compatibility.stage import ORDERS, Stage
 from compatibility.table import CASES
 from peft.tuners.tuners_utils import BaseTuner
@@ -61,3 +65,28 @@ def test_every_public_switch_of_diffusers_is_listed(mixin, prefix):
     assert {name for name in public if callable(getattr(mixin, name)) and name not in shown} <= {
         "enable_lora_hotswap" if prefix == "model." else "",
     }
+
+
+TESTS = Path(__file__).parents[1]
+
+
+def test_the_page_holds_what_the_tables_say():
+    page = PAGE.read_text(encoding="utf-8")
+    assert written_into(page) == page, "run `python -m compatibility.page` in tests/"
+
+
+@pytest.mark.parametrize(
+    "test", sorted({s.test for group in SITUATIONS.values() for s in group}), ids=str
+)
+def test_what_a_situation_names_is_a_test(test):
+    file, _, name = test.partition("::")
+    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert name.startswith("test_")
+    assert name in functions
+
+
+def test_situations_that_do_not_simply_work_say_why():
+    situations = [situation for group in SITUATIONS.values() for situation in group]
+    assert len({situation.what for situation in situations}) == len(situations)
+    assert all(situation.note for situation in situations if situation.works != "yes")

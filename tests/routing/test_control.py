@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -163,6 +166,82 @@ def test_router_inputs_are_given_and_forgotten(model):
         moe_lora.set_router_inputs(model, mask=mask, mask_info=moe_lora.masks.analyze(mask))
     with pytest.raises(ValueError, match="`mask` together with `image`"):
         moe_lora.set_router_inputs(model, image=torch.ones(1, 3, 8, 8))
+
+
+def chosen(model):
+    """Call the model, and return the expert that every sample got if it is the same for all."""
+    model(X)
+    (expert,) = moe_lora.current_routing(model).weights.argmax(-1).unique().tolist()
+    return expert
+
+
+def test_router_inputs_act_in_the_context_nest_and_are_restored(model):
+    moe_lora.attach_router(model, ReadsMean())
+    moe_lora.set_router_inputs(model, task_hint="removal_only")
+    with moe_lora.router_inputs(model, task_hint="background_only"):
+        assert chosen(model) == 1
+        with moe_lora.router_inputs(model, task_hint="completion_only"):
+            assert chosen(model) == 2
+        assert chosen(model) == 1
+        with moe_lora.router_inputs(model):  # replaces what is given outside, as a whole
+            model(X)
+            assert moe_lora.current_routing(model).weights.gt(0).all()
+        moe_lora.set_router_inputs(model, task_hint="completion_only")
+        assert chosen(model) == 1
+    assert chosen(model) == 2
+    with pytest.raises(KeyError), moe_lora.router_inputs(model, task_hint="background_only"):
+        raise KeyError
+    assert chosen(model) == 2
+
+
+def test_router_inputs_reach_the_thread_that_opened_the_context_only(model):
+    moe_lora.attach_router(model, ReadsMean())
+    moe_lora.set_router_inputs(model, task_hint="removal_only")
+    both_inside = Barrier(2, timeout=10)
+
+    def request(hint):
+        with moe_lora.router_inputs(model, task_hint=hint):
+            both_inside.wait()
+            found = chosen(model)
+            both_inside.wait()
+        return found, chosen(model)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(request, ("background_only", "completion_only")))
+        with moe_lora.router_inputs(model, task_hint="background_only"):
+            elsewhere = pool.submit(chosen, model).result()
+    assert found == [(1, 0), (2, 0)]
+    assert elsewhere == 0
+
+
+def test_router_inputs_carry_a_mask(model):
+    seen = []
+
+    class Reads(ReadsMean):
+        def logits(self, inputs):
+            seen.append(inputs.mask_info)
+            return super().logits(inputs)
+
+    moe_lora.attach_router(model, Reads())
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    with moe_lora.router_inputs(model, mask=mask):
+        model(X)
+    model(X)
+    assert torch.equal(seen[0].mask[:1], mask)
+    assert seen[1] is None
+
+
+def test_router_inputs_that_cannot_be_used_raise(model):
+    mask = torch.ones(1, 1, 8, 8)
+    for given, message in (
+        ({"task_hint": "sky_focus"}, "removal_focus"),
+        ({"mask": mask, "mask_info": moe_lora.masks.analyze(mask)}, "got both"),
+        ({"image": torch.ones(1, 3, 8, 8)}, "`mask` together with `image`"),
+        ({"timestep_range": (1, 1)}, "timestep_range"),
+    ):
+        with pytest.raises(ValueError, match=message), moe_lora.router_inputs(model, **given):
+            pass
 
 
 def test_statistics_and_current_routing_follow_the_forward_passes(model):

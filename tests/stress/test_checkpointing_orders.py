@@ -14,6 +14,7 @@ import torch._dynamo
 from stress.checkpointed_passes import (
     GUISES,
     KINDS,
+    Call,
     Passes,
     blocks,
     compiled,
@@ -26,7 +27,7 @@ from stress.checkpointed_passes import (
     wrapper,
 )
 from stress.toys import CLEAR, EXPERTS, assert_close, equal_or_clear_error, in_threads
-from torch import Tensor
+from torch import Tensor, nn
 
 import moe_lora
 
@@ -146,6 +147,12 @@ def inner_only(passes: Passes) -> None:
     loss.backward()
 
 
+def inner_with_the_output_of_a_later_pass(passes: Passes) -> None:
+    passes(0)
+    loss = passes.inner[0].square().mean()
+    (loss + passes.loss(1)).backward()
+
+
 def inner_and_outer(passes: Passes) -> None:
     first, second = passes.loss(0), passes.loss(1)
     (first + passes.inner[0].square().mean()).backward()
@@ -237,6 +244,22 @@ def test_several_passes_have_the_gradients_that_they_have_without_or_raise(scena
 def test_the_usual_orders_are_no_error(scenario, guise, kind):
     expected = wanted(scenario, kind)
     assert_close(gradients(scenario, guise, kind), expected)
+
+
+def routed_and_compiled(model: nn.Module) -> Call:
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    return routed(model)
+
+
+@pytest.mark.parametrize("kind", ["router", "given"])
+@pytest.mark.parametrize("scenario", [inner_only, inner_with_the_output_of_a_later_pass])
+def test_losses_on_inner_features_need_a_routed_checkpoint(scenario, kind):
+    expected = wanted(scenario, kind)
+    for guise in (routed, routed_and_compiled):
+        assert_close(gradients(scenario, guise, kind), expected)
+    with pytest.raises(RuntimeError, match="routed_checkpoint"):
+        gradients(scenario, blocks, kind)
 
 
 def test_the_gradients_without_checkpointing_are_those_of_the_reference():

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from stress.toys import (
+    EXPERTS,
     Net,
     Toy,
     assert_close,
@@ -185,6 +186,23 @@ def test_replicas_in_threads_compute_and_learn_what_the_model_does(given):
     assert_close(found, expected)
     got = torch.autograd.grad(found.square().mean(), learned, allow_unused=True)
     assert_close(got, wanted)
+
+
+def test_contexts_around_replicas_raise_in_their_threads():
+    toy, x = Toy(), latents(0, batch=4)
+    name = toy.model.peft_config["default"].expert_names[0]
+    contexts = (
+        moe_lora.route(toy.model, rows(1)[0]),
+        moe_lora.teach_experts(toy.model, torch.eye(EXPERTS)[:2]),
+        moe_lora.knocked_out(toy.model, name),
+        moe_lora.router_inputs(toy.model, timestep_range=(0.0, 1.0)),
+    )
+    for context in contexts:
+        with context, pytest.raises(RuntimeError, match="outside of DataParallel"):
+            in_threads(*(lambda r=r: r(x) for r in replicas(toy.model, 2)))
+    assert_close(
+        in_threads(*(lambda r=r: r(x) for r in replicas(toy.model, 1)))[0], toy.expected(x)
+    )
 
 
 def test_models_that_share_blocks_route_each_by_its_own_call():

@@ -1,4 +1,4 @@
-"""Routers, what they read and return, and the hand-over of their weights to the layers."""
+"""Routers, their inputs and decisions, and how their weights reach the adapted layers."""
 
 from moe_lora.routing.balance import (
     entropy_floor_loss,
@@ -11,6 +11,7 @@ from moe_lora.routing.control import (
     current_routing,
     route,
     routed_checkpoint,
+    router_inputs,
     routing_mode_for,
     routing_stats,
     set_router_inputs,
@@ -47,6 +48,7 @@ __all__ = [
     "register_router",
     "route",
     "routed_checkpoint",
+    "router_inputs",
     "router_names",
     "router_z_loss",
     "routing_mode_for",

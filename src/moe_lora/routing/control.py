@@ -81,11 +81,14 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 @contextmanager
 def route(model: nn.Module, weights: Tensor, *, top_k: int | None = None) -> Iterator[None]:
-    """Use given routing weights for every call of the model inside the context.
+    """Use given routing weights inside the context: in every call of the model, and of its blocks.
+
+    It acts in the thread, or asynchronous task, that opened it.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        weights: `(E,)`, `(B, E)` or `(B, T, E)`; rows should sum to 1. Gradients reach them.
+        weights: `(E,)`, `(B, E)` or `(B, T, E)`; rows should sum to 1. Gradients reach them. With
+            `B` = 1 one row serves all samples.
         top_k: how many weights of a row differ from 0 at most. With `(B, E)` weights the other
             experts are then not computed, and no gradient reaches their weights.
 
@@ -106,7 +109,8 @@ def teach_experts(model: nn.Module, learners: Tensor) -> Iterator[None]:
     """Let every sample's gradient reach the parameters of some experts only.
 
     The mixture computes what it always does, and gradients pass through it to everything else, the
-    router included. The passes of the context remember it: their backward may follow later.
+    router included. The passes of the context remember it: their backward may follow later. It acts
+    in the thread, or asynchronous task, that opened it.
 
     Args:
         model: the adapted model, or a wrapper around it.
@@ -166,15 +170,16 @@ def set_router_inputs(
     grid_size: tuple[int, int] | None = None,
     timestep_range: tuple[float, float] | None = None,
 ) -> None:
-    """Give the router what the model's own inputs do not carry, until the next call of this.
+    """Give the router inputs that the model's own call does not carry, until the next call of this.
 
-    What is left out is forgotten: `set_router_inputs(model)` clears all. Tensors are copied as they
-    are, so that later changes in place have no effect.
+    They hold for all threads; `router_inputs` gives them to one. Arguments that are left out are
+    cleared: `set_router_inputs(model)` clears all. Tensors are copied, so that later changes in
+    place have no effect.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        mask: `(B, 1, H, W)` or `(1, 1, H, W)`, in [0, 1], pixel space; 1 = remove. Copied without
-            its graph.
+        mask: `(B, 1, H, W)` or `(1, 1, H, W)`, in [0, 1], pixel space; 1 = remove. Also one per
+            sample of a batch that guidance repeats. Copied without its graph.
         image: `(B, 3, H, W)`, in [0, 1]; with it the mask's `detail_complexity` is known. Read
             without its graph.
         mask_info: an already analyzed mask, instead of `mask` and `image`. Gradients reach it, so
@@ -204,12 +209,11 @@ def router_inputs(
     grid_size: tuple[int, int] | None = None,
     timestep_range: tuple[float, float] | None = None,
 ) -> Iterator[None]:
-    """Give the router what the model's own inputs do not carry, inside the context.
+    """Give the router inputs that the model's own call does not carry, inside the context.
 
-    Unlike `set_router_inputs`, it reaches the calls of this thread (or asynchronous task) only:
-    requests that share a model do not see each other's masks.
-
-    Args: those of `set_router_inputs`.
+    Unlike `set_router_inputs`, it acts in this thread (or asynchronous task) only, so that requests
+    that share a model do not see each other's masks. It replaces all inputs that were given outside
+    of it, and restores them at its end. The arguments are those of `set_router_inputs`.
 
     Raises:
         ValueError: as `set_router_inputs`.
@@ -321,7 +325,9 @@ def routed_checkpoint(
     """Make an activation-checkpointing function that recomputes with the right routing.
 
     Losses on the model's output need no call of this, whatever checkpoints its blocks. It is for
-    losses on inner features alone, and for blocks that are called outside of the model.
+    losses on inner features alone, which raise without it. Compiled blocks are guarded less: an
+    inner feature of one pass, in one backward pass with the output of a later pass, gets a wrong
+    gradient without an error.
 
     Args:
         model: the adapted model, or a wrapper around it.

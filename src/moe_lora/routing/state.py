@@ -55,7 +55,7 @@ class _InThread(threading.local):
 class RoutingState(RoutingContext):
     """Decide the routing of every forward pass of one model.
 
-    What is set most narrowly wins: weights handed over by `route`, then the mode, then the router.
+    What is set most narrowly wins: weights given by `route`, then the mode, then the router.
 
     Attributes:
         routers: the model's routers by adapter name.
