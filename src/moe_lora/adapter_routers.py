@@ -18,6 +18,7 @@ from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.router import Router
 from moe_lora.routing.state import RoutingState
+from moe_lora.routing.weights.context import number_of_call
 from moe_lora.state_dicts import find_by_base_name
 
 _KEPT_WHOLE = "_skip_layerwise_casting_patterns"
@@ -240,7 +241,7 @@ def begin_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     state = routers.state
     before = state.recomputed()
-    state.enter(None)
+    state.enter(None, number_of_call())
     if not torch.compiler.is_compiling():
         routers.check_untouched()
     acting = routers.switched.acting
@@ -254,7 +255,7 @@ def end_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     routers = model._modules.get(ROUTER_ATTRIBUTE)
     if not isinstance(routers, AdapterRouters):
         return
-    routing = routers.state.leave()
+    routing = routers.state.leave(number_of_call())
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     if routing is not None:
