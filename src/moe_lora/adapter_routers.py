@@ -17,6 +17,7 @@ from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
 from moe_lora.routing.router import Router
 from moe_lora.routing.state import RoutingState
+from moe_lora.routing.weights.context import number_of_call
 from moe_lora.state_dict_names import find_by_base_name
 
 
@@ -237,7 +238,7 @@ def begin_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     state = routers.state
     before = state.recomputed()
-    state.enter(None)
+    state.enter(None, number_of_call())
     if not torch.compiler.is_compiling():
         routers.check_untouched()
     acting = routers.switched.acting
@@ -251,7 +252,7 @@ def end_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     routers = model._modules.get(ROUTER_ATTRIBUTE)
     if not isinstance(routers, AdapterRouters):
         return
-    routing = routers.state.leave()
+    routing = routers.state.leave(number_of_call())
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     if routing is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +17,18 @@ from torch.autograd import Variable
 from moe_lora.routing.weights.routing import Routing, graph_task
 from moe_lora.watching import is_transformed
 
+_NO_CALL, _COMPILED_CALL = -1, 0
+
 
 class _Entry(NamedTuple):
-    """A routing, and the backward pass inside which it holds (-1 outside of any)."""
+    """A routing, and the backward pass inside which it holds (-1 outside of any).
+
+    `call` is the number of the module call that makes the pass; see `number_of_call`.
+    """
 
     routing: Routing | None
     graph_task: int
+    call: int = _NO_CALL
 
 
 _NOTHING = _Entry(None, -1)
@@ -53,11 +59,61 @@ class _Passes(threading.local):
         """Return the passes of a lineage of models."""
         return _PASSES.setdefault(lineage, cls(lineage))
 
+    def pop(self) -> _Entry:
+        """Take the innermost entry off."""
+        popped, self.entry = self.entry, self.outer.pop() if self.outer else _NOTHING
+        return popped
+
+    def mark(self) -> Callable[[], None]:
+        """Return a function that puts this thread back to where it is now, from any thread."""
+        mine, depth, entry = vars(self), len(self.outer), self.entry
+
+        def put_back() -> None:
+            mine["entry"] = entry
+            del mine["outer"][depth:]
+
+        return put_back
+
+    def forget_interrupted(self, call: int = _NO_CALL) -> None:
+        """Drop what was left by errors after which nothing is called.
+
+        These are errors in a backward pass, and those that are no `Exception` in a forward pass.
+
+        Args:
+            call: the number of the call that begins now, which an interrupted one may have had.
+        """
+        if self.entry is _NOTHING and not self.outer:
+            return
+        running, frame = {_NO_CALL, _COMPILED_CALL}, sys._getframe().f_back
+        while frame is not None:
+            running.add(id(frame))
+            frame = frame.f_back
+        if call > 0:
+            running.discard(call)
+        in_backward = graph_task() != -1
+        left = [
+            entry
+            for entry in (*self.outer, self.entry)
+            if entry.call in running and (in_backward or entry.graph_task == -1)
+        ]
+        self.entry = left.pop() if left else _NOTHING
+        self.outer[:] = left
+
     def __reduce__(self) -> tuple[Callable[[str], _Passes], tuple[str]]:
         return _Passes.of, (self.lineage,)
 
 
 _PASSES: WeakValueDictionary[str, _Passes] = WeakValueDictionary()
+
+
+def number_of_call() -> int:
+    """Return what is the same in the hooks of one module call, for a hook of `nn.Module` to ask."""
+    if torch.compiler.is_compiling():
+        return _COMPILED_CALL
+    frame = sys._getframe(2)
+    # Hooks are called by a function inside of `_call_impl`, or by itself after an error.
+    call = frame.f_back if frame.f_code.co_name == "inner" else frame
+    return id(call)  # CPython keeps a frame object, once it is made, until the frame has run
 
 
 class RoutingContext:
@@ -75,31 +131,51 @@ class RoutingContext:
         self.required: set[str] = set()
         self._passes = _Passes.of(uuid4().hex)
 
-    def enter(self, routing: Routing | None) -> None:
-        """Begin a pass."""
-        if self._passes.entry.graph_task != -1 and graph_task() == -1:
-            self._passes.entry = _NOTHING  # left by a backward pass that ended in an error
-        self._passes.outer.append(self._passes.entry)
-        self._passes.entry = _Entry(routing, graph_task())
+    def enter(self, routing: Routing | None, call: int = _NO_CALL) -> None:
+        """Begin a pass, or a part of one that has a routing of its own.
+
+        Args:
+            routing: that of the pass, if it is known already.
+            call: what `number_of_call` says in the hook that begins a pass.
+        """
+        passes = self._passes
+        if not torch.compiler.is_compiling():
+            passes.forget_interrupted(call)
+        passes.outer.append(passes.entry)
+        passes.entry = _Entry(routing, graph_task(), call)
 
     def decide(self, routing: Routing) -> None:
         """Set the routing of the pass that began last."""
-        self._passes.entry = _Entry(routing, self._passes.entry.graph_task)
+        entry = self._passes.entry
+        self._passes.entry = _Entry(routing, entry.graph_task, entry.call)
 
-    def leave(self) -> Routing | None:
-        """End the pass that began last, and return its routing."""
-        passes, routing = self._passes, self._passes.entry.routing
-        passes.entry = passes.outer.pop() if passes.outer else _NOTHING
-        return routing
+    def leave(self, call: int) -> Routing | None:
+        """End a pass, and return its routing; do nothing where the pass never began.
+
+        Args:
+            call: what `number_of_call` says in the hook that ends the pass.
+        """
+        passes = self._passes
+        if passes.entry.call not in (call, _COMPILED_CALL) and call != _COMPILED_CALL:
+            # A hook before ours failed, or a context that was entered in the pass is still open.
+            if all(entry.call != call for entry in passes.outer):
+                return None
+            while passes.entry.call != call:
+                passes.pop()
+        return passes.pop().routing
 
     @contextmanager
     def use(self, routing: Routing | None) -> Iterator[None]:
         """Let a routing hold for the layers that run inside the context."""
         self.enter(routing)
+        passes, entry = self._passes, self._passes.entry
         try:
             yield
         finally:
-            self.leave()
+            if torch.compiler.is_compiling() or passes.entry is entry:
+                passes.pop()
+            elif entry in passes.outer:  # a pass has begun in the context that goes on behind it
+                passes.outer.remove(entry)
 
     def current(self) -> Routing | None:
         """Return the routing of the pass that runs now, or whose blocks are computed again."""
@@ -107,6 +183,9 @@ class RoutingContext:
         if torch.compiler.is_compiling():
             return entry.routing
         task = graph_task()
+        if task == -1 and entry.graph_task != -1:
+            self._passes.forget_interrupted()
+            entry = self._passes.entry
         if entry is not _NOTHING and entry.graph_task == task:
             return entry.routing
         return None if task == -1 else _RECOMPUTED.get((task, id(self._passes)))
@@ -154,19 +233,20 @@ class RoutingContext:
             output: what the model returned.
             routing: the routing of that pass.
         """
+        passes = self._passes  # all that the graph keeps alive besides the routing
 
         def restore(grad: Tensor) -> None:
-            task, passes = graph_task(), self._passes
+            task = graph_task()
             if passes.entry.graph_task != task:
-                # The end of a backward pass may be reached in another thread.
-                end = functools.partial(vars(passes).update, entry=passes.entry)
-                Variable._execution_engine.queue_callback(end)
+                Variable._execution_engine.queue_callback(passes.mark())
+                passes.outer.append(passes.entry)
             # A compiled block looks into its own thread; blocks on other devices run in others.
             passes.entry = _Entry(routing, task)
             _RECOMPUTED[task, id(passes)] = routing
 
         for tensor in () if is_transformed() else _tensors(output):
-            if tensor.requires_grad:
+            # A leaf is no output of the blocks, and would collect the hooks of all passes.
+            if tensor.grad_fn is not None:
                 tensor.register_hook(restore)
 
     def fixed_weights(self, adapter_name: str) -> Tensor | None:
