@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moe_lora.adapted_model import AdaptedModel, Anchor
 from moe_lora.config import MoELoraConfig
-from moe_lora.guards import guard, remove_guards
+from moe_lora.guards import check_untouched, guard, remove_guards
 from moe_lora.module_paths import bare_path
 from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import ROUTER_ATTRIBUTE
+from moe_lora.routing.offloading import refuse_backward_from_disk
 from moe_lora.routing.router import Router
 from moe_lora.routing.state import RoutingState
 from moe_lora.routing.weights.context import number_of_call
@@ -178,28 +178,6 @@ class AdapterRouters(nn.Module):
         self.moe_lora_routers[adapter_name] = router
         self.state.require_routing()
 
-    def check_untouched(self) -> None:
-        """Raise when something meant for the model's layers was done to those of a router.
-
-        Raises:
-            ValueError: when another tuner adapts them, or they are stored in less than float32.
-        """
-        for module in self.moe_lora_routers.modules():  # at each pass: names only for an error
-            if isinstance(module, BaseTunerLayer):
-                raise ValueError(
-                    f"Expected routers without adapters, but a layer of {ROUTER_ATTRIBUTE!r} is "
-                    f"adapted by {module.active_adapters}. Delete that adapter, and inject it with "
-                    f'`exclude_modules=r".*{ROUTER_ATTRIBUTE}.*"`.'
-                )
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.dtype.itemsize < 4:
-                    raise ValueError(
-                        f"Expected routers in float32, but {name!r} of a layer of "
-                        f"{ROUTER_ATTRIBUTE!r} is in {parameter.dtype}. Load it in float32, and "
-                        f"leave {ROUTER_ATTRIBUTE!r} out with `skip_modules_pattern` of diffusers' "
-                        "apply_layerwise_casting."
-                    )
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_switched": None}
 
@@ -240,7 +218,7 @@ def begin_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     before = state.recomputed()
     state.enter(None, number_of_call())
     if not torch.compiler.is_compiling():
-        routers.check_untouched()
+        check_untouched(routers.moe_lora_routers)
     acting = routers.switched.acting
     if acting:
         own = routers.moe_lora_routers  # of a replica: not those of its state
@@ -255,6 +233,7 @@ def end_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     routing = routers.state.leave(number_of_call())
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
+    refuse_backward_from_disk(model, output)
     if routing is not None:
         routers.state.restore_in_backward(output, routing)
 

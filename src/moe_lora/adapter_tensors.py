@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from moe_lora.module_paths import bare_modules, bare_path, joined
+from moe_lora.routing.offloading import offload_groups
 
 EXPERTS, ROUTERS = "moe_lora_experts", "moe_lora_routers"
 
@@ -94,6 +94,22 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def check_not_on_disk(model: nn.Module) -> None:
+    """Check that the weights of a model can be read and changed outside of its forward pass.
+
+    Args:
+        model: the model, with its offloading hooks.
+
+    Raises:
+        ValueError: when diffusers' group offloading keeps any of them on disk.
+    """
+    if is_offloaded_to_disk(model):
+        raise ValueError(
+            f"Expected the weights of {type(model).__name__} in memory, but some of it is "
+            "offloaded to disk. Merge or unmerge first, and call `enable_group_offload` afterwards."
+        )
+
+
 def is_offloaded_to_disk(model: nn.Module) -> bool:
     """Tell whether diffusers' group offloading keeps any of a model's weights on disk."""
     return next(_offloaded_to_disk(model), None) is not None
@@ -102,9 +118,6 @@ def is_offloaded_to_disk(model: nn.Module) -> bool:
 def _offloaded_to_disk(model: nn.Module) -> Iterator[Tensor]:
     # A group's tensors are uninitialized memory while they are not computed with, and on a CPU
     # nothing tells when that is.
-    for module in model.modules():
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        for hook in hooks.values():
-            group: Any = getattr(hook, "group", None)
-            if getattr(group, "offload_to_disk_path", None) is not None:
-                yield from group.tensor_to_key
+    for group in offload_groups(model.modules()):
+        if group.offload_to_disk_path is not None:
+            yield from group.tensor_to_key

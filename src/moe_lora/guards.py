@@ -1,10 +1,11 @@
-"""What an adapted model puts before methods of diffusers that would change it by halves."""
+"""What keeps methods that are meant for a model's layers from changing a mixture by halves."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from moe_lora.adapted_model import AdaptedModel
@@ -35,6 +36,32 @@ def remove_guards(model: nn.Module) -> None:
     vars(model).pop("fuse_lora", None)
     if ROUTER_ATTRIBUTE in vars(model).get(_KEPT_WHOLE, ()):
         delattr(model, _KEPT_WHOLE)
+
+
+def check_untouched(routers: nn.Module) -> None:
+    """Raise when something meant for the model's layers was done to those of a router.
+
+    Args:
+        routers: the routers of a model.
+
+    Raises:
+        ValueError: when another tuner adapts them, or they are stored in less than float32.
+    """
+    for module in routers.modules():  # at each pass: names only for an error
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"Expected routers without adapters, but a layer of {ROUTER_ATTRIBUTE!r} is "
+                f"adapted by {module.active_adapters}. Delete that adapter, and inject it with "
+                f'`exclude_modules=r".*{ROUTER_ATTRIBUTE}.*"`.'
+            )
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dtype.itemsize < 4:
+                raise ValueError(
+                    f"Expected routers in float32, but {name!r} of a layer of "
+                    f"{ROUTER_ATTRIBUTE!r} is in {parameter.dtype}. Load it in float32, and "
+                    f"leave {ROUTER_ATTRIBUTE!r} out with `skip_modules_pattern` of diffusers' "
+                    "apply_layerwise_casting."
+                )
 
 
 def _fuse_all_or_none(

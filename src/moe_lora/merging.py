@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
+from moe_lora.adapter_tensors import check_not_on_disk
 from moe_lora.experts import MoELoraExperts
 from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import routed_module
@@ -60,9 +61,12 @@ def unmerge(model: nn.Module) -> None:
         model: the adapted model, or a wrapper around it.
 
     Raises:
-        ValueError: when the model has no adapter, or several adapted parts.
+        ValueError: when the model has no adapter, or several adapted parts, or when weights are
+            offloaded to disk.
     """
-    for layer in _layers(routed_module(model)):
+    base = routed_module(model)
+    check_not_on_disk(base)
+    for layer in _layers(base):
         if layer.merged:
             with onload_layer(layer):
                 layer.unmerge()
@@ -85,8 +89,9 @@ def check_mergeable(
 
     Raises:
         ValueError: when an adapter's weights depend on the input, or `weights` are for another
-            number of experts; with `safe_merge`, for NaN or inf.
+            number of experts; with `safe_merge`, for NaN or inf; when weights are on disk.
     """
+    check_not_on_disk(model)
     for layer in _layers(model):
         names = layer.active_adapters if adapter_names is None else adapter_names
         new = [n for n in names if n in layer.moe_lora_experts and n not in layer.merged_adapters]

@@ -20,6 +20,7 @@ from moe_lora.adapter_routers import (
 )
 from moe_lora.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.families import default_targets, family_of
+from moe_lora.guards import check_untouched
 from moe_lora.layer import layer_class
 from moe_lora.merging import check_mergeable
 from moe_lora.module_paths import bare_path, is_checkpoint_wrapper
@@ -253,7 +254,7 @@ class MoELoraModel(BaseTuner):
 def _check_routers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, AdapterRouters):
-            module.check_untouched()
+            check_untouched(module.moe_lora_routers)
 
 
 def _widen_experts(model: nn.Module, adapter_name: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moe_lora.routing.gating import task_hints
 from moe_lora.routing.inputs import GivenInputs, RouterInputs
 from moe_lora.routing.model_call import MaskMemory, ModelCall
+from moe_lora.routing.offloading import onloaded
 from moe_lora.routing.router import Router, RoutingDecision
 from moe_lora.routing.statistics import RoutingStats
 from moe_lora.routing.steering import NO_STEERING, Override, Steering
@@ -150,11 +151,11 @@ class RoutingState(RoutingContext):
         noted: bool,
     ) -> Routing:
         """Ask the routers, and put their weights where the layers look for them."""
-        call = ModelCall.read(*called)
+        call, model = ModelCall.read(*called), called[0]
         inputs = call.router_inputs(given, self.mask_memory.analyze)
         weights: dict[str, Tensor | None] = {}
         dimension: dict[str, Dimension] = {}
-        decisions = {name: _decide(routers[name], inputs) for name in names}
+        decisions = {name: _decide(routers[name], inputs, model) for name in names}
         for name, decision in decisions.items():
             router = routers[name]
             assert isinstance(router, Router)
@@ -338,13 +339,15 @@ def _kept_experts(router: nn.Module) -> int | None:
     return 1 if router.strategy == "hard" else router.top_k
 
 
-def _decide(router: nn.Module, inputs: RouterInputs) -> RoutingDecision:
-    # An offloading hook brings a router's weights from the meta device by itself; weights that a
-    # whole-model offload has left elsewhere are used where they are.
-    home = next((p.device for p in router.parameters()), inputs.hidden_states.device)
+def _decide(router: nn.Module, inputs: RouterInputs, model: nn.Module) -> RoutingDecision:
     here = inputs.hidden_states.device
-    if home.type == "meta" or home == here:
-        decision: RoutingDecision = router(inputs)
-        return RoutingDecision(decision.weights.to(here), decision.logits.to(here))
-    decision = router(inputs.to(home))
+    with onloaded(router, model):
+        # Weights that a whole-model offload has left elsewhere are used where they are.
+        home = next((p.device for p in router.parameters()), here)
+        if home.type == "meta" and here.type != "meta":
+            raise ValueError(
+                f"Expected the weights of {type(router).__name__} in memory, but they are on the "
+                "meta device. Load them, or attach another router, before calling the model."
+            )
+        decision: RoutingDecision = router(inputs if home == here else inputs.to(home))
     return RoutingDecision(decision.weights.to(here), decision.logits.to(here))

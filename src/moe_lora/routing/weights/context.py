@@ -244,7 +244,7 @@ class RoutingContext:
             passes.entry = _Entry(routing, task)
             _RECOMPUTED[task, id(passes)] = routing
 
-        for tensor in () if is_transformed() else _tensors(output):
+        for tensor in () if is_transformed() else tensors_in(output):
             # A leaf is no output of the blocks, and would collect the hooks of all passes.
             if tensor.grad_fn is not None:
                 tensor.register_hook(restore)
@@ -254,14 +254,15 @@ class RoutingContext:
         return None
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of what a model returned."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict):
         for value in output.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(output, list | tuple):
         for value in output:
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif hasattr(output, "__dataclass_fields__"):
-        yield from _tensors(vars(output))
+        yield from tensors_in(vars(output))
