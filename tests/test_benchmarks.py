@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,115 @@ def test_every_variant_is_measured_in_every_round() -> None:
     times = module("measuring").interleaved(steps, 4, warmup=1)
     assert {name: len(found) for name, found in times.rounds.items()} == dict.fromkeys("abc", 4)
     assert all(sorted(calls[start : start + 3]) == list("abc") for start in range(0, 15, 3))
+
+
+def test_the_overhead_benchmark_measures_every_way_to_route(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    options = ["--layers", "3", "--block", "2", "--width", "4", "--rounds", "1"]
+    module("overhead").main([*options, "--json", str(file)])
+    figures = json.loads(file.read_text(encoding="utf-8"))
+    kinds, names = (
+        ("inference", "training", "checkpointed"),
+        ("PEFT LoRA", *module("overhead").ROUTINGS),
+    )
+    assert set(figures) == {f"{kind}, {name}" for kind in kinds for name in names}
+    assert all(row["seconds"] > 0 for row in figures.values())
+
+
+def against(folder: Path, *arguments: str) -> dict[str, Any]:
+    file = folder / "compared.json"
+    module("against").main(["--json", str(file), "--processes", "1", *arguments])
+    return {row["variant"]: row for row in json.loads(file.read_text(encoding="utf-8"))}
+
+
+def test_a_checkout_is_compared_with_itself(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--base", str(FOLDER.parent), "--rounds", "3", "--repeat", "0", "--only", "PEFT"]
+    sizes = ["--layers", "2", "--width", "4"]
+    found = against(tmp_path, *options, "overhead.py", *sizes)
+    assert set(found) == {f"1: {k}, PEFT LoRA" for k in ("inference", "training", "checkpointed")}
+    for row in found.values():
+        low, high = row["95 %"]
+        assert 0 < low <= row["ratio"] <= high
+        assert row["rounds"] == 3
+        assert row["base ms"] > 0
+    assert capfd.readouterr().out.count("PEFT LoRA") == 3  # the benchmark's own table is not shown
+
+
+def checkout(folder: Path, seconds: float) -> str:
+    """Make a checkout whose only benchmark takes so long, as its library says."""
+    (folder / "src" / "moe_lora").mkdir(parents=True)
+    (folder / "src" / "moe_lora" / "__init__.py").write_text(f"SECONDS = {seconds}\n")
+    (folder / "benchmarks").mkdir()
+    shutil.copy(FOLDER / "measuring.py", folder / "benchmarks")
+    (folder / "benchmarks" / "busy.py").write_text(
+        """
+import time
+from measuring import interleaved
+from moe_lora import SECONDS
+
+def step():
+    end = time.process_time() + SECONDS
+    while time.process_time() < end:
+        pass
+
+interleaved({"busy": step}, 1)
+interleaved({"busy": step, "other": step}, 1)
+"""
+    )
+    return str(folder)
+
+
+def test_each_checkout_runs_its_own_code(tmp_path: Path) -> None:
+    base, now = checkout(tmp_path / "base", 0.001), checkout(tmp_path / "now", 0.02)
+    options = ["--base", base, "--now", now, "--rounds", "3", "--repeat", "0", "--only", "busy"]
+    found = against(tmp_path, *options, "busy.py")
+    assert list(found) == ["1: busy", "2: busy"]
+    assert all(row["ratio"] > 5 for row in found.values())
+
+
+def test_checkouts_take_turns_in_an_order_that_cancels_drift() -> None:
+    turns: list[str] = []
+
+    class Told:
+        def __init__(self, name: str) -> None:
+            self.name, self.answers = name, iter([["step"], None])
+
+        def read(self) -> Any:
+            return next(self.answers)
+
+        def tell(self, name: str | None) -> None:
+            assert name is None
+
+        def seconds(self, name: str) -> float:
+            turns.append(self.name)
+            return {"base": 2.0, "now": 3.0}[self.name]
+
+    found: dict[str, Any] = {}
+    module("against").compare(Told("base"), Told("now"), "", 4, found)
+    assert turns == ["base", "now", "now", "base"] * 2
+    assert found == {"1: step": [(2.0, 3.0)] * 4}
+
+
+def test_a_median_lies_in_its_interval() -> None:
+    interval = module("against").median_interval
+    assert interval([float(value) for value in range(100, 0, -1)]) == (40.0, 61.0)
+    assert interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+
+
+def test_imports_are_compared_with_those_of_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import_time = module("import_time")
+    monkeypatch.setattr(import_time, "STATEMENTS", dict.fromkeys(import_time.STATEMENTS, "pass"))
+    seen: list[Path | None] = []
+
+    def seconds(statement: str, checkout: Path | None = None) -> float:
+        seen.append(checkout)
+        return 1.0 if checkout == tmp_path else 2.0
+
+    monkeypatch.setattr(import_time, "seconds", seconds)
+    import_time.main(["--rounds", "1", "--base", str(tmp_path)])
+    assert seen.count(tmp_path) == seen.count(FOLDER.parent) == 2
+    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "2.000"

@@ -82,6 +82,18 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(mixed(x), mixed(x))
 
 
+def test_dropout_that_is_switched_on_by_itself_spares_the_base_layer():
+    mixed, x = layer(lora_dropout=0.5).eval(), torch.randn(2, 7, D_IN)
+    experts = mixed.moe_lora_experts["default"]
+    mixed.base_layer.requires_grad_(False)
+    experts.dropout.train()  # as Monte Carlo dropout does
+    torch.manual_seed(0)
+    found = mixed(x)
+    torch.manual_seed(0)
+    added = mixture(experts.dropout(x), experts.lora_A, experts.lora_B, scaling=experts.scaling)
+    torch.testing.assert_close(found, mixed.base_layer(x) + added)
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_base_with_float32_experts(shape, autocast, tolerance):

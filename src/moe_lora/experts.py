@@ -75,7 +75,7 @@ class MoELoraExperts(nn.Module):
     @property
     def drops(self) -> bool:
         """Tell whether dropout acts now."""
-        return self.training and self.dropout.p > 0
+        return self.dropout.training and self.dropout.p > 0
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -137,7 +138,7 @@ class _AddMixture(torch.autograd.Function):
         bias: Tensor | None,
         stamp: Tensor | None,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             A, B = _side_by_side(lora_A, lora_B, chosen, x.dtype)
             hidden = _apart(x, A) @ A.mT
             gated = _apart(apply_gate(hidden.view(*x.shape[:-1], hidden.shape[-1]), gate), A)
@@ -163,7 +164,7 @@ class _AddMixture(torch.autograd.Function):
             return _plain_backward(ctx, grad)
         grads: list[Tensor | None] = [None] * 11
         needs = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             A, B = _side_by_side(lora_A, lora_B, chosen, x.dtype)
             tokens, outer = _apart(x, A), _apart(grad, A)
             shape = (*x.shape[:-1], hidden.shape[-1])
@@ -185,6 +186,13 @@ class _AddMixture(torch.autograd.Function):
                 grads[0] = _accumulated(inner, from_hidden, A, out=inner).view_as(x)
             grads[7] = grad if needs[7] else None
         return tuple(grads)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Compute in the dtypes of the operands."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()  # entering and leaving `torch.autocast` takes microseconds
 
 
 def _plain_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
