@@ -38,7 +38,8 @@ JPEG = Format(
     longest_exif=2**16 - 10,
     settings={"quality": 95, "subsampling": 0},
 )
-TIFF = Format("TIFF", ("RGB", "L", "CMYK", "LAB"), settings={"compression": "tiff_lzw"})
+# Pillow writes all of the EXIF data to TIFF files without compression only.
+TIFF = Format("TIFF", ("RGB", "L", "CMYK", "LAB"))
 BMP = Format("BMP", alpha=False, metadata=False)
 WEBP = Format("WEBP", ("RGB",), longest_side=2**14 - 1, settings={"lossless": True, "exact": True})
 AVIF = Format("AVIF", ("RGB",), settings={"quality": 95, "subsampling": "4:4:4"})
