@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from PIL import Image
 
 import make_data as make_data_module
+import train
 from batches import picture_sizes
 from dataset import RemovalDataset
 from image_io.options import ReadingOptions
 from make_data import make_data
+from options import parse_options
 
 SIZE = (32, 48)
 
@@ -278,3 +281,35 @@ def test_interrupted_data_is_completed(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.undo()
     make_data(tmp_path, train_count=1, test_count=1, size=32)
     assert len(RemovalDataset(tmp_path / "train")) == len(RemovalDataset(tmp_path / "test")) == 1
+
+
+def test_a_run_reads_masks_as_its_options_say(
+    arguments: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ReadingOptions] = []
+
+    class Stopping(RemovalDataset):
+        def __init__(self, *args: Any, reading: ReadingOptions, **kwargs: Any) -> None:
+            seen.append(reading)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "RemovalDataset", Stopping)
+    flags = {"mask_label": 3, "invert_mask": True, "grow_mask": 2, "resize_mask": True}
+    with pytest.raises(KeyboardInterrupt):
+        train.train(parse_options(arguments(**flags, background="black")))
+    assert {name: getattr(seen[0], name) for name in flags} == flags
+    assert (seen[0].background, seen[0].threshold_mask) == ("black", False)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--background", "no color"],
+        ["--grow_mask", "-1"],
+        ["--mask_label", "-2"],
+        ["--mask_label", "1", "--threshold_mask"],
+    ],
+)
+def test_reading_options_that_cannot_be_honored_raise(flags: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"Expected .*`{flags[0][2:]}`"):
+        parse_options(["--train_data_dir", "data", *flags])

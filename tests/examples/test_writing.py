@@ -133,6 +133,23 @@ def test_a_gray_profile_keeps_a_photograph_gray(tmp_path: Path) -> None:
     assert "icc_profile" not in write(tmp_path / "bmp", picture, "b.bmp").info
 
 
+def test_a_gray_profile_of_a_colored_image_is_ignored(tmp_path: Path) -> None:
+    Image.fromarray(NOISE).save(tmp_path / "a.png", icc_profile=gray_profile())
+    with pytest.warns(UserWarning, match=r"profile of a\.png is ignored"):
+        picture = read_picture(tmp_path / "a.png")
+    assert np.array_equal(np.array(picture.rgb), NOISE)
+    assert "icc_profile" not in write(tmp_path, picture, "b.png").info
+
+
+def test_a_profile_of_colors_fits_a_gray_image(tmp_path: Path) -> None:
+    image = Image.fromarray(NOISE[..., 0])
+    image.save(tmp_path / "a.png", icc_profile=swapped_profile())
+    picture = read_picture(tmp_path / "a.png")
+    assert picture.icc_profile == swapped_profile()
+    written = write(tmp_path, picture, "b.png")
+    assert np.array_equal(np.array(written)[~INSIDE], np.array(image.convert("RGB"))[~INSIDE])
+
+
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
 def test_transparency_goes_out_again(tmp_path: Path, suffix: str) -> None:
     alpha = RNG.integers(0, 256, (32, 48), dtype=np.uint8)

@@ -41,14 +41,15 @@ def build_transform(
 
 
 def in_mode_of(image: Image.Image, mode: str) -> Image.Image:
-    """Convert between grey, RGB and the like, without any change of color.
+    """Convert an image to the mode of its profile, without any change of color.
 
     Raises:
-        ValueError: when that takes a profile, as to and from CMYK.
+        ValueError: when colors would be lost, or other ones made, as between CMYK and RGB.
     """
     if image.mode == mode:
         return image
-    if {image.mode, mode} & {"CMYK", "LAB"}:
+    kept = {"L": ("1",), "RGB": ("1", "L", "YCbCr", "HSV")}
+    if image.mode not in kept.get(mode, ()):
         raise ValueError(f"a color profile of mode {mode} does not fit pixels of {image.mode}")
     return image.convert(mode)
 
