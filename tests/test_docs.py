@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 import moe_lora
+import remove
 from options import LossOptions, MixtureOptions, ModelOptions, RunOptions, parse_options
 
 ROOT = Path(__file__).parent.parent
@@ -206,6 +207,8 @@ def test_commands_are_understood(
     if script in ("train.py", "train_moe.sh"):
         options = parse_options(arguments)
         assert isinstance(options.train_data_dir, str)
+    elif script == "remove.py":
+        remove.build_parser().parse_args(arguments)
     else:
         assert {flag for flag in flags_in(arguments) if f'"{flag}"' not in source} == set()
 

@@ -8,25 +8,23 @@ from typing import NamedTuple
 
 import torch
 from diffusers import FluxFillPipeline
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset import RemovalDataset
+from image_io.image_files import read_size
 from moe_lora import flow, masks
 from moe_lora.masks.augmentation import AUGMENTATIONS
 
 
 def picture_sizes(dataset: RemovalDataset) -> list[tuple[int, int]]:
-    """Return the width and height of every sample, read from the files' headers."""
+    """Return the width and height of every upright sample, read from the files' headers."""
     sizes = []
-    for index, stem in enumerate(dataset.stems):
+    for stem in dataset.stems:
         try:
-            with Image.open(dataset.files["src"][stem]) as picture:
-                sizes.append(picture.size)
-        except OSError:
-            dataset[index]  # raises with the sample's name
-            raise
+            sizes.append(read_size(dataset.files["src"][stem]))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"Cannot use `src` of sample {stem!r}: {error}") from error
     return sizes
 
 
@@ -178,8 +176,6 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         found: dict[int, dict[str, Tensor]] = {}
         for indices in BucketBatches(picture_sizes(dataset), batch_size, seed=0).epoch(0):
             items = [dataset[index] for index in indices]
-            for item in items:
-                item["mask"] = (item["mask"] >= 0.5).float()
             batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
             moments = encoder.batch_moments(batch)
             for row, (index, item) in enumerate(zip(indices, items, strict=True)):

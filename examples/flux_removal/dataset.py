@@ -6,16 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from image_io.image_files import IMAGE_SUFFIXES, read_size
+from image_io.mask_reading import MASK_SUFFIXES, read_mask
+from image_io.options import ReadingOptions
+from image_io.reading import read_picture
 
 
 class RemovalDataset(Dataset[dict[str, Tensor]]):
-    """Read the layout `folder/{src,mask,result,ref}/STEM.{png,jpg,jpeg,webp}`.
+    """Read the layout `folder/{src,mask,result,ref}/STEM.SUFFIX`.
 
+    Files are of any kind that `image_io` reads; images are turned upright and converted to sRGB.
     The four files of a sample share their stem; their suffixes may differ. Without a folder `ref`
     the source stands in for the reference. All pictures of a sample have the same size, and its
     sides are multiples of 16.
@@ -24,6 +27,7 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
         folder: holds the folders `src`, `mask`, `result` and, if wanted, `ref`.
         size: `(height, width)` in pixels, or one number for a square, that every sample must have;
             None accepts any.
+        reading: how images and masks are read.
 
     Raises:
         FileNotFoundError: a folder, or a file of a sample, is missing.
@@ -31,11 +35,18 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
             Reading a sample raises it for a file that is unreadable or of the wrong size.
 
     An item is a dict of float tensors in [0, 1]: `src`, `result`, `ref` `(3, H, W)` and
-    `mask` `(1, H, W)`, 1 = remove.
+    `mask` `(1, H, W)`, 0 and 1 only, 1 = remove.
     """
 
-    def __init__(self, folder: str | Path, size: int | tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        size: int | tuple[int, int] | None = None,
+        *,
+        reading: ReadingOptions | None = None,
+    ) -> None:
         self.folder = Path(folder)
+        self.reading = reading or ReadingOptions()
         self.size = (size, size) if isinstance(size, int) else size
         if self.size is not None and any(side < 16 or side % 16 for side in self.size):
             raise ValueError(f"Expected `size` to be made of multiples of 16, but got {size}.")
@@ -46,7 +57,8 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
         self.stems = sorted({stem for found in self.files.values() for stem in found})
         if not self.stems:
             raise FileNotFoundError(
-                f"Expected images ({', '.join(SUFFIXES)}) in {self.folder / 'src'}, but got none."
+                f"Expected images ({', '.join(IMAGE_SUFFIXES)}) in {self.folder / 'src'}, but got "
+                "none."
             )
         for stem in self.stems:
             for part in self.parts:
@@ -54,8 +66,12 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
                     other = next(p for p in self.parts if stem in self.files[p])
                     raise FileNotFoundError(
                         f"Sample {stem!r} has no `{part}`: expected {self.folder / part / stem}.* "
-                        f"({', '.join(SUFFIXES)}) beside {self.files[other][stem]}."
+                        f"({', '.join(self._suffixes(part))}) beside {self.files[other][stem]}."
                     )
+
+    @staticmethod
+    def _suffixes(part: str) -> tuple[str, ...]:
+        return MASK_SUFFIXES if part == "mask" else IMAGE_SUFFIXES
 
     def _list(self, part: str) -> dict[str, Path]:
         directory = self.folder / part
@@ -63,7 +79,7 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
             raise FileNotFoundError(f"Expected a folder {directory}, but there is none.")
         found: dict[str, Path] = {}
         for path in sorted(directory.iterdir()):
-            if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            if path.suffix.lower() not in self._suffixes(part) or path.name.startswith("."):
                 continue
             if path.stem in found:
                 raise ValueError(
@@ -78,7 +94,7 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         stem = self.stems[index]
-        item = {part: self._read(part, stem) for part in self.parts}
+        item = self._read(stem)
         height, width = self.size or item["src"].shape[-2:]
         for part in self.parts:
             got = tuple(item[part].shape[-2:])
@@ -96,15 +112,20 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
         item.setdefault("ref", item["src"].clone())
         return item
 
-    def _read(self, part: str, stem: str) -> Tensor:
-        path = self.files[part][stem]
-        try:
-            with Image.open(path) as picture:
-                array = np.array(picture.convert("L" if part == "mask" else "RGB"))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(
-                f"Expected `{part}` of sample {stem!r} to be an image, but {path} cannot be read: "
-                f"{error}"
-            ) from error
-        tensor = torch.from_numpy(array).float() / 255
-        return tensor[None] if part == "mask" else tensor.permute(2, 0, 1).contiguous()
+    def _read(self, stem: str) -> dict[str, Tensor]:
+        """Read the files of a sample, the mask by the size of the source."""
+        item: dict[str, Tensor] = {}
+        for part in self.parts:
+            path = self.files[part][stem]
+            try:
+                if part == "mask":
+                    src = self.files["src"][stem]
+                    mask = read_mask(path, read_size(src), self.reading, image=src)
+                    item[part] = torch.from_numpy(mask).float()[None]
+                else:
+                    rgb = read_picture(path, self.reading.background or "white").rgb
+                    pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+                    item[part] = pixels.contiguous().float() / 255
+            except (ValueError, FileNotFoundError) as error:
+                raise ValueError(f"Cannot use `{part}` of sample {stem!r}: {error}") from error
+        return item

@@ -11,6 +11,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,9 @@ from PIL import Image
 from scenes import MASK_KINDS, Array, Scene, random_scene
 
 SEEDS = {"train": 11, "test": 12}
+STAMP = "complete.json"
+"""The file that says what a folder holds; only folders with it are changed."""
+
 FOLDERS = ("src", "mask", "result", "ref")
 
 
@@ -48,30 +52,59 @@ def write_scene(folder: Path, split: str, size: int, index: int) -> str:
     return json.dumps(describe(scene, stem))
 
 
-def write_split(folder: Path, split: str, count: int, size: int) -> None:
-    """Write `count` scenes of a split; the mask kinds take turns."""
+def write_split(folder: Path, split: str, count: int, size: int, *, before: int) -> None:
+    """Write `count` scenes of a split, which had `before`; the mask kinds take turns."""
     for name in FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for stale in (folder / name).glob("*.png"):
-            if int(stale.stem) >= count:
-                stale.unlink()
+        for index in range(count, before):
+            (folder / name / f"{index:04d}.png").unlink(missing_ok=True)
     with ThreadPoolExecutor() as threads:
         lines = list(threads.map(partial(write_scene, folder, split, size), range(count)))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def read_stamp(output: Path) -> dict[str, Any] | None:
+    """Return what was written into a folder before; None for one that is empty or missing.
+
+    Raises:
+        FileExistsError: when the folder holds anything that was not written here.
+    """
+    try:
+        found = json.loads((output / STAMP).read_text(encoding="utf-8"))
+        if {"train", "test", "size", "seeds"} <= set(found):
+            return dict(found)
+    except FileNotFoundError:
+        if not output.is_dir() and not output.exists():
+            return None
+        if output.is_dir() and not any(output.iterdir()):
+            return None
+    except (ValueError, TypeError, NotADirectoryError):
+        pass
+    raise FileExistsError(
+        f"Expected {output} to be a new or empty folder, or one that make_data.py wrote, but it "
+        "holds other files. Name another --output_dir."
+    )
+
+
 def make_data(
     output: Path, *, train_count: int = 480, test_count: int = 48, size: int = 128
 ) -> None:
-    """Write both splits, unless the folder already holds exactly them."""
+    """Write both splits, unless the folder already holds exactly them.
+
+    Raises:
+        FileExistsError: when the folder holds anything that was not written here.
+    """
     wanted = {"train": train_count, "test": test_count, "size": size, "seeds": SEEDS}
-    stamp = output / "complete.json"
-    if stamp.exists() and json.loads(stamp.read_text()) == wanted:
+    found = read_stamp(output) or {"train": 0, "test": 0}
+    if found == wanted:
         return
-    stamp.unlink(missing_ok=True)
-    write_split(output / "train", "train", train_count, size)
-    write_split(output / "test", "test", test_count, size)
-    stamp.write_text(json.dumps(wanted))
+    output.mkdir(parents=True, exist_ok=True)
+    # Until all is written, the stamp tells whose folder it is, and all files that may be there.
+    most = {split: max(wanted[split], found[split]) for split in ("train", "test")}
+    (output / STAMP).write_text(json.dumps(wanted | most | {"complete": False}))
+    write_split(output / "train", "train", train_count, size, before=found["train"])
+    write_split(output / "test", "test", test_count, size, before=found["test"])
+    (output / STAMP).write_text(json.dumps(wanted))
 
 
 def main() -> None:

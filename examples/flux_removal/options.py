@@ -13,6 +13,7 @@ from typing import Literal
 import yaml
 from transformers import HfArgumentParser
 
+from image_io.options import ReadingOptions
 from routing_options import BalanceOptions, CourseOptions, check_balance, check_course, option
 
 BUNDLED_MODEL = Path(__file__).parent / "tiny_flux_fill"
@@ -118,7 +119,7 @@ class LossOptions(CourseOptions):
 
 
 @dataclass(kw_only=True)
-class RunOptions:
+class RunOptions(ReadingOptions):
     """Say on what, how long and how fast to train, and what to leave behind."""
 
     train_data_dir: str = field(metadata={"help": "Holds the folders src, mask, result and ref."})
@@ -162,6 +163,7 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
         check_balance(self)
         check_course(self)
         self.check_pixels()
+        self.check_reading()
         for name in ("logging_steps", "checkpointing_steps", "batch_size", "num_train_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected `{name}` to be >= 1, but got {getattr(self, name)}.")

@@ -6,83 +6,29 @@ python remove.py --image photo.png --mask mask.png --checkpoint outputs/mine/che
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import FluxFillPipeline
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from image_io.mask_reading import mask_from_alpha, read_mask
+from image_io.metadata import read_exif
+from image_io.options import ReadingOptions, add_reading_flags, reading_options
+from image_io.padding import MULTIPLE, pad_to_multiple
+from image_io.reading import Picture, read_picture
+from image_io.writing import check_output, default_suffix, write_picture
 from models import Conditioner, guidance_for, load_checkpoint, load_pipeline, to_pictures
 from moe_lora.masks import composite
 from options import BUNDLED_MODEL
-
-MULTIPLE = 16
-"""Flux packs 2x2 latents of 8x8 pixels into a token."""
 
 FEATHER = 4
 """Pixels of soft edge around the mask, where the background is kept."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def open_picture(path: Path, mode: str) -> Image.Image:
-    """Open an image file in a Pillow mode.
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it cannot be read as an image.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected an image file {path}, but there is none.")
-    try:
-        with Image.open(path) as picture:
-            return picture.convert(mode)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(
-            f"Expected {path} to be an image, but it cannot be read: {error}"
-        ) from error
-
-
-def check_mask(image: Image.Image, mask: Image.Image, *, threshold: bool = False) -> Image.Image:
-    """Return a mask of 0 and 255 that fits the image.
-
-    Args:
-        image: the picture.
-        mask: mode L; white = remove.
-        threshold: cut grey values at 128 instead of refusing them.
-
-    Raises:
-        ValueError: when sizes differ, for a mask with grey values, or for an empty mask.
-    """
-    if mask.size != image.size:
-        raise ValueError(
-            f"Expected the mask to have the image's size, {image.width}x{image.height}, but got "
-            f"{mask.width}x{mask.height}."
-        )
-    values = np.array(mask)
-    grey = float(((values > 8) & (values < 247)).mean())
-    if grey and not threshold:
-        raise ValueError(
-            f"Expected the mask to be black (keep) and white (remove), but {grey:.1%} of it is "
-            "grey. Pass --threshold_mask to cut it at 128."
-        )
-    white = values >= 128
-    if not white.any():
-        raise ValueError("Expected white pixels in the mask, where to remove, but it has none.")
-    return Image.fromarray(white.astype(np.uint8) * 255)
-
-
-def pad_to_multiple(image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """Pad both to the next multiple of 16 at the right and the bottom: edge colours, no mask."""
-    bottom, right = -image.height % MULTIPLE, -image.width % MULTIPLE
-    if not (bottom or right):
-        return image, mask
-    padded = np.pad(np.array(image), ((0, bottom), (0, right), (0, 0)), mode="edge")
-    return Image.fromarray(padded), Image.fromarray(
-        np.pad(np.array(mask), ((0, bottom), (0, right)))
-    )
 
 
 def remove_object(
@@ -159,9 +105,16 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--image", type=Path, required=True, help="the picture")
-    parser.add_argument("--mask", type=Path, required=True, help="its size; white = remove")
+    parser.add_argument(
+        "--mask", type=Path, help="white = remove; what is transparent in the image by default"
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="a folder checkpoint-N")
-    parser.add_argument("--output", type=Path, default=Path("removed.png"), help="the result")
+    parser.add_argument(
+        "--output", type=Path, help="the result; removed.png by default, in the image's format"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="let --output be one of the files that are read"
+    )
     parser.add_argument("--flux_fill_id", default=str(BUNDLED_MODEL), help="the base model")
     parser.add_argument("--flux_redux_id", help="as in training")
     parser.add_argument("--ref", type=Path, help="reference for Redux; the picture by default")
@@ -169,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--guidance_scale", type=float, help="30 where the model reads one")
-    parser.add_argument("--threshold_mask", action="store_true", help="cut grey masks at 128")
+    add_reading_flags(parser)
     parser.add_argument(
         "--keep_background",
         action="store_true",
@@ -187,8 +140,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run as a program."""
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ReadingOptions]:
+    """Read the command line; what cannot be honored ends the program with a message."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.ref is not None and args.flux_redux_id is None:
@@ -197,12 +150,57 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"expected --steps to be >= 1, but got {args.steps}")
     if args.feather is not None and not args.keep_background:
         parser.error("--feather needs --keep_background, whose edge it softens")
-    feather = FEATHER if args.feather is None else args.feather
-    if feather < 0:
-        parser.error(f"expected --feather to be >= 0, but got {feather}")
-    image = open_picture(args.image, "RGB")
-    mask = check_mask(image, open_picture(args.mask, "L"), threshold=args.threshold_mask)
-    ref = open_picture(args.ref, "RGB") if args.ref else None
+    args.feather = FEATHER if args.feather is None else args.feather
+    if args.feather < 0:
+        parser.error(f"expected --feather to be >= 0, but got {args.feather}")
+    for name in ("mask_label", "resize_mask", "threshold_mask"):
+        if args.mask is None and getattr(args, name) not in (None, False):
+            parser.error(f"--{name} needs --mask, which is what it reads")
+    try:
+        return args, reading_options(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def read_inputs(
+    args: argparse.Namespace, options: ReadingOptions
+) -> tuple[Picture, Image.Image, bytes | None]:
+    """Return the picture, its mask in mode L, and its EXIF data, once `args.output` is checked.
+
+    Raises:
+        FileNotFoundError, ValueError: when a file cannot be read, or the mask is empty.
+        FileExistsError, OSError, ValueError: when the output cannot be written.
+    """
+    picture, exif = read_picture(args.image, options.background or "white"), read_exif(args.image)
+    args.output = args.output or Path("removed").with_suffix(default_suffix(picture))
+    if args.mask is None:
+        mask = mask_from_alpha(picture, options)
+        # What was transparent is filled, so that the result is opaque.
+        picture = dataclasses.replace(picture, rgb=picture.bare, alpha=None)
+    else:
+        mask = read_mask(args.mask, picture.rgb.size, options, image=args.image)
+    if not mask.any():
+        raise ValueError(
+            f"Expected something to remove in the mask {args.mask or args.image}, but it is empty. "
+            "Pass --invert_mask if black means remove."
+        )
+    check_output(
+        args.output,
+        picture,
+        [path for path in (args.image, args.mask, args.ref) if path is not None],
+        exif=exif,
+        overwrite=args.overwrite,
+        flatten=options.background is not None,
+    )
+    return picture, Image.fromarray(mask.astype(np.uint8) * 255), exif
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run as a program."""
+    args, options = parse(arguments)
+    picture, mask, exif = read_inputs(args, options)
+    image = picture.rgb
+    ref = read_picture(args.ref, options.background or "white").rgb if args.ref else None
     pipe = load_pipeline(args.flux_fill_id, dtype=DTYPES[args.dtype], device=args.device)
     load_checkpoint(pipe, args.checkpoint)
     conditioner = Conditioner(pipe, prompt=args.prompt, redux_id=args.flux_redux_id)
@@ -221,9 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ref=ref,
     )
     if args.keep_background:
-        result = keep_background(result, image, mask, feather)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    result.save(args.output)
+        result = keep_background(result, image, mask, args.feather)
+    write_picture(result, args.output, picture, exif)
     print(f"Wrote {args.output}.")
 
 

@@ -174,7 +174,7 @@ def prepare_and_run(accelerator: Accelerator, options: TrainOptions) -> Path:
     loss = build_loss(options, pipe.vae)
     fresh = load_model(model, resumed) if resumed else []
 
-    dataset = RemovalDataset(options.train_data_dir)
+    dataset = RemovalDataset(options.train_data_dir, reading=options)
     deal = build_batches(dataset, options, accelerator)
     data = order_of_data(options, accelerator, len(dataset))
     progress, note = read_progress(resumed, data) if resumed else (Progress(data=data), None)

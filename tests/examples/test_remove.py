@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 
 import moe_lora
 import remove
 import train
+from image_io.padding import pad_to_multiple
 from models import Conditioner, load_checkpoint, load_pipeline
 from options import BUNDLED_MODEL, parse_options
 
@@ -127,43 +128,167 @@ def test_an_unreadable_picture_is_named(
 def test_a_mask_of_another_size_raises(
     files: dict[str, Path], random_flux_fill: Path, tmp_path: Path
 ) -> None:
-    Image.open(files["mask"]).resize((61, 90)).save(files["mask"])
-    with pytest.raises(ValueError, match="90x61, but got 61x90"):
+    Image.open(files["mask"]).resize((61, 90), Image.Resampling.NEAREST).save(files["mask"])
+    with pytest.raises(ValueError, match=r"90x61, but got 61x90\. The sides are swapped"):
         call(files, tmp_path, random_flux_fill)
 
 
-def test_an_empty_mask_raises() -> None:
-    with pytest.raises(ValueError, match="white pixels"):
-        remove.check_mask(Image.new("RGB", (8, 8)), Image.new("L", (8, 8)))
+def test_an_empty_mask_raises(
+    files: dict[str, Path], random_flux_fill: Path, tmp_path: Path
+) -> None:
+    Image.new("L", (90, 61)).save(files["mask"])
+    with pytest.raises(ValueError, match=r"mask\.png, but it is empty.*--invert_mask"):
+        call(files, tmp_path, random_flux_fill)
 
 
-def test_a_grey_mask_raises_or_is_cut() -> None:
-    image, mask = Image.new("RGB", (8, 8)), Image.new("L", (8, 8), 255)
-    mask.paste(100, (0, 0, 4, 4))
-    with pytest.raises(ValueError, match=r"25\.0% of it is grey.*--threshold_mask"):
-        remove.check_mask(image, mask)
-    cut = np.array(remove.check_mask(image, mask, threshold=True))
-    assert set(np.unique(cut)) == {0, 255}
-    assert cut[:4, :4].max() == 0
+class StoppedError(Exception):
+    """Say that a program got as far as the model."""
 
 
-def test_compression_noise_in_a_mask_is_forgiven() -> None:
-    mask = Image.new("L", (8, 8), 250)
-    mask.paste(5, (0, 0, 4, 8))
-    assert set(np.unique(np.array(remove.check_mask(Image.new("RGB", (8, 8)), mask)))) == {0, 255}
+@pytest.fixture
+def _no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise StoppedError
+
+    monkeypatch.setattr(remove, "load_pipeline", stop)
 
 
-def test_padding_repeats_the_edge_and_masks_nothing() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (17, 30, 3), dtype=np.uint8)
-    image, mask = remove.pad_to_multiple(Image.fromarray(picture), Image.new("L", (30, 17), 255))
-    padded, padded_mask = np.array(image), np.array(mask)
-    assert padded.shape == (32, 32, 3)
-    assert np.array_equal(padded[:17, :30], picture)
-    assert np.array_equal(padded[20, :30], picture[16])
-    assert np.array_equal(padded[:17, 31], picture[:, 29])
-    assert padded_mask[:17, :30].min() == 255
-    assert padded_mask[17:].max() == 0
-    assert padded_mask[:, 30:].max() == 0
+@pytest.mark.usefixtures("_no_model")
+def test_the_output_is_checked_before_the_model_is_loaded(files: dict[str, Path]) -> None:
+    flags = ["--image", str(files["image"]), "--mask", str(files["mask"]), "--checkpoint", "none"]
+    for output in (files["image"], files["mask"]):
+        before = output.read_bytes()
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            remove.main([*flags, "--output", str(output)])
+        assert output.read_bytes() == before
+        with pytest.raises(StoppedError):
+            remove.main([*flags, "--output", str(output), "--overwrite"])
+    with pytest.raises(ValueError, match="--output to end with one of"):
+        remove.main([*flags, "--output", "removed.xyz"])
+
+
+@pytest.mark.usefixtures("_no_model")
+@pytest.mark.parametrize(
+    ("mask", "flag"),
+    [
+        (np.tile(np.linspace(0, 255, 90), (61, 1)).astype(np.uint8), "--threshold_mask"),
+        (np.full((30, 45), 255, dtype=np.uint8), "--resize_mask"),
+        (np.zeros((61, 90), dtype=np.uint8), "--invert_mask"),
+    ],
+)
+def test_a_mask_that_needs_a_flag_is_read_with_it(
+    mask: np.ndarray, flag: str, files: dict[str, Path]
+) -> None:
+    Image.fromarray(mask).save(files["mask"])
+    flags = ["--image", str(files["image"]), "--mask", str(files["mask"]), "--checkpoint", "none"]
+    with pytest.raises(ValueError, match=flag):
+        remove.main(flags)
+    with pytest.raises(StoppedError):
+        remove.main([*flags, flag])
+
+
+def call_with(
+    files: dict[str, Path], checkpoint: Path, model: Path, output: str, *further: str
+) -> Image.Image:
+    files = files | {"output": files["output"].with_name(output)}
+    call(files, checkpoint, model, *further)
+    with Image.open(files["output"]) as picture:
+        picture.load()
+        return picture
+
+
+def test_what_the_file_held_goes_out_again(
+    checkpoint: Path, files: dict[str, Path], random_flux_fill: Path
+) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    shown, exif = Image.open(files["image"]), Image.Exif()
+    exif[271], exif[274] = "a camera", 6
+    shown.transpose(Image.Transpose.ROTATE_90).save(
+        files["image"], exif=exif.tobytes(), icc_profile=profile
+    )
+    for output in ("a.png", "a.jpg", "a.webp", "a.tif", "a.avif"):
+        written = call_with(files, checkpoint, random_flux_fill, output)
+        assert written.size == (90, 61)
+        assert written.info["icc_profile"] == profile
+        assert written.getexif()[271] == "a camera"
+        assert written.getexif().get(274, 1) == 1
+
+
+def test_the_default_output_has_the_format_of_the_image(
+    checkpoint: Path,
+    files: dict[str, Path],
+    random_flux_fill: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image = tmp_path / "photo.JPEG"
+    Image.open(files["image"]).save(image)
+    flags = ["--image", str(image), "--mask", str(files["mask"]), "--steps", "1"]
+    flags += ["--checkpoint", str(checkpoint), "--flux_fill_id", str(random_flux_fill)]
+    remove.main(flags)
+    assert Image.open(tmp_path / "removed.jpg").format == "JPEG"
+
+
+def test_transparency_goes_out_again_or_is_the_mask(
+    checkpoint: Path, files: dict[str, Path], random_flux_fill: Path
+) -> None:
+    picture, mask = Image.open(files["image"]).convert("RGB"), Image.open(files["mask"])
+    alpha = Image.new("L", picture.size, 255)
+    alpha.paste(0, (0, 0, 10, 61))
+    picture.putalpha(alpha)
+    picture.save(files["image"])
+    keep = ["--keep_background", "--feather", "0"]
+    kept = call_with(files, checkpoint, random_flux_fill, "a.png", *keep)
+    assert np.array_equal(
+        np.array(kept)[np.array(mask) == 0], np.array(picture)[np.array(mask) == 0]
+    )
+    with pytest.raises(ValueError, match="--background"):
+        call_with(files, checkpoint, random_flux_fill, "a.jpg")
+    flat = call_with(files, checkpoint, random_flux_fill, "b.png", *keep, "--background", "#ff0000")
+    assert np.array_equal(np.array(flat), np.array(kept)) is False
+    gone = {name: path for name, path in files.items() if name != "mask"}
+    filled = call_with(gone, checkpoint, random_flux_fill, "c.png", *keep)
+    assert filled.mode == "RGB"
+    opaque = np.array(alpha) == 255
+    assert np.array_equal(np.array(filled)[opaque], np.array(picture)[..., :3][opaque])
+    assert not np.array_equal(np.array(filled)[~opaque], np.array(picture)[..., :3][~opaque])
+
+
+def test_no_mask_for_an_opaque_image_raises(
+    files: dict[str, Path], random_flux_fill: Path, tmp_path: Path
+) -> None:
+    del files["mask"]
+    with pytest.raises(ValueError, match="Expected --mask for an image without transparent"):
+        call(files, tmp_path, random_flux_fill)
+
+
+def test_padding_continues_image_and_mask_alike() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (17, 30, 3), dtype=np.uint8)
+    mask = Image.fromarray(rng.integers(0, 2, (17, 30), dtype=np.uint8) * 255)
+    found = pad_to_multiple(Image.fromarray(picture), mask)
+    for padded, before in zip(map(np.array, found), (picture, np.array(mask)), strict=True):
+        assert padded.shape[:2] == (32, 32)
+        for row, column in np.ndindex(32, 32):
+            assert np.array_equal(padded[row, column], before[min(row, 16), min(column, 29)])
+    with pytest.raises(ValueError, match="30x17, 17x30"):
+        pad_to_multiple(Image.fromarray(picture), mask.transpose(Image.Transpose.TRANSPOSE))
+
+
+def test_an_object_at_the_border_is_masked_in_the_padding_too(
+    random_flux_fill: Path,
+) -> None:
+    pipe, seen = load_pipeline(str(random_flux_fill)), []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    image, mask = Image.new("RGB", (40, 40), "gray"), Image.new("L", (40, 40))
+    mask.paste(255, (24, 24, 40, 40))
+    remove.remove_object(pipe, Conditioner(pipe), image, mask, steps=1)
+    read = moe_lora.masks.from_flux_fill(seen[0], 48, 48)
+    assert (read[..., 24:, 24:] == 1).all()
+    assert read.sum() == 24 * 24
 
 
 @pytest.mark.parametrize("feather", [0, 3])
@@ -202,6 +327,10 @@ def test_the_kept_background_has_a_soft_edge_by_default(
         ["--stepz", "1"],
         ["--feather", "2"],
         ["--keep_background", "--feather", "-1"],
+        ["--grow_mask", "-1"],
+        ["--mask_label", "-1"],
+        ["--mask_label", "1", "--threshold_mask"],
+        ["--background", "no color"],
     ],
 )
 def test_flags_that_could_not_be_honoured_end_the_program(

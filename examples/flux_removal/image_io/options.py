@@ -1,0 +1,67 @@
+"""The options of reading images and masks, for training and removal alike."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from typing import Any
+
+from PIL import ImageColor
+
+from routing_options import option
+
+
+@dataclass(kw_only=True)
+class ReadingOptions:
+    """Say how images and masks are read."""
+
+    background: str | None = option(
+        None, "Color behind transparent pixels, as a name or #rrggbb; white by default."
+    )
+    mask_label: int | None = option(
+        None, "Remove what has this label: a palette index, a value, a COCO category."
+    )
+    invert_mask: bool = option(False, "Read masks as black = remove.")
+    grow_mask: int = option(0, "Pixels by which masks are grown.")
+    resize_mask: bool = option(False, "Scale a mask that has another size than its image.")
+    threshold_mask: bool = option(False, "Cut masks with gray areas at half, instead of an error.")
+
+    def check_reading(self) -> None:
+        """Raise for values that cannot be honored."""
+        try:
+            ImageColor.getrgb(self.background or "white")
+        except ValueError as error:
+            raise ValueError(
+                f"Expected `background` to be a color such as black or #808080, but got "
+                f"{self.background!r}."
+            ) from error
+        if self.grow_mask < 0:
+            raise ValueError(f"Expected `grow_mask` to be >= 0, but got {self.grow_mask}.")
+        if self.mask_label is not None and self.mask_label < 0:
+            raise ValueError(f"Expected `mask_label` to be >= 0, but got {self.mask_label}.")
+        if self.mask_label is not None and self.threshold_mask:
+            raise ValueError(
+                "Expected either `mask_label` or `threshold_mask`: a label needs no threshold."
+            )
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each of the options."""
+    for field in fields(ReadingOptions):
+        kind: dict[str, Any] = {"default": field.default, "type": int}
+        if isinstance(field.default, bool):
+            kind = {"action": "store_true"}
+        elif field.name == "background":
+            kind["type"] = str
+        parser.add_argument(f"--{field.name}", help=field.metadata["help"], **kind)
+
+
+def reading_options(args: argparse.Namespace) -> ReadingOptions:
+    """Return the options that the flags name.
+
+    Raises:
+        ValueError: when they cannot be honored.
+    """
+    options = ReadingOptions(**{f.name: getattr(args, f.name) for f in fields(ReadingOptions)})
+    options.check_reading()
+    return options
