@@ -143,3 +143,16 @@ def test_inductor_computes_and_learns_the_same():
     model.base_model.model.block.compile(fullgraph=True)
     for found, value in zip(step(model, x), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_leaves_nothing_of_its_pass_behind():
+    model = adapted(Block)
+    inner = model.base_model.model
+    compiled = torch.compile(inner, backend="eager")
+    compiled(hidden_states=torch.randn(2, 6, 8))
+    assert moe_lora.current_routing(model) is not None
+    with pytest.raises(RuntimeError, match="outside of a call"):
+        inner.block(torch.randn(2, 6, 8))
+    with moe_lora.route(model, torch.rand(2, 3)):
+        compiled(hidden_states=torch.randn(2, 6, 8))
+    assert moe_lora.current_routing(model) is None

@@ -35,7 +35,7 @@ def interrupt(*_: object) -> None:
 
 def entries(model: nn.Module) -> int:
     """Count what this thread remembers of passes of a model."""
-    passes = model.moe_router.state._passes
+    passes = model.moe_router.state._passes.nesting
     return len(passes.outer) + (passes.entry.routing is not None)
 
 

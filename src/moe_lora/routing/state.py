@@ -32,7 +32,7 @@ _STEERINGS: ContextVar[Mapping[RoutingState, Steering]] = ContextVar(
 )
 
 
-class _InThread(threading.local):
+class _InThread:
     """What of a model's state belongs to one thread.
 
     Attributes:
@@ -46,11 +46,21 @@ class _InThread(threading.local):
         self.decisions: dict[str, RoutingDecision] = {}
         self.has_run = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _InThread:
-        return _InThread()
 
-    def __reduce__(self) -> tuple[type[_InThread], tuple[()]]:
-        return _InThread, ()
+class _Threads(threading.local):
+    """Hold the `_InThread` of this thread.
+
+    It is never set again: what compiled code stores in a subclass of `threading.local` is lost.
+    """
+
+    def __init__(self) -> None:
+        self.mine = _InThread()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Threads:
+        return _Threads()
+
+    def __reduce__(self) -> tuple[type[_Threads], tuple[()]]:
+        return _Threads, ()
 
 
 class RoutingState(RoutingContext):
@@ -76,7 +86,7 @@ class RoutingState(RoutingContext):
         self.expert_names: dict[str, tuple[str, ...]] = {}
         self.layer_names: dict[str, tuple[str, ...]] = {}
         self.stats: dict[str, RoutingStats] = {}
-        self.in_thread = _InThread()
+        self._threads = _Threads()
         self._open: list[Steering] = []  # in any thread
 
     def add_adapter(
@@ -201,6 +211,11 @@ class RoutingState(RoutingContext):
                 routing = routing.without_expert(name, expert, experts, renormalize=renormalize)
         mask = steering.expert_grad_mask
         return routing if mask is None else routing.with_grad_mask(mask)
+
+    @property
+    def in_thread(self) -> _InThread:
+        """What of this state belongs to the thread that asks."""
+        return self._threads.mine
 
     @property
     def steering(self) -> Steering:

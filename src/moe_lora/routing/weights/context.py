@@ -39,25 +39,12 @@ _UNIFORM = Routing()
 _RECOMPUTED: WeakValueDictionary[tuple[int, int], Routing] = WeakValueDictionary()
 
 
-class _Passes(threading.local):
-    """The passes that are under way in this thread, the innermost apart from the outer ones.
+class _Nesting:
+    """The passes that are under way in one thread, the innermost apart from the outer ones."""
 
-    A copy of the model shares it with the original: a pass routes all layers of one lineage that it
-    meets, so that a copied block routes in the place of the block that it was copied from.
-
-    Args:
-        lineage: the same for a model and its copies, pickled ones included.
-    """
-
-    def __init__(self, lineage: str) -> None:
-        self.lineage = lineage
+    def __init__(self) -> None:
         self.entry = _NOTHING
         self.outer: list[_Entry] = []
-
-    @classmethod
-    def of(cls, lineage: str) -> _Passes:
-        """Return the passes of a lineage of models."""
-        return _PASSES.setdefault(lineage, cls(lineage))
 
     def pop(self) -> _Entry:
         """Take the innermost entry off."""
@@ -65,12 +52,12 @@ class _Passes(threading.local):
         return popped
 
     def mark(self) -> Callable[[], None]:
-        """Return a function that puts this thread back to where it is now, from any thread."""
-        mine, depth, entry = vars(self), len(self.outer), self.entry
+        """Return a function that brings back what holds now."""
+        depth, entry = len(self.outer), self.entry
 
         def put_back() -> None:
-            mine["entry"] = entry
-            del mine["outer"][depth:]
+            self.entry = entry
+            del self.outer[depth:]
 
         return put_back
 
@@ -98,6 +85,28 @@ class _Passes(threading.local):
         ]
         self.entry = left.pop() if left else _NOTHING
         self.outer[:] = left
+
+
+class _Passes(threading.local):
+    """The passes that are under way in this thread, in an attribute that is never set again.
+
+    What compiled code stores in a subclass of `threading.local` is lost.
+
+    A copy of the model shares it with the original: a pass routes all layers of one lineage that it
+    meets, so that a copied block routes in the place of the block that it was copied from.
+
+    Args:
+        lineage: the same for a model and its copies, pickled ones included.
+    """
+
+    def __init__(self, lineage: str) -> None:
+        self.lineage = lineage
+        self.nesting = _Nesting()
+
+    @classmethod
+    def of(cls, lineage: str) -> _Passes:
+        """Return the passes of a lineage of models."""
+        return _PASSES.setdefault(lineage, cls(lineage))
 
     def __reduce__(self) -> tuple[Callable[[str], _Passes], tuple[str]]:
         return _Passes.of, (self.lineage,)
@@ -138,7 +147,7 @@ class RoutingContext:
             routing: that of the pass, if it is known already.
             call: what `number_of_call` says in the hook that begins a pass.
         """
-        passes = self._passes
+        passes = self._passes.nesting
         if not torch.compiler.is_compiling():
             passes.forget_interrupted(call)
         passes.outer.append(passes.entry)
@@ -146,8 +155,8 @@ class RoutingContext:
 
     def decide(self, routing: Routing) -> None:
         """Set the routing of the pass that began last."""
-        entry = self._passes.entry
-        self._passes.entry = _Entry(routing, entry.graph_task, entry.call)
+        passes = self._passes.nesting
+        passes.entry = _Entry(routing, passes.entry.graph_task, passes.entry.call)
 
     def leave(self, call: int) -> Routing | None:
         """End a pass, and return its routing; do nothing where the pass never began.
@@ -155,7 +164,7 @@ class RoutingContext:
         Args:
             call: what `number_of_call` says in the hook that ends the pass.
         """
-        passes = self._passes
+        passes = self._passes.nesting
         if passes.entry.call not in (call, _COMPILED_CALL) and call != _COMPILED_CALL:
             # A hook before ours failed, or a context that was entered in the pass is still open.
             if all(entry.call != call for entry in passes.outer):
@@ -168,7 +177,8 @@ class RoutingContext:
     def use(self, routing: Routing | None) -> Iterator[None]:
         """Let a routing hold for the layers that run inside the context."""
         self.enter(routing)
-        passes, entry = self._passes, self._passes.entry
+        passes = self._passes.nesting
+        entry = passes.entry
         try:
             yield
         finally:
@@ -179,13 +189,14 @@ class RoutingContext:
 
     def current(self) -> Routing | None:
         """Return the routing of the pass that runs now, or whose blocks are computed again."""
-        entry = self._passes.entry
+        passes = self._passes.nesting
+        entry = passes.entry
         if torch.compiler.is_compiling():
             return entry.routing
         task = graph_task()
         if task == -1 and entry.graph_task != -1:
-            self._passes.forget_interrupted()
-            entry = self._passes.entry
+            passes.forget_interrupted()
+            entry = passes.entry
         if entry is not _NOTHING and entry.graph_task == task:
             return entry.routing
         return None if task == -1 else _RECOMPUTED.get((task, id(self._passes)))
@@ -236,12 +247,12 @@ class RoutingContext:
         passes = self._passes  # all that the graph keeps alive besides the routing
 
         def restore(grad: Tensor) -> None:
-            task = graph_task()
-            if passes.entry.graph_task != task:
-                Variable._execution_engine.queue_callback(passes.mark())
-                passes.outer.append(passes.entry)
+            task, mine = graph_task(), passes.nesting
+            if mine.entry.graph_task != task:
+                Variable._execution_engine.queue_callback(mine.mark())
+                mine.outer.append(mine.entry)
             # A compiled block looks into its own thread; blocks on other devices run in others.
-            passes.entry = _Entry(routing, task)
+            mine.entry = _Entry(routing, task)
             _RECOMPUTED[task, id(passes)] = routing
 
         for tensor in () if is_transformed() else tensors_in(output):
