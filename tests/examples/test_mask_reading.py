@@ -63,7 +63,7 @@ VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
         palette(OBJECT, VOC),
         Image.fromarray(OBJECT.astype(np.uint8) * 255).convert("RGBA"),
     ],
-    ids=str,
+    ids=lambda image: image.mode,
 )
 def test_white_on_black_in_any_form(tmp_path: Path, image: Image.Image) -> None:
     assert np.array_equal(read(save(tmp_path, image)), OBJECT)
