@@ -158,10 +158,11 @@ class _AddMixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, gate, chosen, learners, weight, hidden, stamp = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint gives them out no second time
+        x, lora_A, lora_B, gate, chosen, learners, weight, hidden, stamp = saved
         check_version(stamp, ctx.stamp)
         if torch.is_grad_enabled() or not has_plain_values(grad):
-            return _plain_backward(ctx, grad)
+            return _plain_backward(ctx, saved, grad)
         grads: list[Tensor | None] = [None] * 11
         needs = ctx.needs_input_grad
         with _without_autocast(x.device.type):
@@ -195,9 +196,9 @@ def _without_autocast(device: str) -> AbstractContextManager[object]:
     return nullcontext()  # entering and leaving `torch.autocast` takes microseconds
 
 
-def _plain_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _plain_backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
     """Take the gradients of `_AddMixture` through plain operations, for `create_graph` and vmap."""
-    x, lora_A, lora_B, gate, chosen, learners, weight, _, _ = ctx.saved_tensors
+    x, lora_A, lora_B, gate, chosen, learners, weight, _, _ = saved
     needs = ctx.needs_input_grad[:4]
     grads: list[Tensor | None] = [None] * 11
     grads[7] = grad if ctx.needs_input_grad[7] else None

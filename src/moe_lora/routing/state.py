@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -30,6 +31,13 @@ RoutingMode = Literal["routed", "uniform"]
 _STEERINGS: ContextVar[Mapping[RoutingState, Steering]] = ContextVar(
     "_STEERINGS", default=MappingProxyType({})
 )
+_COUNTING = threading.Lock()
+_Opened = tuple[Steering, bool]  # what a context asks for, and whether a task opened it
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _steering_in_context(state: RoutingState) -> Steering:
+    return _STEERINGS.get().get(state, NO_STEERING)
 
 
 class _InThread:
@@ -87,7 +95,8 @@ class RoutingState(RoutingContext):
         self.layer_names: dict[str, tuple[str, ...]] = {}
         self.stats: dict[str, RoutingStats] = {}
         self._threads = _Threads()
-        self._open: list[Steering] = []  # in any thread
+        self._open: list[_Opened] = []  # in any thread
+        self._is_open = self._is_open_in_task = False
 
     def add_adapter(
         self, adapter_name: str, expert_names: tuple[str, ...], layer_names: tuple[str, ...] = ()
@@ -222,7 +231,13 @@ class RoutingState(RoutingContext):
         """What the open contexts of this thread, or of this asynchronous task, ask for."""
         if not torch.compiler.is_compiling():
             return _STEERINGS.get().get(self, NO_STEERING)
-        return self.in_thread.opened  # a context variable has no place in a graph
+        # A context variable has no place in a graph, and is asked where only it knows the answer:
+        # for a thread that was handed the context of another one, and for tasks that take turns.
+        if not self._is_open:
+            return NO_STEERING
+        opened = self.in_thread.opened
+        asked = opened is NO_STEERING or self._is_open_in_task
+        return _steering_in_context(self) if asked else opened
 
     @contextmanager
     def steered(self, **changes: Any) -> Iterator[None]:
@@ -236,7 +251,8 @@ class RoutingState(RoutingContext):
         """
         change = Steering(**changes)
         running, before = self.current(), self.steering
-        self._open.append(change)
+        opened = (change, asyncio._get_running_loop() is not None)
+        self._count(self._open.append, opened)
         self._note((*before.changes, change))
         try:
             if running is None:
@@ -245,9 +261,15 @@ class RoutingState(RoutingContext):
                 with self.use(self._resteered(running, change)):
                     yield
         finally:
-            self._open.remove(change)
+            self._count(self._open.remove, opened)
             # Contexts need not be left in the order in which they were entered.
             self._note(tuple(c for c in self.steering.changes if c is not change))
+
+    def _count(self, add_or_remove: Callable[[_Opened], None], opened: _Opened) -> None:
+        with _COUNTING:
+            add_or_remove(opened)
+            self._is_open = bool(self._open)
+            self._is_open_in_task = any(in_task for _, in_task in self._open)
 
     def _note(self, changes: tuple[Steering, ...]) -> None:
         """Set what the open contexts of this thread, or asynchronous task, ask for."""
@@ -345,7 +367,7 @@ class RoutingState(RoutingContext):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": []}
+        return {**self.__dict__, "_open": [], "_is_open": False, "_is_open_in_task": False}
 
 
 def _kept_experts(router: nn.Module) -> int | None:

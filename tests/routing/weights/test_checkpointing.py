@@ -158,3 +158,23 @@ def test_a_reentrant_checkpoint_is_right_where_they_require_none(weights):
         out.square().mean().backward()
         results.append({**gradients(model), "x": x.grad})
     assert_same_gradients(results[0], results[1])
+
+
+@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_second_order_gradients_are_those_without_checkpointing(given, taught):
+    results = []
+    for model in (adapted(Checkpointed(direct)), adapted(Checkpointed(use_reentrant=False))):
+        w = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]], requires_grad=True)
+        learned = [p for p in model.parameters() if p.requires_grad] + [w] * given
+        learners = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+        with (
+            moe_lora.route(model, w.softmax(-1)) if given else nullcontext(),
+            moe_lora.teach_experts(model, learners) if taught else nullcontext(),
+        ):
+            out = model(torch.linspace(-1, 1, 8).view(2, 4))
+        first = torch.autograd.grad(out.square().sum(), learned, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in first)
+        second = torch.autograd.grad(penalty, learned)
+        results.append(dict(enumerate((*first, *second))))
+    assert_same_gradients(results[1], results[0])
