@@ -265,6 +265,14 @@ def test_a_median_lies_in_its_interval() -> None:
     assert interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
 
 
+def test_ratios_of_checkouts_are_medians_beside_that_of_the_fastest_rounds() -> None:
+    (row,) = module("against").rows({"step": [(1.0, 2.0), (2.0, 2.0), (4.0, 2.0)]})
+    assert row["ratio"] == 1.0
+    assert row["fastest"] == 2.0
+    assert row["95 %"] == (0.5, 2.0)
+    assert (row["base ms"], row["now ms"]) == (2000.0, 2000.0)
+
+
 def test_imports_are_compared_with_those_of_a_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

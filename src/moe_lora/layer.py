@@ -14,7 +14,6 @@ from moe_lora.mixing import Linear
 from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.weights.checkpointing import version_in_graph
 from moe_lora.routing.weights.routing import Routing
-from moe_lora.selection import without_zeros
 from moe_lora.watching import is_plain_linear
 
 
@@ -57,12 +56,9 @@ class MoELoraLinear(RoutedLayer):
             return None, None
         weights = weights_by_row(weights.to(x.device), x.shape[0], self.rows)
         weights = align_weights(weights, x, self.stream, routing.grid_of(adapter_name))
-        if chosen is None:
+        if chosen is None or self.rows != "sample" or x.ndim == 2:
+            # Without tokens, gathering every sample's experts costs more than multiplying with all.
             return weights, None
-        if self.rows != "sample" or x.ndim == 2:
-            # Without tokens, gathering every sample's experts costs more than multiplying with
-            # all; but no gradient may reach the weights of the others here either.
-            return without_zeros(weights), None
         apart = (chosen.shape[0], *[1] * (x.ndim - 2), chosen.shape[-1])
         return weights, chosen.to(x.device).view(apart)
 
@@ -106,9 +102,8 @@ class MoELoraConv2d(RoutedLayer):
         result: Tensor = self.base_layer(input, *args, **kwargs)
         for adapter_name, experts in acting:
             routing = self.context.of_adapter(adapter_name)
-            weights, chosen = routing.of_layer(adapter_name, self.places.get(adapter_name))
+            weights, _ = routing.of_layer(adapter_name, self.places.get(adapter_name))
             if weights is not None:
-                weights = weights if chosen is None else without_zeros(weights)
                 weights = weights_by_row(weights.to(input.device), input.shape[0], self.rows)
                 grid = routing.grid_of(adapter_name)
                 weights = align_weights(weights, result.movedim(1, -1), grid=grid)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lora.routing.weights.checkpointing import check_version, guarded
-from moe_lora.selection import without_zeros
 from moe_lora.watching import has_plain_values, is_transformed, nothing_watches
 
 
@@ -74,7 +73,7 @@ def mixed(
     if weights is None:
         return Mixture(lora_A, lora_B, None, scaling / lora_A.shape[0], None, learners)
     if chosen is not None:
-        weights = without_zeros(weights.gather(-1, chosen))
+        weights = weights.gather(-1, chosen)
         learners = None if learners is None else learners.gather(-1, chosen)
     return Mixture(lora_A, lora_B, weights * scaling, 1.0, chosen, learners)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe_lora.selection import expert_indices
+from moe_lora.selection import expert_indices, without_zeros
 
 Dimension = tuple[int, int] | Literal["layers"]
 """What dimension 1 of `(B, N, E)` weights counts: the tokens of a grid of rows and columns that a
@@ -48,7 +48,8 @@ class Routing:
     Args:
         weights: `(E,)`, `(B, E)`, `(B, T, E)` or `(B, L, E)` per adapter; `None` means 1/E.
         expert_indices: `(B, k)` or `(B, L, k)` per adapter of which only `k` weights in every row
-            of `(B, E)` or `(B, L, E)` count: the indices of these experts.
+            of `(B, E)` or `(B, L, E)` count: the indices of these experts. No gradient reaches the
+            weights that are 0.
         dimension: what dimension 1 of an adapter's weights counts.
         expert_grad_mask: `(B, E)`, 1 where a sample's gradient reaches the parameters of an expert
             and 0 where not; `None` where it reaches all.
@@ -80,14 +81,14 @@ class Routing:
             dimension: what dimension 1 of `(B, N, E)` weights counts, where that is known.
             version: that of an equal routing; a new one by default.
         """
-        dimension = dimension or {}
-        indices = {}
+        weights, dimension, indices = dict(weights), dimension or {}, {}
         for name, k in (top_k or {}).items():
             values = weights[name]
             if k is None or values is None or k >= values.shape[-1]:
                 continue
             if values.ndim == 2 or dimension.get(name) == "layers":
                 indices[name] = expert_indices(values, k)
+                weights[name] = without_zeros(values)  # here, since it is the same in every layer
         for tensor in (*weights.values(), *indices.values()):
             _let_sizes_change(tensor)
         version = new_version() if version is None else version
