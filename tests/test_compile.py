@@ -100,7 +100,9 @@ def step(model, x):
     return [out.detach(), weights, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize("weights", [torch.rand(3), torch.rand(2, 3), torch.rand(2, 6, 3), None])
+@pytest.mark.parametrize(
+    "weights", [torch.rand(3), torch.rand(1, 3), torch.rand(2, 3), torch.rand(2, 6, 3), None]
+)
 def test_a_whole_model_is_one_graph_under_given_and_uniform_weights(weights):
     model = adapted(Block)
     x = torch.randn(2, 6, 8)

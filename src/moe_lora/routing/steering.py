@@ -24,6 +24,8 @@ class Override:
     @classmethod
     def of(cls, weights: Tensor, top_k: int | None = None) -> Override:
         """Remember the weights, and their state, under a version of their own."""
+        if weights.ndim == 2 and weights.shape[0] == 1 and top_k is None:
+            weights = weights[0]  # one row serves all samples, in compiled models too
         return cls(weights, top_k, new_version(), _changes(weights))
 
     @property
