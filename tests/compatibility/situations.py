@@ -104,7 +104,7 @@ CHECKPOINTING = [
         "torch.utils.checkpoint with use_reentrant=True",
         "partly",
         "Works where the routing weights require no gradient. Raises otherwise.",
-        "test_checkpointing.py::test_a_reentrant_checkpoint_is_right_where_they_require_none",
+        "routing/weights/test_checkpointing.py::test_a_reentrant_checkpoint_is_right_where_they_require_none",
     ),
     Situation(
         "Compiled blocks under torch.utils.checkpoint",

@@ -62,7 +62,7 @@ def test_a_pass_that_says_nothing_of_an_adapter_with_a_router_raises(context):
 
 
 def test_the_end_of_a_pass_that_never_began_does_no_harm(context):
-    assert context.leave() is None
+    assert context.leave(1) is None
     with context.use(routing()):
         assert context.current() is not None
 
