@@ -268,7 +268,8 @@ def rows_of_first_image_layer(
     def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
         (x,) = args
         if x.ndim > 2 and layer.stream != "text" and not found:
-            aligned, _ = layer._routing("default", x)
+            routing = layer.context.of_adapter("default")
+            aligned, _ = layer._weights(routing, "default", x)
             found.append((x.clone(), aligned.expand(*x.shape[:-1], -1).clone()))
 
     handles = [
