@@ -62,13 +62,16 @@ def test_examples_use_public_names_only(file: Path) -> None:
     ("code", "wrong"),
     [
         ("import moe_lora.routing.state", {"moe_lora.routing.state"}),
-        ("from moe_lora.layer import MoELoraLinear", {"moe_lora.layer.MoELoraLinear"}),
+        ("from moe_lora.tuner.layer import MoELoraLinear", {"moe_lora.tuner.layer.MoELoraLinear"}),
         ("from moe_lora import routing", {"moe_lora.routing"}),
         ("from moe_lora.losses import combined", {"moe_lora.losses.combined"}),
         ("from moe_lora import *", {"moe_lora.*"}),
         ("import moe_lora\nmoe_lora.routing.gate(1)", {"moe_lora.routing"}),
         ("import moe_lora\nmoe_lora.masks.analysis", {"moe_lora.masks.analysis"}),
-        ("def late():\n    from moe_lora.merging import merge", {"moe_lora.merging.merge"}),
+        (
+            "def late():\n    from moe_lora.tuner.merging import merge",
+            {"moe_lora.tuner.merging.merge"},
+        ),
         ("import moe_lora\nmoe_lora.masks.analyze\nmoe_lora.route", set()),
         ("from moe_lora import MoELoraConfig, flow, losses\nimport peft.tuners", set()),
         ("from moe_lora.losses import RemovalLoss", set()),

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import moe_lora
 from moe_lora import MoELoraConfig
 from moe_lora.families import FAMILIES, candidate_targets, default_targets, family_of
-from moe_lora.layer import MoELoraLinear
-from moe_lora.routed_layer import RoutedLayer
+from moe_lora.tuner.base_layer import RoutedLayer
+from moe_lora.tuner.layer import MoELoraLinear
 
 cases = pytest.mark.parametrize("case", table.CASES, ids=lambda case: case.name)
 

@@ -5,7 +5,6 @@ Importing the package registers the PEFT method `"MOE_LORA"` and does nothing el
 
 from moe_lora import flow, losses, masks, metrics, plots, schedules
 from moe_lora.adapter_files import load_adapter, save_adapter
-from moe_lora.config import MoELoraConfig
 from moe_lora.export import (
     ExportReport,
     export_lora,
@@ -15,14 +14,8 @@ from moe_lora.export import (
     weights_for,
 )
 from moe_lora.knockout import knocked_out
-from moe_lora.layer import MoELoraConv2d, MoELoraLinear
 from moe_lora.losses import RemovalLoss, compute_removal_task_loss
 from moe_lora.masks import MaskInfo, extract_mask_info_from_batch
-from moe_lora.merging import merge, unmerge
-from moe_lora.mixing import mixture
-from moe_lora.model import MoELoraModel
-from moe_lora.orthogonality import orthogonality_loss
-from moe_lora.registration import register
 from moe_lora.routing import (
     FixedRouter,
     MaskAwareFeatureExtractor,
@@ -51,6 +44,13 @@ from moe_lora.routing import (
     teach_experts,
 )
 from moe_lora.specialising import Specialisation, specialisation
+from moe_lora.tuner.config import MoELoraConfig
+from moe_lora.tuner.layer import MoELoraConv2d, MoELoraLinear
+from moe_lora.tuner.merging import merge, unmerge
+from moe_lora.tuner.mixture.product import mixture
+from moe_lora.tuner.model import MoELoraModel
+from moe_lora.tuner.orthogonality import orthogonality_loss
+from moe_lora.tuner.registration import register
 
 __version__ = "0.1.0"
 

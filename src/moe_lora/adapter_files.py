@@ -15,22 +15,22 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils import CONFIG_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 
-from moe_lora.adapter_tensors import (
+from moe_lora.files import read_tensors, updating, widened, write_tensors
+from moe_lora.routing.control import ROUTER_ATTRIBUTE, adapted_layers, routed_module
+from moe_lora.tuner.config import PEFT_TYPE, MoELoraConfig
+from moe_lora.tuner.rollback import all_or_nothing
+from moe_lora.tuner.state_dict.adapter_tensors import (
     EXPERTS,
     adapter_tensors,
     check_finite,
     check_in_memory,
     is_offloaded_to_disk,
 )
-from moe_lora.config import PEFT_TYPE, MoELoraConfig
-from moe_lora.files import read_tensors, updating, widened, write_tensors
-from moe_lora.module_paths import bare_paths, inner_module
-from moe_lora.names import check_adapter_name
-from moe_lora.routing.control import ROUTER_ATTRIBUTE, adapted_layers, routed_module
-from moe_lora.state_dict_names import PREFIX, bare_names
-from moe_lora.stored import CONFIG_KEY, StoredWeights, read_header
-from moe_lora.stored import WEIGHTS_NAME as SAFE_WEIGHTS_NAME
-from moe_lora.undo import all_or_nothing
+from moe_lora.tuner.state_dict.module_paths import bare_paths, inner_module
+from moe_lora.tuner.state_dict.names import PREFIX, bare_names
+from moe_lora.tuner.state_dict.stored import CONFIG_KEY, StoredWeights, read_header
+from moe_lora.tuner.state_dict.stored import WEIGHTS_NAME as SAFE_WEIGHTS_NAME
+from moe_lora.tuner.validation.names import check_adapter_name
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 DIFFUSERS_KEY = "lora_adapter_metadata"

@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from moe_lora.adapter_routers import AdapterRouters
 from moe_lora.routing.control import ROUTER_ATTRIBUTE, routed_module, routing_state
 from moe_lora.routing.steering import Ablation
+from moe_lora.tuner.router_container.container import AdapterRouters
 
 Batch = TypeVar("Batch")
 Evaluate = Callable[[nn.Module, Batch], Mapping[str, float | Tensor]]

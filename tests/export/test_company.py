@@ -47,7 +47,7 @@ def alone(make_flux, mixture, make_flux_inputs):
 
 def experts_of(model):
     return {
-        moe_lora.module_paths.bare_path(name, model): parameter
+        moe_lora.tuner.state_dict.module_paths.bare_path(name, model): parameter
         for name, parameter in model.named_parameters()
         if "moe_lora_" in name
     }

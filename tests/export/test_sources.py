@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_lora import MoELoraConfig
 from moe_lora.export.sources import is_checkpoint, table_of_checkpoint, table_of_model
-from moe_lora.stored import input_width
+from moe_lora.tuner.state_dict.stored import input_width
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing import adapted_layers
 from moe_lora.routing.weights.routing import Routing
+from moe_lora.tuner.base_layer import RoutedLayer
 
 E = 3
 

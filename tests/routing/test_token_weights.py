@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.layer import MoELoraConv2d
-from moe_lora.routed_layer import RoutedLayer
+from moe_lora.tuner.base_layer import RoutedLayer
+from moe_lora.tuner.layer import MoELoraConv2d
 
 E = 3
 

@@ -11,15 +11,15 @@ from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from moe_lora.config import MoELoraConfig
-from moe_lora.experts import MoELoraExperts
 from moe_lora.export.fitting import read_lora_for
 from moe_lora.export.layouts import exact_targets, ranks_config
 from moe_lora.export.plain import StoredFactors
 from moe_lora.export.sources import adapted_layers
-from moe_lora.module_paths import bare_modules, inner_module
-from moe_lora.routing.registry import router_class
-from moe_lora.undo import all_or_nothing
+from moe_lora.routing.routers.registry import router_class
+from moe_lora.tuner.config import MoELoraConfig
+from moe_lora.tuner.experts import MoELoraExperts
+from moe_lora.tuner.rollback import all_or_nothing
+from moe_lora.tuner.state_dict.module_paths import bare_modules, inner_module
 
 
 def from_loras(

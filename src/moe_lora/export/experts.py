@@ -11,19 +11,19 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from moe_lora.adapter_tensors import check_finite
-from moe_lora.config import MoELoraConfig
-from moe_lora.experts import MoELoraExperts
 from moe_lora.export.factors import Factors
 from moe_lora.export.fitting import read_lora_for
 from moe_lora.export.layouts import anchored, exact_targets, header, peft_tensors
 from moe_lora.export.plain import StoredFactors
 from moe_lora.export.sources import CONFIG_NAME, adapted_layers, some, table_of_model
 from moe_lora.files import updating, widened, write_tensors
-from moe_lora.names import check_expert_names
-from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import routed_module
-from moe_lora.stored import WEIGHTS_NAME
+from moe_lora.tuner.base_layer import RoutedLayer
+from moe_lora.tuner.config import MoELoraConfig
+from moe_lora.tuner.experts import MoELoraExperts
+from moe_lora.tuner.state_dict.adapter_tensors import check_finite
+from moe_lora.tuner.state_dict.stored import WEIGHTS_NAME
+from moe_lora.tuner.validation.names import check_expert_names
 
 
 def save_experts(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lora.config import MoELoraConfig
+from moe_lora.tuner.config import MoELoraConfig
 
 
 class Factors(NamedTuple):

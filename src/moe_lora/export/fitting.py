@@ -14,8 +14,8 @@ from moe_lora.export.kohya import flux_norm, flux_paths, split_flux
 from moe_lora.export.plain import PlainFile, StoredFactors, read_plain
 from moe_lora.export.sgm import diffusers_name
 from moe_lora.export.sources import some
-from moe_lora.module_paths import bare_modules
-from moe_lora.stored import input_width
+from moe_lora.tuner.state_dict.module_paths import bare_modules
+from moe_lora.tuner.state_dict.stored import input_width
 
 
 def read_lora_for(

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lora.export.factors import ExpertTable, Factors
 from moe_lora.export.plain import read_plain
 from moe_lora.export.sources import is_checkpoint, table_of_checkpoint
-from moe_lora.stored import WEIGHTS_NAME
+from moe_lora.tuner.state_dict.stored import WEIGHTS_NAME
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from moe_lora.export.low_rank import compress
 from moe_lora.export.sources import CONFIG_NAME, some, table_of_model
 from moe_lora.export.weights import ChosenWeights, choose_for_model
 from moe_lora.files import replacing, write_tensors
-from moe_lora.stored import WEIGHTS_NAME
+from moe_lora.tuner.state_dict.stored import WEIGHTS_NAME
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 

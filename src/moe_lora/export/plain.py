@@ -19,7 +19,7 @@ from moe_lora.export.layouts import METADATA_KEY, Format
 from moe_lora.export.sources import CONFIG_NAME, read_json, some
 from moe_lora.export.strength import Strength
 from moe_lora.files import read_tensors
-from moe_lora.stored import WEIGHTS_NAME
+from moe_lora.tuner.state_dict.stored import WEIGHTS_NAME
 
 Layout = Format | Literal["original"]
 """Whose keys a file has; "original" are the dotted ones of a model's own code."""

@@ -12,15 +12,15 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from moe_lora.adapter_tensors import check_in_memory
-from moe_lora.config import PEFT_TYPE, MoELoraConfig
-from moe_lora.experts import MoELoraExperts
 from moe_lora.export.factors import ExpertTable, LayerExperts
 from moe_lora.files import read_tensors, widened
-from moe_lora.module_paths import bare_modules
-from moe_lora.routed_layer import RoutedLayer
 from moe_lora.routing.control import routed_module
-from moe_lora.stored import WEIGHTS_NAME, input_width
+from moe_lora.tuner.base_layer import RoutedLayer
+from moe_lora.tuner.config import PEFT_TYPE, MoELoraConfig
+from moe_lora.tuner.experts import MoELoraExperts
+from moe_lora.tuner.state_dict.adapter_tensors import check_in_memory
+from moe_lora.tuner.state_dict.module_paths import bare_modules
+from moe_lora.tuner.state_dict.stored import WEIGHTS_NAME, input_width
 
 CONFIG_NAME = "adapter_config.json"
 

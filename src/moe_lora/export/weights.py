@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_lora.config import MoELoraConfig
 from moe_lora.masks import MaskInfo, analyze
 from moe_lora.routing.control import routed_module, routing_state, routing_stats
 from moe_lora.routing.model_call import ModelCall
-from moe_lora.routing.registry import router_class
-from moe_lora.routing.router import Router
+from moe_lora.routing.routers.base import Router
+from moe_lora.routing.routers.registry import router_class
+from moe_lora.tuner.config import MoELoraConfig
 
 CHOICES = (
     'one number per expert, an expert\'s name, "uniform", "mean" over the recorded statistics, or '

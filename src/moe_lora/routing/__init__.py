@@ -1,6 +1,6 @@
 """Routers, their inputs and decisions, and how their weights reach the adapted layers."""
 
-from moe_lora.routing.balance import (
+from moe_lora.routing.auxiliary_losses import (
     entropy_floor_loss,
     load_balancing_loss,
     router_z_loss,
@@ -18,15 +18,15 @@ from moe_lora.routing.control import (
     set_routing_mode,
     teach_experts,
 )
-from moe_lora.routing.features import MaskAwareFeatureExtractor
-from moe_lora.routing.gating import HINT_BIAS, gate, task_hints
 from moe_lora.routing.inputs import RouterInputs
-from moe_lora.routing.registry import register_router, router_names
-from moe_lora.routing.router import Router, RoutingDecision
-from moe_lora.routing.simple import FixedRouter, UniformRouter
+from moe_lora.routing.routers.base import Router, RoutingDecision
+from moe_lora.routing.routers.features import MaskAwareFeatureExtractor
+from moe_lora.routing.routers.fixed import FixedRouter, UniformRouter
+from moe_lora.routing.routers.gating import HINT_BIAS, gate, task_hints
+from moe_lora.routing.routers.registry import register_router, router_names
+from moe_lora.routing.routers.three_expert_removal import ThreeExpertRemovalRouter
+from moe_lora.routing.routers.token_removal import TokenRemovalRouter
 from moe_lora.routing.statistics import RoutingStats
-from moe_lora.routing.three_expert import ThreeExpertRemovalRouter
-from moe_lora.routing.token_removal import TokenRemovalRouter
 
 __all__ = [
     "HINT_BIAS",

@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from moe_lora.routing.gating import task_hints
 from moe_lora.routing.inputs import GivenInputs, RouterInputs
 from moe_lora.routing.model_call import MaskMemory, ModelCall
 from moe_lora.routing.offloading import onloaded
-from moe_lora.routing.router import Router, RoutingDecision
+from moe_lora.routing.routers.base import Router, RoutingDecision
+from moe_lora.routing.routers.gating import task_hints
 from moe_lora.routing.statistics import RoutingStats
 from moe_lora.routing.steering import NO_STEERING, Override, Steering
 from moe_lora.routing.weights.checkpointing import recomputed

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_lora.watching import is_transformed
+from moe_lora.tracing import is_transformed
 
 _UPDATING = threading.Lock()  # passes of several threads are counted by one model
 

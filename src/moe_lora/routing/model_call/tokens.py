@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_lora.alignment import coarsen, enlarge, level_of
 from moe_lora.families import family_of
 from moe_lora.routing.model_call.image_tokens import ImageTokens
+from moe_lora.routing.weights.alignment import coarsen, enlarge, level_of
 
 Grid = tuple[int, int]
 
@@ -19,7 +19,7 @@ def place_on_latents(
     """Fit token weights to unpacked latents.
 
     Weights for the model's patches are used as they are. Weights at any other resolution that
-    `moe_lora.alignment.level_of` finds are brought to the latent pixels, and averaged over the
+    `level_of` finds are brought to the latent pixels, and averaged over the
     pixels of each patch; pixels beyond the last whole patch belong to no token, as in the models.
     Every frame of a video takes the weights of one image.
 

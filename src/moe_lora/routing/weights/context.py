@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from moe_lora.routing.weights.routing import Routing, graph_task
-from moe_lora.watching import is_transformed
+from moe_lora.tracing import is_transformed
 
 _NO_CALL, _COMPILED_CALL = -1, 0
 

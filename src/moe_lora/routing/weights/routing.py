@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moe_lora.selection import expert_indices, without_zeros
+from moe_lora.routing.weights.selection import expert_indices, without_zeros
 
 Dimension = tuple[int, int] | Literal["layers"]
 """What dimension 1 of `(B, N, E)` weights counts: the tokens of a grid of rows and columns that a

@@ -1,0 +1,1 @@
+"""Routers: the base class, the registry, and the routers of the library."""

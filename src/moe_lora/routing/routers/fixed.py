@@ -1,0 +1,158 @@
+"""Routers that do not look at their inputs: equal weights and weights set by hand."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_lora.routing.inputs import RouterInputs
+from moe_lora.routing.routers.base import Router
+from moe_lora.routing.routers.gating import RoutingStrategy, gate, task_hints
+from moe_lora.routing.routers.registry import register_router
+
+
+class _InputFreeRouter(Router):
+    @abstractmethod
+    def _expert_logits(self) -> list[float]:
+        """Return the logits, one per expert."""
+
+    def logits(self, inputs: RouterInputs) -> Tensor:
+        """Return the same logits for every sample.
+
+        Args:
+            inputs: what the model was called with; only its batch size and device count.
+
+        Returns:
+            `(B, E)`, float32.
+        """
+        row = torch.tensor(self._expert_logits(), device=inputs.hidden_states.device)
+        return row.expand(inputs.batch_size, -1)
+
+    def fixed_weights(self) -> Tensor:
+        """Return the `(E,)` weights of every call without a task hint."""
+        return gate(
+            torch.tensor(self._expert_logits()),
+            self.strategy,
+            temperature=self.temperature,
+            top_k=self.top_k,
+        )
+
+
+@register_router("uniform")
+class UniformRouter(_InputFreeRouter):
+    """Give every expert the same weight, 1/E.
+
+    The number of experts comes from `configure`. A task hint still tilts the weights.
+
+    Example:
+        >>> UniformRouter().configure(["a", "b", "c", "d"]).fixed_weights()
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+
+    def configure(
+        self,
+        expert_names: Sequence[str],
+        *,
+        strategy: RoutingStrategy = "soft",
+        temperature: float = 1.0,
+        top_k: int | None = None,
+    ) -> Router:
+        """Set the experts; see `Router.configure`.
+
+        Raises:
+            ValueError: for a strategy other than "soft": among equal logits none is the largest.
+        """
+        super().configure(expert_names, strategy=strategy, temperature=temperature, top_k=top_k)
+        if strategy != "soft":
+            raise ValueError(
+                f'Expected `routing_strategy` to be "soft" with the uniform router, whose logits '
+                f"are all equal, but got {strategy!r}."
+            )
+        return self
+
+    def _expert_logits(self) -> list[float]:
+        if self.expert_names is None:
+            raise ValueError(
+                "Expected UniformRouter to know its experts; call configure(expert_names) first."
+            )
+        return [0.0] * len(self.expert_names)
+
+
+@register_router("fixed")
+class FixedRouter(_InputFreeRouter):
+    """Give every sample the same weights, set by hand.
+
+    The logits are log(weights), so that strategy, temperature and task hints act as on any router:
+    under "soft" at temperature 1 and without a hint the routing weights are `weights`.
+
+    Args:
+        weights: one per expert, in the order of the experts; ≥ 0, sum 1.
+
+    Raises:
+        ValueError: for negative weights or a sum other than 1 (to 1e-4).
+
+    Example:
+        >>> FixedRouter([0.5, 0.5, 0.0]).fixed_weights()
+        tensor([0.5000, 0.5000, 0.0000])
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        super().__init__()
+        self.weights = tuple(float(weight) for weight in weights)
+        if not all(weight >= 0 for weight in self.weights):
+            raise ValueError(f"Expected `weights` to be >= 0, but got {list(self.weights)}.")
+        if not abs(sum(self.weights) - 1) <= 1e-4:
+            raise ValueError(
+                f"Expected `weights` to sum to 1, but {list(self.weights)} sum to "
+                f"{sum(self.weights):.6g}."
+            )
+
+    def configure(
+        self,
+        expert_names: Sequence[str],
+        *,
+        strategy: RoutingStrategy = "soft",
+        temperature: float = 1.0,
+        top_k: int | None = None,
+    ) -> Router:
+        """Set what turns logits into weights; see `Router.configure`.
+
+        Raises:
+            ValueError: when there is not one weight per expert.
+        """
+        if len(expert_names) != len(self.weights):
+            raise ValueError(
+                f"Expected `weights` to have one entry per expert, {len(expert_names)} in all, "
+                f"but got {len(self.weights)}."
+            )
+        return super().configure(
+            expert_names, strategy=strategy, temperature=temperature, top_k=top_k
+        )
+
+    def logits(self, inputs: RouterInputs) -> Tensor:
+        """Return log(weights) for every sample.
+
+        Args:
+            inputs: what the model was called with; only batch size, device and hint count.
+
+        Returns:
+            `(B, E)`, float32; -inf where the weight is 0.
+
+        Raises:
+            ValueError: for a task hint that favours an expert whose weight is 0.
+        """
+        names = self.expert_names or [f"expert_{i}" for i in range(len(self.weights))]
+        for name, weight in zip(names, self.weights, strict=True):
+            if weight == 0 and inputs.task_hint in task_hints([name]):
+                raise ValueError(
+                    f"Expected `task_hint` to favour an expert with a weight > 0, but got "
+                    f"{inputs.task_hint!r} while the fixed weight of {name!r} is 0."
+                )
+        return super().logits(inputs)
+
+    def _expert_logits(self) -> list[float]:
+        return [math.log(weight) if weight > 0 else -math.inf for weight in self.weights]

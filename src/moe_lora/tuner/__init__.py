@@ -1,0 +1,1 @@
+"""The PEFT method: configuration, model, adapted layers and their experts."""

@@ -1,0 +1,178 @@
+"""The experts of one adapter in one layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lora.routing.weights.checkpointing import guarded
+from moe_lora.tracing import is_transformed
+from moe_lora.tuner.config import MoELoraConfig
+from moe_lora.tuner.mixture.product import Linear, add_mixture, apply_gate, mixed
+
+
+class Factors(NamedTuple):
+    """Remember a mixture of fixed weights, `A (E, r, *in_shape)` and `B (out, E, r)`."""
+
+    A: Tensor
+    B: Tensor
+
+    def to(self, device: torch.device) -> Factors:
+        return Factors(self.A.to(device), self.B.to(device))
+
+    def product(self) -> Tensor:
+        """Return the change of the base weight, `(out, *in_shape)`."""
+        delta: Tensor = self.B.flatten(1) @ self.A.flatten(0, 1).flatten(1)
+        return delta.view(self.B.shape[0], *self.A.shape[2:])
+
+
+class MoELoraExperts(nn.Module):
+    """Hold the experts of one adapter in one linear layer.
+
+    Args:
+        in_shape: `(in,)`, the shape of what one row of `lora_A` multiplies.
+        out_features: width of the layer's output.
+        r: rank of each expert.
+        lora_alpha: numerator of the scaling.
+        config: the adapter's configuration, for what is the same in all layers.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        config: MoELoraConfig,
+    ) -> None:
+        super().__init__()
+        self.r, self.lora_alpha = r, lora_alpha
+        self.base_scaling = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.scaling = self.base_scaling
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self.lora_A = nn.Parameter(torch.empty(len(config.experts), r, *in_shape))
+        self.lora_B = nn.Parameter(torch.empty(out_features, len(config.experts), r))
+        self.reset_parameters(config.init_lora_weights)
+
+    @torch.no_grad()
+    def reset_parameters(self, init: bool | str = True) -> None:
+        """Draw `lora_A` and set `lora_B` to zero (with `init=False`, draw both)."""
+        if init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A.flatten(0, 1), a=math.sqrt(5))
+        if init:
+            nn.init.zeros_(self.lora_B)
+        else:
+            # The bound of an expert's own nn.Linear(r, out), whatever the number of experts.
+            nn.init.uniform_(self.lora_B, -1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
+
+    @property
+    def drops(self) -> bool:
+        """Tell whether dropout acts now."""
+        return self.dropout.training and self.dropout.p > 0
+
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor | Linear,
+        weights: Tensor | None = None,
+        *,
+        chosen: Tensor | None = None,
+        learners: Tensor | None = None,
+        stamp: Tensor | None = None,
+    ) -> Tensor:
+        """Add the mixture's output for `x` to that of the base layer; see `add_mixture`.
+
+        Args:
+            x: `(..., in)`.
+            base: the base layer's output, or a frozen linear layer yet to be applied.
+            weights: aligned with `x`; `None` means 1/E.
+            chosen: aligned with `x`, the experts whose weights are not zero.
+            learners: aligned with `x`, 1 for the experts that a sample teaches; `None` for all.
+            stamp: names the routing.
+        """
+        mix = mixed(self.lora_A, self.lora_B, weights, self.scaling, chosen, learners)
+        return add_mixture(self.dropout(x), mix, base, stamp)
+
+    @torch.no_grad()
+    def factors(self, weights: Tensor | None = None) -> Factors:
+        """Return what a mixture of `(E,)` fixed weights adds to the base weight.
+
+        Returns:
+            A copy, in float32 (float64 for float64 experts).
+        """
+        precise = torch.promote_types(self.lora_A.dtype, torch.float32)
+        A, B = self.lora_A.to(precise, copy=True), self.lora_B.to(precise)
+        gate = B.new_full((B.shape[1],), 1 / B.shape[1]) if weights is None else weights.to(B)
+        return Factors(A, B * (gate * self.scaling).view(1, -1, 1))
+
+    def delta_weight(self, weights: Tensor | None = None) -> Tensor:
+        """Return the `(out, *in_shape)` change of the base weight under fixed weights."""
+        return self.factors(weights).product()
+
+
+class MoELoraConvExperts(MoELoraExperts):
+    """Hold the experts of one adapter in one convolution.
+
+    `lora_A` is `(E, r, in, kh, kw)`, a convolution with the base's stride and padding to `E·r`
+    channels; `lora_B` mixes these at every place.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        # `model.to(memory_format=torch.channels_last)` knows weights of four dimensions.
+        def rank_4(tensor: Tensor) -> Tensor:
+            if tensor.ndim != 5:
+                return fn(tensor)
+            applied = fn(tensor.flatten(0, 1))
+            return applied.view(*tensor.shape[:2], *applied.shape[1:])
+
+        super()._apply(rank_4, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        base: Tensor,
+        convolve: Callable[[Tensor, Tensor], Tensor],
+        weights: Tensor | None = None,
+        *,
+        learners: Tensor | None = None,
+        stamp: Tensor | None = None,
+    ) -> Tensor:
+        """Add the mixture's output for `x` to that of the base layer.
+
+        Args:
+            x: `(B, in, H, W)`.
+            base: `(B, out, H', W')`, the base layer's output.
+            convolve: the base's convolution of an input with a weight.
+            weights: `(E, 1, 1)` or `(B, E, 1 or H', 1 or W')`; `None` means 1/E.
+            learners: `(B, E, 1, 1)`, 1 for the experts that a sample teaches; `None` for all.
+            stamp: names the routing.
+        """
+        x = self.dropout(x)
+        A = self.lora_A.flatten(0, 1).to(x.dtype)
+        B = self.lora_B.flatten(1).to(x.dtype)[..., None, None]
+        hidden = convolve(x, A)
+        if learners is not None:
+            untaught = convolve(x, A.detach())
+            hidden = untaught + _gated(hidden - untaught, learners)
+        if weights is None:
+            hidden = hidden * (self.scaling / self.lora_A.shape[0])
+        else:
+            hidden = _gated(hidden, weights * self.scaling)
+        if learners is None:
+            delta = F.conv2d(hidden, B)
+        else:
+            taught = _gated(hidden, learners)
+            delta = F.conv2d(taught, B) + F.conv2d(hidden - taught, B.detach())
+        return base + guarded(delta, None if is_transformed() else stamp)
+
+
+def _gated(hidden: Tensor, gate: Tensor) -> Tensor:
+    return apply_gate(hidden.movedim(-3, -1), gate.movedim(-3, -1)).movedim(-1, -3)

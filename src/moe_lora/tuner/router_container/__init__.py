@@ -1,0 +1,1 @@
+"""The routers inside an adapted model, and the hooks that ask them."""

@@ -1,0 +1,61 @@
+"""The router that a configuration asks for."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from peft.utils.integrations import init_empty_weights
+from torch import nn
+
+from moe_lora.routing.routers.base import Router
+from moe_lora.routing.routers.registry import router_class
+from moe_lora.tuner.config import MoELoraConfig
+
+
+def build_router(
+    config: MoELoraConfig,
+    model: nn.Module,
+    low_cpu_mem_usage: bool,
+    num_layers: int | None = None,
+) -> Router | None:
+    """Build the router that an adapter's configuration names, on the device of the model.
+
+    Args:
+        config: the adapter's configuration.
+        model: the model to adapt, whose sizes a router may take for its own.
+        low_cpu_mem_usage: create the parameters on the meta device, to be loaded later.
+        num_layers: how many layers the adapter has, for a router that weighs each of them.
+
+    Returns:
+        The router; `None` where the configuration names none.
+
+    Raises:
+        TypeError: when `router_kwargs` are not arguments of the router.
+        ValueError: when they are not values that it can be built with.
+    """
+    if config.router is None:
+        return None
+    cls = router_class(config.router)
+    kwargs = {**cls.default_kwargs(model, config.router_kwargs), **config.router_kwargs}
+    if num_layers is not None:
+        kwargs["num_layers"] = num_layers
+    try:
+        inspect.signature(cls).bind(**kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"Expected `router_kwargs` to be arguments of {cls.__name__}, but got {kwargs} "
+            f"({error})."
+        ) from error
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with init_empty_weights() if low_cpu_mem_usage else device:
+            router = cls(**kwargs)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"Expected `router_kwargs` to be values that {cls.__name__} can be built with, but "
+            f"got {kwargs} ({error})."
+        ) from error
+    if device.type == "meta" or any(p.is_meta for p in router.parameters()):
+        return router
+    return router.to(device)

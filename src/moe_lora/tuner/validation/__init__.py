@@ -1,0 +1,1 @@
+"""Checks of a configuration's fields and of the names of adapters and experts."""
