@@ -1,19 +1,13 @@
-"""Whether anything follows, transforms or replaces the operations of a layer."""
+"""Whether operations are traced or transformed instead of computed on values."""
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._device import DeviceContext
 
 # PyTorch offers no public names for these.
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
+dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 _is_of_legacy_vmap = torch._C._functorch.is_legacy_batchedtensor  # of `is_grads_batched=True`
 _is_jit_tracing = torch._C._is_tracing
@@ -22,18 +16,7 @@ _SYMBOLIC_MODES = (
     torch._C._TorchDispatchModeKey.PROXY,
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
 )
-_PLAIN_TYPES = (Tensor, nn.Parameter)
-
-
-def _if_of_torch(function: Any) -> Any:
-    """Return a function that PyTorch wrote; `None` for an earlier patch of it."""
-    code = getattr(function, "__code__", None)
-    return function if code and code.co_filename.startswith(torch.__path__[0]) else None
-
-
-_MODULE_CALL = _if_of_torch(nn.Module.__call__)
-_LINEAR_FORWARD = _if_of_torch(nn.Linear.forward)
-_LINEAR = F.linear
+PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 def is_transformed() -> bool:
@@ -49,7 +32,7 @@ def is_transformed() -> bool:
         or forward_ad._current_level >= 0
         or _is_jit_tracing()
         or (
-            _dispatch_modes() > 0
+            dispatch_modes() > 0
             and any(torch._C._get_dispatch_mode(key) is not None for key in _SYMBOLIC_MODES)
         )
     )
@@ -57,54 +40,4 @@ def is_transformed() -> bool:
 
 def has_plain_values(tensor: Tensor) -> bool:
     """Tell whether a tensor is of PyTorch's own type and is not traced, dual or batched."""
-    return type(tensor) in _PLAIN_TYPES and not is_transformed() and not _is_of_legacy_vmap(tensor)
-
-
-def nothing_watches(*operands: Tensor | None) -> bool:
-    """Tell whether fused operations give what plain ones do.
-
-    They do not where operations are transformed (see `is_transformed`), where a dispatch mode or a
-    function mode sees each of them (a FLOP counter, a policy of selective checkpointing), where an
-    operand is of a tensor subclass or a proxy, or where `F.linear` was replaced.
-
-    Args:
-        operands: the tensors of the operation.
-    """
-    for operand in operands:
-        if operand is not None and type(operand) not in _PLAIN_TYPES:
-            return False
-    return not (
-        is_transformed()
-        or _dispatch_modes()
-        or (_function_modes() and _has_function_mode())
-        or F.linear is not _LINEAR
-    )
-
-
-def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Tell whether a layer is a frozen `nn.Linear` whose call does `F.linear` and nothing else.
-
-    It does more where the layer or all modules have hooks, and where the layer's `forward`,
-    `nn.Linear.forward` or `nn.Module.__call__` was replaced.
-    """
-    if (
-        type(layer) is not nn.Linear
-        or _has_any_global_hook()
-        or nn.Linear.forward is not _LINEAR_FORWARD
-        or nn.Linear.__call__ is not _MODULE_CALL
-    ):
-        return False
-    own = layer.__dict__  # reading parameters through `nn.Module.__getattr__` takes microseconds
-    weight, bias = (own["_parameters"].get(name) for name in ("weight", "bias"))
-    if type(weight) is not nn.Parameter or weight.requires_grad:
-        return False
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
-    patched = "forward" in own or "_call_impl" in own or own.get("_compiled_call_impl") is not None
-    trained = bias is not None and bias.requires_grad
-    return not (hooked or own["_backward_pre_hooks"] or patched or trained)
-
-
-def _has_function_mode() -> bool:
-    """Tell whether there is a mode besides the one that stands for the default device."""
-    modes = (torch._C._get_function_stack_at(i) for i in range(_function_modes()))
-    return any(type(mode) is not DeviceContext for mode in modes)
+    return type(tensor) in PLAIN_TYPES and not is_transformed() and not _is_of_legacy_vmap(tensor)

@@ -105,7 +105,7 @@ def route(model: nn.Module, weights: Tensor, *, top_k: int | None = None) -> Ite
 
 
 @contextmanager
-def teach_experts(model: nn.Module, learners: Tensor) -> Iterator[None]:
+def teach_experts(model: nn.Module, expert_grad_mask: Tensor) -> Iterator[None]:
     """Let every sample's gradient reach the parameters of some experts only.
 
     The mixture computes what it always does, and gradients pass through it to everything else, the
@@ -114,22 +114,23 @@ def teach_experts(model: nn.Module, learners: Tensor) -> Iterator[None]:
 
     Args:
         model: the adapted model, or a wrapper around it.
-        learners: `(B, E)`, 1 where a sample teaches an expert and 0 where not.
+        expert_grad_mask: `(B, E)`, 1 where a sample trains an expert and 0 where not.
 
     Raises:
         ValueError: for a tensor of another shape or with other values, or a model without an
             adapter.
     """
-    if learners.ndim != 2:
+    if expert_grad_mask.ndim != 2:
         raise ValueError(
-            f"Expected `learners` to have shape (batch, E), but got {tuple(learners.shape)}."
+            "Expected `expert_grad_mask` to have shape (batch, E), but got "
+            f"{tuple(expert_grad_mask.shape)}."
         )
     state = routing_state(model)
-    state.check_num_experts("learners", learners, active_adapters(model))
-    learners = learners.detach().float()
-    if not ((learners == 0) | (learners == 1)).all():
-        raise ValueError("Expected `learners` to be 0 or 1, but got other values.")
-    with state.steered(expert_grad_mask=learners):
+    state.check_num_experts("expert_grad_mask", expert_grad_mask, active_adapters(model))
+    expert_grad_mask = expert_grad_mask.detach().float()
+    if not ((expert_grad_mask == 0) | (expert_grad_mask == 1)).all():
+        raise ValueError("Expected `expert_grad_mask` to be 0 or 1, but got other values.")
+    with state.steered(expert_grad_mask=expert_grad_mask):
         yield
 
 

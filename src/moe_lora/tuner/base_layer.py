@@ -80,7 +80,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.context, self.stream, self.rows = context, stream, rows
         self.adapted_model = model or AdaptedModel(None)
         self.moe_lora_experts = nn.ModuleDict()
-        self.places: dict[str, Tensor] = {}
+        self.layer_index: dict[str, Tensor] = {}
         self.merged_adapters: list[str] = []
         self._merged_factors: dict[str, Factors] = {}
         self._scales: list[tuple[float, dict[str, float]]] = []
@@ -122,12 +122,12 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         return [] if self.disable_adapters or self.merged else list(self.experts())
 
-    def learners_of(self, routing: Routing, x: Tensor) -> Tensor | None:
-        """Return which experts each sample teaches, aligned with `x`; `None` for all."""
+    def grad_mask_of(self, routing: Routing, x: Tensor) -> Tensor | None:
+        """Return which experts each sample trains, aligned with `x`; `None` for all."""
         if routing.expert_grad_mask is None:
             return None
-        learners = weights_by_row(routing.expert_grad_mask.to(x.device), x.shape[0], self.rows)
-        return align_weights(learners, x, self.stream)
+        mask = weights_by_row(routing.expert_grad_mask.to(x.device), x.shape[0], self.rows)
+        return align_weights(mask, x, self.stream)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -149,7 +149,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         held = adapter_name in self.moe_lora_experts
         super().delete_adapter(adapter_name)
-        self.places.pop(adapter_name, None)
+        self.layer_index.pop(adapter_name, None)
         # As in a stock LoRA layer, an adapter that is deleted while it is merged stays merged.
         self._merged_factors.pop(adapter_name, None)
         if held:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from moe_lora.routing.weights.checkpointing import guarded
 from moe_lora.tracing import is_transformed
 from moe_lora.tuner.config import MoELoraConfig
-from moe_lora.tuner.mixture.product import Linear, add_mixture, apply_gate, mixed
+from moe_lora.tuner.mixture.fused import add_mixture
+from moe_lora.tuner.mixture.product import LinearParameters, apply_gate, mixture_operands
 
 
 class Factors(NamedTuple):
@@ -80,12 +81,12 @@ class MoELoraExperts(nn.Module):
     def forward(
         self,
         x: Tensor,
-        base: Tensor | Linear,
+        base: Tensor | LinearParameters,
         weights: Tensor | None = None,
         *,
-        chosen: Tensor | None = None,
-        learners: Tensor | None = None,
-        stamp: Tensor | None = None,
+        expert_indices: Tensor | None = None,
+        expert_grad_mask: Tensor | None = None,
+        routing_version: Tensor | None = None,
     ) -> Tensor:
         """Add the mixture's output for `x` to that of the base layer; see `add_mixture`.
 
@@ -93,12 +94,15 @@ class MoELoraExperts(nn.Module):
             x: `(..., in)`.
             base: the base layer's output, or a frozen linear layer yet to be applied.
             weights: aligned with `x`; `None` means 1/E.
-            chosen: aligned with `x`, the experts whose weights are not zero.
-            learners: aligned with `x`, 1 for the experts that a sample teaches; `None` for all.
-            stamp: names the routing.
+            expert_indices: aligned with `x`, the experts whose weights are not zero.
+            expert_grad_mask: aligned with `x`, 1 for the experts that a sample trains;
+                `None` for all.
+            routing_version: the version of the routing.
         """
-        mix = mixed(self.lora_A, self.lora_B, weights, self.scaling, chosen, learners)
-        return add_mixture(self.dropout(x), mix, base, stamp)
+        mix = mixture_operands(
+            self.lora_A, self.lora_B, weights, self.scaling, expert_indices, expert_grad_mask
+        )
+        return add_mixture(self.dropout(x), mix, base, routing_version)
 
     @torch.no_grad()
     def factors(self, weights: Tensor | None = None) -> Factors:
@@ -142,8 +146,8 @@ class MoELoraConvExperts(MoELoraExperts):
         convolve: Callable[[Tensor, Tensor], Tensor],
         weights: Tensor | None = None,
         *,
-        learners: Tensor | None = None,
-        stamp: Tensor | None = None,
+        expert_grad_mask: Tensor | None = None,
+        routing_version: Tensor | None = None,
     ) -> Tensor:
         """Add the mixture's output for `x` to that of the base layer.
 
@@ -152,26 +156,27 @@ class MoELoraConvExperts(MoELoraExperts):
             base: `(B, out, H', W')`, the base layer's output.
             convolve: the base's convolution of an input with a weight.
             weights: `(E, 1, 1)` or `(B, E, 1 or H', 1 or W')`; `None` means 1/E.
-            learners: `(B, E, 1, 1)`, 1 for the experts that a sample teaches; `None` for all.
-            stamp: names the routing.
+            expert_grad_mask: `(B, E, 1, 1)`, 1 for the experts that a sample trains;
+                `None` for all.
+            routing_version: the version of the routing.
         """
         x = self.dropout(x)
         A = self.lora_A.flatten(0, 1).to(x.dtype)
         B = self.lora_B.flatten(1).to(x.dtype)[..., None, None]
         hidden = convolve(x, A)
-        if learners is not None:
-            untaught = convolve(x, A.detach())
-            hidden = untaught + _gated(hidden - untaught, learners)
+        if expert_grad_mask is not None:
+            detached = convolve(x, A.detach())
+            hidden = detached + _gated(hidden - detached, expert_grad_mask)
         if weights is None:
             hidden = hidden * (self.scaling / self.lora_A.shape[0])
         else:
             hidden = _gated(hidden, weights * self.scaling)
-        if learners is None:
+        if expert_grad_mask is None:
             delta = F.conv2d(hidden, B)
         else:
-            taught = _gated(hidden, learners)
-            delta = F.conv2d(taught, B) + F.conv2d(hidden - taught, B.detach())
-        return base + guarded(delta, None if is_transformed() else stamp)
+            trained = _gated(hidden, expert_grad_mask)
+            delta = F.conv2d(trained, B) + F.conv2d(hidden - trained, B.detach())
+        return base + guarded(delta, None if is_transformed() else routing_version)
 
 
 def _gated(hidden: Tensor, gate: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from moe_lora.routing.weights.alignment import align_weights, weights_by_row
 from moe_lora.routing.weights.checkpointing import version_in_graph
 from moe_lora.routing.weights.routing import Routing
-from moe_lora.tracing import is_plain_linear
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.experts import MoELoraConvExperts, MoELoraExperts
-from moe_lora.tuner.mixture.product import Linear
+from moe_lora.tuner.mixture.fast_path import is_plain_linear
+from moe_lora.tuner.mixture.product import LinearParameters
 
 
 class MoELoraLinear(RoutedLayer):
@@ -33,7 +33,7 @@ class MoELoraLinear(RoutedLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         acting = self.acting_experts()
-        x, result = input, None  # type: Tensor, Tensor | Linear | None
+        x, result = input, None  # type: Tensor, Tensor | LinearParameters | None
         if len(acting) == 1 and not (args or kwargs or acting[0][1].drops):
             result = self._plain_linear(x)
         if result is None:
@@ -41,28 +41,34 @@ class MoELoraLinear(RoutedLayer):
             x = x.to(result.dtype)
         for adapter_name, experts in acting:
             routing = self.context.of_adapter(adapter_name)
-            weights, chosen = self._weights(routing, adapter_name, x)
-            learners, stamp = self.learners_of(routing, x), version_in_graph(routing)
-            named = {"chosen": chosen, "learners": learners, "stamp": stamp}
-            result = cast(Tensor, experts(x, result, weights, **named))
+            weights, expert_indices = self._weights(routing, adapter_name, x)
+            added = experts(
+                x,
+                result,
+                weights,
+                expert_indices=expert_indices,
+                expert_grad_mask=self.grad_mask_of(routing, x),
+                routing_version=version_in_graph(routing),
+            )
+            result = cast(Tensor, added)
         return cast(Tensor, result)
 
     def _weights(
         self, routing: Routing, adapter_name: str, x: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return an adapter's weights and the experts that count, aligned with `x`."""
-        weights, chosen = routing.of_layer(adapter_name, self.places.get(adapter_name))
+        weights, expert_indices = routing.of_layer(adapter_name, self.layer_index.get(adapter_name))
         if weights is None:
             return None, None
         weights = weights_by_row(weights.to(x.device), x.shape[0], self.rows)
         weights = align_weights(weights, x, self.stream, routing.grid_of(adapter_name))
-        if chosen is None or self.rows != "sample" or x.ndim == 2:
+        if expert_indices is None or self.rows != "sample" or x.ndim == 2:
             # Without tokens, gathering every sample's experts costs more than multiplying with all.
             return weights, None
-        apart = (chosen.shape[0], *[1] * (x.ndim - 2), chosen.shape[-1])
-        return weights, chosen.to(x.device).view(apart)
+        shape = (expert_indices.shape[0], *[1] * (x.ndim - 2), expert_indices.shape[-1])
+        return weights, expert_indices.to(x.device).view(shape)
 
-    def _plain_linear(self, x: Tensor) -> Linear | None:
+    def _plain_linear(self, x: Tensor) -> LinearParameters | None:
         """Return weight and bias of the base layer, when these two are all that there is to it."""
         # A compiler fuses by itself; a tracer takes the layer as a whole.
         if torch.compiler.is_compiling() or not isinstance(x, Tensor):
@@ -71,7 +77,7 @@ class MoELoraLinear(RoutedLayer):
         if not is_plain_linear(base) or torch.is_autocast_enabled(x.device.type):
             return None  # autocast keeps a cast weight for the layer
         parameters = base._parameters
-        return Linear(cast(Tensor, parameters["weight"]), parameters["bias"])
+        return LinearParameters(cast(Tensor, parameters["weight"]), parameters["bias"])
 
 
 class MoELoraConv2d(RoutedLayer):
@@ -102,18 +108,23 @@ class MoELoraConv2d(RoutedLayer):
         result: Tensor = self.base_layer(input, *args, **kwargs)
         for adapter_name, experts in acting:
             routing = self.context.of_adapter(adapter_name)
-            weights, _ = routing.of_layer(adapter_name, self.places.get(adapter_name))
+            weights, _ = routing.of_layer(adapter_name, self.layer_index.get(adapter_name))
             if weights is not None:
                 weights = weights_by_row(weights.to(input.device), input.shape[0], self.rows)
                 grid = routing.grid_of(adapter_name)
                 weights = align_weights(weights, result.movedim(1, -1), grid=grid)
                 weights = weights.movedim(-1, 1) if weights.ndim > 1 else weights.view(-1, 1, 1)
-            learners = self.learners_of(routing, result.movedim(1, -1))
-            if learners is not None:
-                learners = learners.movedim(-1, 1)
-            x, named = input.to(result.dtype), {"learners": learners}
-            named["stamp"] = version_in_graph(routing)
-            result = experts(x, result, self._convolve, weights, **named)
+            expert_grad_mask = self.grad_mask_of(routing, result.movedim(1, -1))
+            if expert_grad_mask is not None:
+                expert_grad_mask = expert_grad_mask.movedim(-1, 1)
+            result = experts(
+                input.to(result.dtype),
+                result,
+                self._convolve,
+                weights,
+                expert_grad_mask=expert_grad_mask,
+                routing_version=version_in_graph(routing),
+            )
         return result
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from moe_lora import mixture
 from moe_lora.routing.weights.alignment import align_weights
-from moe_lora.tuner.mixture.product import Linear, add_mixture, mixed
+from moe_lora.tuner.mixture.fused import add_mixture
+from moe_lora.tuner.mixture.product import LinearParameters, mixture_operands
 
 E, R, D_IN, D_OUT = 3, 4, 6, 5
 SHAPES = {"(B, D)": (2, D_IN), "(B, T, D)": (2, 7, D_IN), "(B, H, W, D)": (2, 3, 4, D_IN)}
@@ -82,7 +83,7 @@ def test_a_batch_equals_its_samples_one_by_one():
 
 
 def base_of(kind, x, weight, bias):
-    return Linear(weight, bias) if kind == "layer" else F.linear(x, weight, bias)
+    return LinearParameters(weight, bias) if kind == "layer" else F.linear(x, weight, bias)
 
 
 @pytest.mark.parametrize("base", ["output", "layer"])
@@ -98,7 +99,7 @@ def test_adding_to_the_base_equals_the_sum_with_all_its_gradients(base, shape, k
 
     def run(x, lora_A, lora_B, *weights):
         w = align_weights(weights[0], x) if weights else None
-        mix = mixed(lora_A, lora_B, w, 0.5)
+        mix = mixture_operands(lora_A, lora_B, w, 0.5)
         return add_mixture(x, mix, base_of(base, x, weight, bias))
 
     inputs = [t.requires_grad_() for t in (x, lora_A, lora_B, weights) if t is not None]
@@ -116,17 +117,17 @@ def test_chosen_experts_equal_all_experts_of_which_the_others_weigh_nothing(base
     x, lora_A, lora_B = draw(shape, torch.float64)
     weight = torch.randn(D_OUT, D_IN, dtype=torch.float64)
     logits = torch.tensor([[0.1, 2.0, 1.0], [3.0, -1.0, 0.5]], dtype=torch.float64)
-    chosen = logits.topk(k).indices
-    assert not torch.equal(*chosen)
-    aligned = chosen.view(2, *[1] * (len(shape) - 2), k)
-    w = torch.zeros_like(logits).scatter(-1, chosen, logits.gather(-1, chosen))
+    expert_indices = logits.topk(k).indices
+    assert not torch.equal(*expert_indices)
+    aligned = expert_indices.view(2, *[1] * (len(shape) - 2), k)
+    w = torch.zeros_like(logits).scatter(-1, expert_indices, logits.gather(-1, expert_indices))
     inputs = [t.requires_grad_() for t in (x, lora_A, lora_B, w)]
 
     def dense(x, lora_A, lora_B, w):
         return F.linear(x, weight) + mixture(x, lora_A, lora_B, align_weights(w, x), 0.5)
 
     def sparse(x, lora_A, lora_B, w):
-        mix = mixed(lora_A, lora_B, align_weights(w, x), 0.5, aligned)
+        mix = mixture_operands(lora_A, lora_B, align_weights(w, x), 0.5, aligned)
         return add_mixture(x, mix, base_of(base, x, weight, None))
 
     results = []
@@ -147,7 +148,7 @@ def test_only_what_needs_a_gradient_gets_one():
         tensors["base"] = torch.randn(2, 7, D_OUT, dtype=torch.float64)
         for name in wanted:
             tensors[name].requires_grad_()
-        mix = mixed(tensors["lora_A"], tensors["lora_B"], tensors["weights"], 1.0)
+        mix = mixture_operands(tensors["lora_A"], tensors["lora_B"], tensors["weights"], 1.0)
         add_mixture(tensors["x"], mix, tensors["base"]).square().sum().backward()
         assert {n for n, t in tensors.items() if t.grad is not None} == set(wanted)
 
@@ -157,12 +158,16 @@ def test_little_is_kept_for_the_backward_pass(k):
     x, lora_A, lora_B = (t.requires_grad_() for t in draw((2, 50, D_IN), torch.float32))
     weight = torch.randn(D_OUT, D_IN)
     w = torch.rand(2, 1, E).requires_grad_()
-    chosen = None if k is None else w.detach().topk(k).indices
+    expert_indices = None if k is None else w.detach().topk(k).indices
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = add_mixture(x, mixed(lora_A, lora_B, w, 1.0, chosen), Linear(weight, None))
+        out = add_mixture(
+            x,
+            mixture_operands(lora_A, lora_B, w, 1.0, expert_indices),
+            LinearParameters(weight, None),
+        )
     assert out.requires_grad
-    known = [t for t in (x, lora_A, lora_B, weight, chosen) if t is not None]
+    known = [t for t in (x, lora_A, lora_B, weight, expert_indices) if t is not None]
     own = {t.untyped_storage().data_ptr() for t in known}
     others = [t for t in kept if t.untyped_storage().data_ptr() not in own]
     # A x, once, and of routing weights and gate what is small anyway.
@@ -178,7 +183,9 @@ def test_the_sum_may_be_modified_in_place(base, shape):
     weight = torch.randn(D_OUT, D_IN, dtype=torch.float64)
     grads = []
     for in_place in (False, True):
-        added = add_mixture(x, mixed(lora_A, lora_B, None, 1.0), base_of(base, x, weight, None))
+        added = add_mixture(
+            x, mixture_operands(lora_A, lora_B, None, 1.0), base_of(base, x, weight, None)
+        )
         if in_place:
             added += 1
             added.relu_()
@@ -202,11 +209,11 @@ def test_a_sample_teaches_only_its_experts_and_everything_else(shape, kind, comp
     inputs = [t for t in (x, lora_A, lora_B, w) if t is not None]
     pattern = torch.randn(*shape[:-1], D_OUT, dtype=torch.float64)
 
-    def gradients(rows, learners):
+    def gradients(rows, expert_grad_mask):
         aligned = None if w is None else align_weights(w[rows], x[rows])
-        known = None if learners is None else align_weights(learners[rows], x[rows])
-        mix = mixed(lora_A, lora_B, aligned, 0.5, learners=known)
-        out = add_mixture(x[rows], mix, Linear(weight, None))
+        known = None if expert_grad_mask is None else align_weights(expert_grad_mask[rows], x[rows])
+        mix = mixture_operands(lora_A, lora_B, aligned, 0.5, expert_grad_mask=known)
+        out = add_mixture(x[rows], mix, LinearParameters(weight, None))
         return out, torch.autograd.grad(out, inputs, pattern[rows])
 
     plain, expected = gradients(slice(None), None)
@@ -228,8 +235,8 @@ def test_chosen_experts_are_taught_alike():
     base = torch.randn(2, 7, D_OUT, dtype=torch.float64)
     w = torch.tensor([[0.0, 0.4, 0.6], [0.7, 0.3, 0.0]], dtype=torch.float64).unsqueeze(1)
     results = []
-    for chosen in (None, w.topk(2).indices):
-        mix = mixed(lora_A, lora_B, w, 0.5, chosen, LEARNERS.unsqueeze(1))
+    for expert_indices in (None, w.topk(2).indices):
+        mix = mixture_operands(lora_A, lora_B, w, 0.5, expert_indices, LEARNERS.unsqueeze(1))
         out = add_mixture(x, mix, base)
         results.append(torch.autograd.grad(out.square().sum(), [x, lora_A, lora_B]))
     for found, wanted in zip(*results, strict=True):

@@ -254,7 +254,7 @@ def number_layers(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
         if isinstance(module, RoutedLayer) and adapter_name in module.moe_lora_experts
     ]
     for place, (_, layer) in enumerate(layers):
-        layer.places[adapter_name] = torch.tensor([place], device="cpu")
+        layer.layer_index[adapter_name] = torch.tensor([place], device="cpu")
     return tuple(bare_path(path, model) for path, _ in layers)
 
 
