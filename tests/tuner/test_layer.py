@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from moe_lora import MoELoraConfig, MoELoraConv2d, mixture
-from moe_lora.routing.weights.alignment import align_weights
 from moe_lora.routing.weights.context import RoutingContext
+from moe_lora.routing.weights.fitting.layer import align_weights
 from moe_lora.routing.weights.routing import Routing
 from moe_lora.tuner.layer import MoELoraLinear
 

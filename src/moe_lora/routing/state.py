@@ -23,6 +23,7 @@ from moe_lora.routing.statistics import RoutingStats
 from moe_lora.routing.steering import NO_STEERING, Override, Steering
 from moe_lora.routing.weights.checkpointing import recomputed
 from moe_lora.routing.weights.context import RoutingContext
+from moe_lora.routing.weights.fitting import fit_to_call, fit_to_tokens
 from moe_lora.routing.weights.routing import Dimension, Routing
 
 RoutingMode = Literal["routed", "uniform"]
@@ -182,7 +183,7 @@ class RoutingState(RoutingContext):
             if router.num_layers is not None:
                 dimension[name] = "layers"
             elif decision.weights.ndim == 3:
-                used, grid = call.place_tokens(used)
+                used, grid = fit_to_tokens(used, call)
                 dimension.update({} if grid is None else {name: grid})
             weights[name] = used
             if noted:
@@ -202,7 +203,9 @@ class RoutingState(RoutingContext):
         names = [name for name in adapter_names if name in self.expert_names]
         if not torch.compiler.is_compiling():
             self.check_num_experts("weights", weights, names)
-            weights, grid = (weights, None) if call is None else ModelCall.read(*call).fit(weights)
+            weights, grid = (
+                (weights, None) if call is None else fit_to_call(weights, ModelCall.read(*call))
+            )
         return Routing.of(
             dict.fromkeys(names, weights),
             dict.fromkeys(names, override.top_k),

@@ -13,8 +13,8 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from moe_lora.families import RowLayout, TokenStream
-from moe_lora.routing.weights.alignment import align_weights, weights_by_row
 from moe_lora.routing.weights.context import RoutingContext
+from moe_lora.routing.weights.fitting import fit_to_layer
 from moe_lora.routing.weights.routing import Routing
 from moe_lora.tuner.config import MoELoraConfig
 from moe_lora.tuner.experts import Factors, MoELoraExperts
@@ -126,8 +126,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         """Return which experts each sample trains, aligned with `x`; `None` for all."""
         if routing.expert_grad_mask is None:
             return None
-        mask = weights_by_row(routing.expert_grad_mask.to(x.device), x.shape[0], self.rows)
-        return align_weights(mask, x, self.stream)
+        return fit_to_layer(routing.expert_grad_mask, x, rows=self.rows, stream=self.stream)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)

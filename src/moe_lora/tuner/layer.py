@@ -8,8 +8,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moe_lora.routing.weights.alignment import align_weights, weights_by_row
 from moe_lora.routing.weights.checkpointing import version_in_graph
+from moe_lora.routing.weights.fitting import fit_to_layer
 from moe_lora.routing.weights.routing import Routing
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.experts import MoELoraConvExperts, MoELoraExperts
@@ -60,8 +60,8 @@ class MoELoraLinear(RoutedLayer):
         weights, expert_indices = routing.of_layer(adapter_name, self.layer_index.get(adapter_name))
         if weights is None:
             return None, None
-        weights = weights_by_row(weights.to(x.device), x.shape[0], self.rows)
-        weights = align_weights(weights, x, self.stream, routing.grid_of(adapter_name))
+        grid = routing.grid_of(adapter_name)
+        weights = fit_to_layer(weights, x, rows=self.rows, stream=self.stream, grid=grid)
         if expert_indices is None or self.rows != "sample" or x.ndim == 2:
             # Without tokens, gathering every sample's experts costs more than multiplying with all.
             return weights, None
@@ -110,9 +110,8 @@ class MoELoraConv2d(RoutedLayer):
             routing = self.context.of_adapter(adapter_name)
             weights, _ = routing.of_layer(adapter_name, self.layer_index.get(adapter_name))
             if weights is not None:
-                weights = weights_by_row(weights.to(input.device), input.shape[0], self.rows)
                 grid = routing.grid_of(adapter_name)
-                weights = align_weights(weights, result.movedim(1, -1), grid=grid)
+                weights = fit_to_layer(weights, result.movedim(1, -1), rows=self.rows, grid=grid)
                 weights = weights.movedim(-1, 1) if weights.ndim > 1 else weights.view(-1, 1, 1)
             expert_grad_mask = self.grad_mask_of(routing, result.movedim(1, -1))
             if expert_grad_mask is not None:

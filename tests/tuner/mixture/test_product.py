@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_lora import mixture
-from moe_lora.routing.weights.alignment import align_weights
+from moe_lora.routing.weights.fitting.layer import align_weights
 from moe_lora.tuner.mixture.fused import add_mixture
 from moe_lora.tuner.mixture.product import LinearParameters, mixture_operands
 

@@ -1,7 +1,7 @@
 """What one call of a model says: arguments, latents, image tokens, mask, sample order, timestep.
 
-`ModelCall.read(model, args, kwargs)` reads a call once. A router's inputs are made of it
-(`router_inputs`), and weights are fitted to it (`fit`, `place_tokens`).
+`ModelCall.read(model, args, kwargs)` reads a call once. Its `router_inputs` are the inputs of a
+router; `routing.weights.fitting` fits routing weights to it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from moe_lora.families import CarriedMask, Family, family_of, input_channels
 from moe_lora.masks import MaskInfo, analyze, from_flux_fill, from_inpainting_unet
 from moe_lora.routing.inputs import GivenInputs, RouterInputs
 from moe_lora.routing.model_call.arguments import named_arguments
-from moe_lora.routing.model_call.image_tokens import ImageTokens, find_image_tokens
+from moe_lora.routing.model_call.image_tokens import Grid, ImageTokens, find_image_tokens
 from moe_lora.routing.model_call.latents import (
     named_latents,
     one_image,
@@ -22,7 +22,6 @@ from moe_lora.routing.model_call.latents import (
     timestep_of,
 )
 from moe_lora.routing.model_call.samples import sample_index
-from moe_lora.routing.model_call.tokens import Grid, place_on_latents
 
 _FILL_PIXELS = 16
 
@@ -39,8 +38,8 @@ class ModelCall:
         >>> class Model(nn.Module):
         ...     def forward(self, hidden_states, timestep=None): ...
         >>> call = ModelCall.read(Model(), (torch.zeros(4, 6, 8),), {"timestep": 500})
-        >>> call.latents.shape, call.fit(torch.rand(1, 3))[0].shape
-        (torch.Size([4, 6, 8]), torch.Size([4, 3]))
+        >>> call.latents.shape, call.router_inputs().timestep.shape
+        (torch.Size([4, 6, 8]), torch.Size([4]))
     """
 
     model: nn.Module
@@ -63,6 +62,11 @@ class ModelCall:
     def family(self) -> Family:
         """Return the record of the model's family."""
         return family_of(self.model)
+
+    @cached_property
+    def named_latents(self) -> Tensor | list[Tensor] | None:
+        """Return the latents that stand under a known name; `None` where none do."""
+        return named_latents(self.arguments)
 
     @cached_property
     def latents(self) -> Tensor:
@@ -110,50 +114,6 @@ class ModelCall:
             grid_size=grid,
             model_inputs=self.arguments,
         )
-
-    def fit(self, weights: Tensor) -> tuple[Tensor, Grid | None]:
-        """Fit given weights to the samples of the call, then to its tokens.
-
-        Args:
-            weights: `(E,)`, `(B, E)` or `(B, T, E)`.
-
-        Returns:
-            What `place_tokens` returns; the weights as they are where no argument has a name of
-            latents.
-
-        Raises:
-            ValueError: as `sample_index` and `place_tokens` do.
-        """
-        latents = named_latents(self.arguments)
-        if weights.ndim == 1 or latents is None:
-            return weights, None
-        index = sample_index(weights.shape[0], latents)
-        if index is not None:
-            weights = weights[index.to(weights.device)]
-        has_tokens = isinstance(latents, Tensor) and latents.ndim > 2
-        return self.place_tokens(weights) if weights.ndim == 3 and has_tokens else (weights, None)
-
-    def place_tokens(self, weights: Tensor) -> tuple[Tensor, Grid | None]:
-        """Fit token weights to the tokens that the model makes of its latents.
-
-        Args:
-            weights: `(B, T, E)`.
-
-        Returns:
-            The weights `(B, T', E)`, and the `(rows, columns)` of an image that the model may
-            resample.
-
-        Raises:
-            ValueError: the call says which of its tokens are the image, and there are weights for
-                another number; or as `place_on_latents` does.
-        """
-        latents = self.latents
-        if latents.ndim == 3 and weights.shape[1] != latents.shape[1]:
-            where = self.image_tokens
-            return weights if where is None else where.spread(weights), None
-        if latents.ndim in (4, 5):
-            return place_on_latents(weights, latents, self.model)
-        return weights, None
 
     def _visual_tokens(self, image: Tensor, grid: Grid | None) -> tuple[Tensor, Grid | None]:
         """Return `(B, T, D)` tokens and their grid."""

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from moe_lora.families import ReferencePosition
 
+Grid = tuple[int, int]
+"""Rows and columns of image tokens."""
+
 
 @dataclass(frozen=True)
 class ImageTokens:

@@ -8,6 +8,7 @@ from torch import nn
 
 from moe_lora.routing.model_call import ModelCall
 from moe_lora.routing.model_call.image_tokens import ImageTokens
+from moe_lora.routing.weights.fitting import fit_to_tokens
 
 
 def test_tokens_of_a_picture_are_spread_over_frames_and_references():
@@ -28,7 +29,7 @@ def test_tokens_of_a_picture_are_spread_over_frames_and_references():
 
 
 def place_tokens(weights, latents, model):
-    return ModelCall(model, {"sample": latents}).place_tokens(weights)
+    return fit_to_tokens(weights, ModelCall(model, {"sample": latents}))
 
 
 def model_with(name="Model", **config):

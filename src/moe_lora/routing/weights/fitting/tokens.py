@@ -1,4 +1,4 @@
-"""From token weights to the tokens that a model makes of its latents."""
+"""Step 2: routing weights per token, for the tokens that a model makes of its latents."""
 
 from __future__ import annotations
 
@@ -7,10 +7,33 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_lora.families import family_of
-from moe_lora.routing.model_call.image_tokens import ImageTokens
-from moe_lora.routing.weights.alignment import coarsen, enlarge, level_of
+from moe_lora.routing.model_call.call import ModelCall
+from moe_lora.routing.model_call.image_tokens import Grid, ImageTokens
+from moe_lora.routing.weights.fitting.resampling import coarsen, enlarge, level_of
 
-Grid = tuple[int, int]
+
+def fit_to_tokens(weights: Tensor, call: ModelCall) -> tuple[Tensor, Grid | None]:
+    """Fit token weights to the tokens that the model makes of its latents.
+
+    Args:
+        weights: `(B, T, E)`.
+        call: the model's call.
+
+    Returns:
+        The weights `(B, T', E)`, and the `(rows, columns)` of an image that the model may
+        resample.
+
+    Raises:
+        ValueError: when the call says which of its tokens are the image, and there are weights for
+            another number; or as `place_on_latents` does.
+    """
+    latents = call.latents
+    if latents.ndim == 3 and weights.shape[1] != latents.shape[1]:
+        tokens = call.image_tokens
+        return weights if tokens is None else tokens.spread(weights), None
+    if latents.ndim in (4, 5):
+        return place_on_latents(weights, latents, call.model)
+    return weights, None
 
 
 def place_on_latents(

@@ -7,6 +7,7 @@ from torch import nn
 import moe_lora
 from moe_lora import MoELoraConfig
 from moe_lora.routing.model_call import ModelCall
+from moe_lora.routing.weights.fitting import fit_to_call
 
 
 def test_given_weights_are_repeated_with_the_batch(make_flux, make_flux_inputs):
@@ -47,10 +48,10 @@ def test_weights_that_fit_or_whose_latents_are_unknown_stay_what_they_are():
         (Tokens(), weights[:1]),
         (Tokens(), torch.rand(5, 3)),
     ):
-        found, grid = ModelCall.read(model, (x,)).fit(given)
+        found, grid = fit_to_call(given, ModelCall.read(model, (x,)))
         assert found is given
         assert grid is None
-    found, grid = ModelCall.read(Named(), (torch.zeros(2, 4, 4, 6),)).fit(weights)
+    found, grid = fit_to_call(weights, ModelCall.read(Named(), (torch.zeros(2, 4, 4, 6),)))
     assert grid == (4, 6)
     pixels = weights.view(2, 2, 3, 3).repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert torch.equal(found.view(2, 4, 6, 3), pixels)
@@ -74,12 +75,12 @@ def test_weights_of_one_sample_serve_the_batch(make_flux, make_flux_inputs, shap
 def test_weights_for_a_list_of_samples(sizes):
     samples = [torch.randn(4, 1, *size) for size in sizes]
     weights = torch.rand(2, 3)
-    one, _ = ModelCall.read(Named(), (samples,)).fit(weights[:1])
+    one, _ = fit_to_call(weights[:1], ModelCall.read(Named(), (samples,)))
     assert torch.equal(one, weights[:1].expand(2, -1))
-    guided, _ = ModelCall.read(Named(), (samples * 2,)).fit(weights)
+    guided, _ = fit_to_call(weights, ModelCall.read(Named(), (samples * 2,)))
     assert torch.equal(guided, weights.repeat(2, 1))
     with pytest.raises(ValueError, match="for the 2 samples"):
-        ModelCall.read(Named(), (samples,)).fit(torch.rand(3, 3))
+        fit_to_call(torch.rand(3, 3), ModelCall.read(Named(), (samples,)))
 
 
 class Anything(nn.Module):
@@ -91,8 +92,10 @@ def test_arguments_of_a_model_that_takes_anything_are_read():
     x = torch.zeros(4, 6, 2)
     call = ModelCall.read(Anything(), (x,), {"timestep": 3})
     assert call.arguments["timestep"] == 3
-    assert call.fit(torch.rand(1, 3))[0].shape == (1, 3)
-    assert ModelCall.read(Anything(), (), {"sample": x}).fit(torch.rand(1, 3))[0].shape == (4, 3)
+    assert fit_to_call(torch.rand(1, 3), call)[0].shape == (1, 3)
+    assert fit_to_call(torch.rand(1, 3), ModelCall.read(Anything(), (), {"sample": x}))[
+        0
+    ].shape == (4, 3)
 
 
 def test_a_signature_is_read_once_and_again_when_forward_is_replaced(monkeypatch):
