@@ -43,8 +43,9 @@ from measuring import (
 from pixel_losses import build_vae, pixel_rows
 from torch import Tensor, nn
 
-from moe_lora import RemovalLoss, flow, masks, teach_experts
+from moe_lora import RemovalLoss, flow, masks
 from moe_lora.losses import ExpertSignals, LatentDecoder
+from moe_lora.routing import teach_experts
 
 SOBEL = "kornia Sobel pass"
 BASE = "base"

@@ -69,8 +69,8 @@ def missing(row: Row) -> str | None:
     for name, value in row.flags.items():
         if name not in TrainOptions.__dataclass_fields__:
             return f"the option `{name}` of train.py"
-        if name == "router" and value not in moe_lora.router_names():
-            return f"the router {value!r}; it has {list(moe_lora.router_names())}"
+        if name == "router" and value not in moe_lora.routing.router_names():
+            return f"the router {value!r}; it has {list(moe_lora.routing.router_names())}"
     return None
 
 

@@ -110,7 +110,7 @@ def routed_step(router: str, make_flux, make_inputs, targets, signals: bool = Fa
         } | {"timestep": SIGMA.to(device, dtype)}
         if signals:
             learners = ExpertSignals(RemovalLoss()).learners(torch.tensor([0, 2], device=device))
-            with moe_lora.teach_experts(model, learners):
+            with moe_lora.routing.teach_experts(model, learners):
                 output = model(**inputs, return_dict=False)[0]
         else:
             output = model(**inputs, return_dict=False)[0]

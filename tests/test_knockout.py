@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import moe_lora
 from moe_lora import MoELoraConfig
 from moe_lora.knockout import knocked_out
-from moe_lora.routing.control import routing_state
+from moe_lora.routing.lookup import routing_state
 from moe_lora.routing.weights.routing import without_weight
 
 EXPERTS = ("removal_expert", "background_expert", "completion_expert")

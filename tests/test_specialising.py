@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.routing.control import routing_state
+from moe_lora.routing.lookup import routing_state
 from moe_lora.specialising import PAIRS, Specialisation, specialisation
 
 NAMES = ("boundary", "consistency", "detail")
@@ -121,7 +121,7 @@ def test_token_weights_and_uniform_mode() -> None:
         routed = specialisation(model, [batch], distances(), higher_is_better=NAMES)
     expected = torch.diag(torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64))
     torch.testing.assert_close(routed.rises, expected)
-    moe_lora.attach_router(model, moe_lora.FixedRouter([0.8, 0.1, 0.1]))
+    moe_lora.attach_router(model, moe_lora.routing.FixedRouter([0.8, 0.1, 0.1]))
     moe_lora.set_routing_mode(model, "uniform")
     uniform = specialisation(model, [batch], distances(), higher_is_better=NAMES)
     torch.testing.assert_close(uniform.rises, torch.eye(3).double() / 3)

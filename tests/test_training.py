@@ -127,7 +127,7 @@ def test_expert_signals_let_each_loss_train_its_own_expert(
     for place, component in enumerate(signals.components):
         assignment = torch.full((2,), place)
         model.zero_grad()
-        with moe_lora.teach_experts(model, signals.learners(assignment)):
+        with moe_lora.routing.teach_experts(model, signals.learners(assignment)):
             velocity = model(**inputs)[0]
         total, components = signals(
             velocity,

@@ -16,9 +16,11 @@ import moe_lora
 from batches import BucketBatches, LatentEncoder, picture_sizes
 from dataset import RemovalDataset
 from models import Conditioner, add_experts, router_parameters
-from moe_lora import RemovalLoss, entropy_floor_loss, orthogonality_loss
+from moe_lora import RemovalLoss
 from moe_lora.losses import LatentDecoder
+from moe_lora.routing import entropy_floor_loss
 from moe_lora.schedules import Annealing, Phase, Schedule
+from moe_lora.tuner import orthogonality_loss
 from options import TrainOptions
 
 
@@ -99,10 +101,10 @@ def auxiliary_loss(model: nn.Module, options: TrainOptions) -> Tensor | float:
     total: Tensor | float = 0.0
     decision = moe_lora.current_routing(model) if options.mixed else None
     if decision is not None and options.load_balancing_weight:
-        balance = moe_lora.load_balancing_loss(decision.weights)
+        balance = moe_lora.routing.load_balancing_loss(decision.weights)
         total = total + options.load_balancing_weight * balance
     if decision is not None and options.router_z_weight:
-        total = total + options.router_z_weight * moe_lora.router_z_loss(decision.logits)
+        total = total + options.router_z_weight * moe_lora.routing.router_z_loss(decision.logits)
     if decision is not None and options.entropy_floor_weight:
         decided = entropy_floor_loss(decision.weights, options.entropy_floor)
         total = total + options.entropy_floor_weight * decided

@@ -111,7 +111,7 @@ def assign_signals(
         return loss, nullcontext()
     signals = ExpertSignals(loss)
     assignment = signals.assign(sigma)
-    teaching = moe_lora.teach_experts(parts.model, signals.learners(assignment))
+    teaching = moe_lora.routing.teach_experts(parts.model, signals.learners(assignment))
     return partial(signals, assignment=assignment), teaching
 
 

@@ -1,105 +1,82 @@
 """Mask-aware mixtures of LoRA experts for diffusion models.
 
-Importing the package registers the PEFT method `"MOE_LORA"` and does nothing else.
+Importing the package registers the PEFT method `"MOE_LORA"` and does nothing else. The names here
+are those of most training scripts; all others are public in their submodule.
 """
 
-from moe_lora import flow, losses, masks, metrics, plots, schedules
-from moe_lora.adapter_files import load_adapter, save_adapter
-from moe_lora.export import (
-    ExportReport,
-    export_lora,
-    from_loras,
-    load_experts,
-    save_experts,
-    weights_for,
+from moe_lora import (
+    export,
+    families,
+    flow,
+    losses,
+    masks,
+    metrics,
+    plots,
+    routing,
+    schedules,
+    tuner,
 )
+from moe_lora._version import __version__ as __version__
+from moe_lora.adapter_files import load_adapter, save_adapter
+from moe_lora.export import export_lora, from_loras, load_experts, save_experts
 from moe_lora.knockout import knocked_out
 from moe_lora.losses import RemovalLoss, compute_removal_task_loss
-from moe_lora.masks import MaskInfo, extract_mask_info_from_batch
+from moe_lora.masks import extract_mask_info_from_batch
 from moe_lora.routing import (
-    FixedRouter,
     MaskAwareFeatureExtractor,
     Router,
     RouterInputs,
-    RoutingDecision,
-    RoutingStats,
     ThreeExpertRemovalRouter,
-    TokenRemovalRouter,
-    UniformRouter,
-    adapted_layers,
     attach_router,
     current_routing,
-    entropy_floor_loss,
-    load_balancing_loss,
     register_router,
     route,
-    routed_checkpoint,
     router_inputs,
-    router_names,
-    router_z_loss,
-    routing_mode_for,
     routing_stats,
     set_router_inputs,
     set_routing_mode,
-    teach_experts,
 )
 from moe_lora.specialising import Specialisation, specialisation
-from moe_lora.tuner.config import MoELoraConfig
-from moe_lora.tuner.layer import MoELoraConv2d, MoELoraLinear
-from moe_lora.tuner.merging import merge, unmerge
-from moe_lora.tuner.mixture.product import mixture
-from moe_lora.tuner.model import MoELoraModel
-from moe_lora.tuner.orthogonality import orthogonality_loss
-from moe_lora.tuner.registration import register
-
-__version__ = "0.1.0"
+from moe_lora.tuner import (
+    MoELoraConfig,
+    MoELoraLinear,
+    MoELoraModel,
+    merge,
+    register,
+    unmerge,
+)
 
 __all__ = [
-    "ExportReport",
-    "FixedRouter",
     "MaskAwareFeatureExtractor",
-    "MaskInfo",
     "MoELoraConfig",
-    "MoELoraConv2d",
     "MoELoraLinear",
     "MoELoraModel",
     "RemovalLoss",
     "Router",
     "RouterInputs",
-    "RoutingDecision",
-    "RoutingStats",
     "Specialisation",
     "ThreeExpertRemovalRouter",
-    "TokenRemovalRouter",
-    "UniformRouter",
-    "adapted_layers",
     "attach_router",
     "compute_removal_task_loss",
     "current_routing",
-    "entropy_floor_loss",
+    "export",
     "export_lora",
     "extract_mask_info_from_batch",
+    "families",
     "flow",
     "from_loras",
     "knocked_out",
     "load_adapter",
-    "load_balancing_loss",
     "load_experts",
     "losses",
     "masks",
     "merge",
     "metrics",
-    "mixture",
-    "orthogonality_loss",
     "plots",
-    "register",
     "register_router",
     "route",
-    "routed_checkpoint",
     "router_inputs",
-    "router_names",
-    "router_z_loss",
-    "routing_mode_for",
+    "routing",
     "routing_stats",
     "save_adapter",
     "save_experts",
@@ -107,9 +84,8 @@ __all__ = [
     "set_router_inputs",
     "set_routing_mode",
     "specialisation",
-    "teach_experts",
+    "tuner",
     "unmerge",
-    "weights_for",
 ]
 
 register()

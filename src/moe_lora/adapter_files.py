@@ -16,7 +16,8 @@ from peft.utils import CONFIG_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 
 from moe_lora.files import read_tensors, updating, widened, write_tensors
-from moe_lora.routing.control import ROUTER_ATTRIBUTE, adapted_layers, routed_module
+from moe_lora.routing.control import adapted_layers
+from moe_lora.routing.lookup import ROUTER_ATTRIBUTE, routed_module
 from moe_lora.tuner.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.tuner.rollback import all_or_nothing
 from moe_lora.tuner.state_dict.adapter_tensors import (
@@ -209,7 +210,7 @@ def _read(folder: Path, given: MoELoraConfig | None) -> tuple[dict[str, Tensor],
         config, component = _config_of_header(file, header)
         tensors = {name: t for name, t in tensors.items() if name.startswith(component)}
     stored = StoredWeights(file, {name: tuple(t.shape) for name, t in tensors.items()})
-    config.stored = stored if given is not None else stored.beside(config, header)
+    config.stored = stored if given is not None else stored.beside(config.meaning(), header)
     return _checked(file, tensors), config
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from moe_lora.routing.control import ROUTER_ATTRIBUTE, routed_module, routing_state
+from moe_lora.routing.lookup import ROUTER_ATTRIBUTE, routed_module, routing_state
 from moe_lora.routing.steering import Ablation
 from moe_lora.tuner.router_container.container import AdapterRouters
 

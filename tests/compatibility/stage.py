@@ -53,7 +53,7 @@ class Stage:
         alone = self.build()
         alone.add_adapter(config_of("mix"), adapter_name="mix")
         self.paths = {
-            "mix": moe_lora.adapted_layers(alone, "mix"),
+            "mix": moe_lora.routing.adapted_layers(alone, "mix"),
             **{name: self._paths(name) for name in ("turbo", "style")},
         }
         self.tensors = {name: self._draw(name, seed) for seed, name in enumerate(TARGETS)}

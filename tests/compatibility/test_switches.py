@@ -178,7 +178,7 @@ class TestFiles:
         moe_lora.load_adapter(beside, tmp_path, "mix")
         set_adapter(beside, ["mix"])
         close(beside(x), expected)
-        assert moe_lora.adapted_layers(beside, "mix") == ("first", "second")
+        assert moe_lora.routing.adapted_layers(beside, "mix") == ("first", "second")
         outside = get_peft_model(beside, config(), "second")
         outside.load_adapter(tmp_path, "third")
         set_adapter(beside, ["third"])
@@ -195,7 +195,7 @@ class TestContainers:
             lambda m: moe_lora.unmerge(m),
             lambda m: moe_lora.routing_stats(m),
             lambda m: moe_lora.current_routing(m),
-            lambda m: moe_lora.adapted_layers(m),
+            lambda m: moe_lora.routing.adapted_layers(m),
             lambda m: moe_lora.attach_router(m, HalfFrozen()),
             lambda m: moe_lora.save_adapter(m, "nowhere"),
             lambda m: moe_lora.save_experts(m, "nowhere"),

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import moe_lora
-from moe_lora import MoELoraConfig, Router, RouterInputs, RoutingDecision, masks
+from moe_lora import MoELoraConfig, Router, RouterInputs, masks
+from moe_lora.routing import RoutingDecision
 
 FOLDER = Path(__file__).parents[2] / "examples" / "routers"
 FILES = {
@@ -41,7 +42,7 @@ def test_every_file_is_short_and_holds_one_router() -> None:
         assert len(text.splitlines()) < 40
         classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
         assert len(classes) == 1
-        assert name in moe_lora.router_names()
+        assert name in moe_lora.routing.router_names()
 
 
 def picture_mask(kind: str) -> Image.Image:

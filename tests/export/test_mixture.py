@@ -507,7 +507,7 @@ class TestAnotherNumberOfExperts:
             k: v if k in ("img_ids", "txt_ids") else v[:1] for k, v in make_flux_inputs().items()
         }
         expected = output(model, inputs)
-        weights = moe_lora.weights_for(model, **inputs)
+        weights = moe_lora.export.weights_for(model, **inputs)
         export_lora(model, tmp_path / "asked.safetensors", weights)
         export_lora(model, tmp_path / "mean.safetensors", "mean")
         export_lora(model, tmp_path / "for.safetensors", "for", inputs=inputs)
@@ -518,5 +518,5 @@ class TestAnotherNumberOfExperts:
         assert list(pair.weights.values()) == [0.5, 0.5]
         pair = export_lora(model, tmp_path / "one.safetensors", "expert_1", adapter_name="pair")
         assert list(pair.weights.values()) == [0.0, 1.0]
-        asked = moe_lora.weights_for(model, adapter_name="pair", **inputs)
+        asked = moe_lora.export.weights_for(model, adapter_name="pair", **inputs)
         torch.testing.assert_close(asked, torch.full((2,), 0.5))

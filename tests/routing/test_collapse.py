@@ -16,7 +16,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import moe_lora
-from moe_lora import MoELoraConfig, Router, RouterInputs, RoutingStats
+from moe_lora import MoELoraConfig, Router, RouterInputs
+from moe_lora.routing import RoutingStats
 from moe_lora.routing.auxiliary_losses import entropy_floor_loss, load_balancing_loss, router_z_loss
 from moe_lora.tuner.orthogonality import orthogonality_loss
 

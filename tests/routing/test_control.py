@@ -65,7 +65,7 @@ def test_a_submodule_called_by_itself_is_routed_inside_the_context(model):
     with moe_lora.route(model, ONE_HOT):
         inside = layer(X)
     experts = layer.moe_lora_experts["default"]
-    expected = layer.base_layer(X) + moe_lora.mixture(
+    expected = layer.base_layer(X) + moe_lora.tuner.mixture(
         X, experts.lora_A, experts.lora_B, ONE_HOT[:, None], experts.scaling
     )
     torch.testing.assert_close(inside, expected)
@@ -117,11 +117,14 @@ def test_the_mode_is_saved_and_the_first_adapter_decides_it(model, make_mlp, tmp
 
 
 def test_the_mode_for_losses_is_that_of_the_document():
-    assert moe_lora.routing_mode_for(RemovalLoss(boundary=0, consistency=0, detail=0)) == "uniform"
+    assert (
+        moe_lora.routing.routing_mode_for(RemovalLoss(boundary=0, consistency=0, detail=0))
+        == "uniform"
+    )
     for name in ("boundary", "consistency", "detail"):
         weights = {"boundary": 0.0, "consistency": 0.0, "detail": 0.0, name: 0.5}
         loss = RemovalLoss(**weights, decoder=lambda latents: latents)
-        assert moe_lora.routing_mode_for(loss) == "routed"
+        assert moe_lora.routing.routing_mode_for(loss) == "routed"
 
 
 def test_an_attached_router_routes_learns_saves_and_loads(model, make_mlp, tmp_path):
@@ -267,7 +270,9 @@ def test_auxiliary_losses_reach_the_router(model):
     moe_lora.attach_router(model, ReadsMean())
     model(X)
     decision = moe_lora.current_routing(model)
-    loss = moe_lora.load_balancing_loss(decision.weights) + moe_lora.router_z_loss(decision.logits)
+    loss = moe_lora.routing.load_balancing_loss(decision.weights) + moe_lora.routing.router_z_loss(
+        decision.logits
+    )
     loss.backward()
     (gain,) = model.base_model.model.moe_router.parameters()
     assert gain.grad.abs() > 0
@@ -287,7 +292,7 @@ def test_wrappers_are_looked_through(model):
 def test_samples_teach_the_experts_that_they_are_said_also_when_backward_comes_later(model):
     experts = {n: p for n, p in model.named_parameters() if "lora_B" in n}
     learners = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    with moe_lora.teach_experts(model, learners):
+    with moe_lora.routing.teach_experts(model, learners):
         taught = model(X)
     plain = model(X)
     torch.testing.assert_close(taught, plain)
@@ -304,7 +309,7 @@ def test_samples_teach_the_experts_that_they_are_said_also_when_backward_comes_l
     [(torch.ones(2, 4), r"E in \[3\], but got \(2, 4\)"), (torch.full((2, 3), 0.5), "0 or 1")],
 )
 def test_what_says_not_who_learns_raises(model, learners, message):
-    with pytest.raises(ValueError, match=message), moe_lora.teach_experts(model, learners):
+    with pytest.raises(ValueError, match=message), moe_lora.routing.teach_experts(model, learners):
         pass
 
 
@@ -316,7 +321,9 @@ def test_a_checkpointed_block_teaches_the_same(make_flux, make_flux_inputs, flux
         model.add_adapter(MoELoraConfig(r=2, target_modules=flux_targets, init_lora_weights=False))
         if checkpointing:
             model.enable_gradient_checkpointing()
-        with moe_lora.teach_experts(model, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])):
+        with moe_lora.routing.teach_experts(
+            model, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        ):
             out = model(**make_flux_inputs())[0]
         out.square().mean().backward()
         results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})

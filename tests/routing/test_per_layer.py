@@ -163,7 +163,7 @@ def test_statistics_count_the_mean_over_layers():
     weights = moe_lora.current_routing(model).weights
     stats = moe_lora.routing_stats(model)
     assert stats.current_weights == pytest.approx(weights.mean((0, 1)).tolist())
-    moe_lora.load_balancing_loss(weights).backward()
+    moe_lora.routing.load_balancing_loss(weights).backward()
 
 
 def test_it_is_not_merged_or_exported_but_by_weights_of_ones_choice(tmp_path):
@@ -190,7 +190,7 @@ def test_checkpointed_and_given_weights_still_act():
     routed = model(hidden_states=X)
     assert not torch.allclose(given, routed)
     assert not torch.allclose(uniform, routed)
-    run = moe_lora.routed_checkpoint(model)
+    run = moe_lora.routing.routed_checkpoint(model)
     grads = []
     for checkpointed in (False, True):
         model.zero_grad()

@@ -54,10 +54,10 @@ class TestOtherNumbersOfExperts:
 
     def test_an_inactive_adapter_does_not_count(self, two):
         expected = two(X)
-        with moe_lora.route(two, W), moe_lora.teach_experts(two, torch.ones(2, 3)):
+        with moe_lora.route(two, W), moe_lora.routing.teach_experts(two, torch.ones(2, 3)):
             assert not torch.allclose(two(X), expected)
         two.set_adapter("two")
-        with moe_lora.route(two, W[:, :2]), moe_lora.teach_experts(two, torch.ones(2, 2)):
+        with moe_lora.route(two, W[:, :2]), moe_lora.routing.teach_experts(two, torch.ones(2, 2)):
             two(X)
 
     @pytest.mark.parametrize("experts", [2, 3])
@@ -127,7 +127,7 @@ def test_contexts_combine_whatever_their_order(model):
     contexts = [
         lambda: moe_lora.route(model, W),
         lambda: knocked_out(model, "removal_expert"),
-        lambda: moe_lora.teach_experts(model, torch.tensor([[1.0, 0, 0], [0, 1, 0]])),
+        lambda: moe_lora.routing.teach_experts(model, torch.tensor([[1.0, 0, 0], [0, 1, 0]])),
     ]
     for order in itertools.permutations(contexts):
         with order[0](), order[1](), order[2]():

@@ -67,7 +67,7 @@ def wrapper(model: nn.Module) -> Call:
 
 
 def routed(model: nn.Module) -> Call:
-    function = moe_lora.routed_checkpoint(model)
+    function = moe_lora.routing.routed_checkpoint(model)
     model.run = functools.partial(function, use_reentrant=False)
     return model
 
@@ -118,7 +118,7 @@ class Passes:
         elif kind == "hard":
             context = moe_lora.route(model, torch.eye(EXPERTS).roll(index, 0)[:2], top_k=1)
         elif kind == "taught":
-            context = moe_lora.teach_experts(model, torch.eye(EXPERTS).roll(index, 0)[:2])
+            context = moe_lora.routing.teach_experts(model, torch.eye(EXPERTS).roll(index, 0)[:2])
         elif kind == "left out":
             names = model.peft_config["default"].expert_names
             context = moe_lora.knocked_out(model, names[index])

@@ -92,7 +92,7 @@ def in_a_context_that_says_nothing_of_weights(toy: Toy, x: Tensor) -> None:
     name = toy.model.peft_config["default"].expert_names[0]
     with moe_lora.knocked_out(toy.model, name), raises_unrouted():
         toy.model.blocks[0](x)
-    with moe_lora.teach_experts(toy.model, torch.eye(EXPERTS)[:2]), raises_unrouted():
+    with moe_lora.routing.teach_experts(toy.model, torch.eye(EXPERTS)[:2]), raises_unrouted():
         toy.model.blocks[0](x)
 
 
@@ -174,7 +174,9 @@ def test_what_a_context_says_holds_for_uniform_blocks_or_raises(routed):
     B = toy.model.blocks[0].second.moe_lora_experts["default"].lora_B
 
     def learn() -> Tensor:
-        with moe_lora.teach_experts(toy.model, torch.tensor([[0.0, 1.0, 0.0]]).repeat(2, 1)):
+        with moe_lora.routing.teach_experts(
+            toy.model, torch.tensor([[0.0, 1.0, 0.0]]).repeat(2, 1)
+        ):
             out = toy.model.blocks[0](x)
         (grad,) = torch.autograd.grad(out.square().sum(), B)
         return grad

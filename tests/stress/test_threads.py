@@ -171,7 +171,7 @@ def test_training_in_threads_gives_every_thread_its_gradients():
         if learners is None:
             loss = run()
         else:
-            with moe_lora.teach_experts(toy.model, learners):
+            with moe_lora.routing.teach_experts(toy.model, learners):
                 loss = run()
         between.wait()
         learned = list(toy.learned().values())

@@ -154,7 +154,7 @@ def test_an_empty_batch_has_an_empty_output_and_gradients_of_zero(kind, weights,
     model = get_peft_model(nn.Sequential(make()), config)
     x = torch.randn(0, *shape, requires_grad=True)
     given = None if given is None else torch.rand(given).requires_grad_()
-    teach = moe_lora.teach_experts(model, torch.ones(0, E)) if taught else nullcontext()
+    teach = moe_lora.routing.teach_experts(model, torch.ones(0, E)) if taught else nullcontext()
     with routed(model, given, k), teach:
         out = model(x)
     assert out.shape == model.base_model.model[0].base_layer(x).shape

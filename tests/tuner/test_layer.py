@@ -5,10 +5,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from moe_lora import MoELoraConfig, MoELoraConv2d, mixture
+from moe_lora import MoELoraConfig
 from moe_lora.routing.weights.context import RoutingContext
 from moe_lora.routing.weights.fitting.layer import align_weights
 from moe_lora.routing.weights.routing import Routing
+from moe_lora.tuner import MoELoraConv2d, mixture
 from moe_lora.tuner.layer import MoELoraLinear
 
 E, R, D_IN, D_OUT = 3, 4, 6, 5

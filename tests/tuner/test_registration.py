@@ -8,7 +8,7 @@ import moe_lora
 
 def test_registering_twice_changes_nothing():
     before = dict(PEFT_TYPE_TO_TUNER_MAPPING)
-    moe_lora.register()
+    moe_lora.tuner.register()
     assert before == PEFT_TYPE_TO_TUNER_MAPPING
     assert PEFT_TYPE_TO_TUNER_MAPPING["MOE_LORA"] is moe_lora.MoELoraModel
 
@@ -16,4 +16,4 @@ def test_registering_twice_changes_nothing():
 def test_a_name_that_is_taken_raises(monkeypatch):
     monkeypatch.setitem(PEFT_TYPE_TO_PREFIX_MAPPING, "MOE_LORA", "other_")
     with pytest.raises(RuntimeError, match="MOE_LORA"):
-        moe_lora.register()
+        moe_lora.tuner.register()

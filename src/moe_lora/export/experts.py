@@ -17,7 +17,7 @@ from moe_lora.export.layouts import anchored, exact_targets, header, peft_tensor
 from moe_lora.export.plain import StoredFactors
 from moe_lora.export.sources import CONFIG_NAME, adapted_layers, some, table_of_model
 from moe_lora.files import updating, widened, write_tensors
-from moe_lora.routing.control import routed_module
+from moe_lora.routing.lookup import routed_module
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.config import MoELoraConfig
 from moe_lora.tuner.experts import MoELoraExperts

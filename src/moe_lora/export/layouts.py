@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from moe_lora._version import __version__
 from moe_lora.export.factors import PlainLora
 from moe_lora.export.kohya import PREFIX, flatten_unet, flux_name, fuse_flux
 from moe_lora.export.sources import some
@@ -26,8 +27,6 @@ _UNET_ROOTS = re.compile(
 
 def header(**entries: Any) -> dict[str, str]:
     """Return what moe_lora notes in a file's metadata: JSON, with the library's version."""
-    from moe_lora import __version__
-
     return {METADATA_KEY: json.dumps({"version": __version__, **entries})}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_lora.export.factors import ExpertTable, LayerExperts
 from moe_lora.files import read_tensors, widened
-from moe_lora.routing.control import routed_module
+from moe_lora.routing.lookup import routed_module
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.tuner.experts import MoELoraExperts

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_lora.masks import MaskInfo, analyze
-from moe_lora.routing.control import routed_module, routing_state, routing_stats
+from moe_lora.routing.control import routing_stats
+from moe_lora.routing.lookup import routed_module, routing_state
 from moe_lora.routing.model_call import ModelCall
 from moe_lora.routing.routers.base import Router
 from moe_lora.routing.routers.registry import router_class
@@ -18,7 +19,7 @@ from moe_lora.tuner.config import MoELoraConfig
 
 CHOICES = (
     'one number per expert, an expert\'s name, "uniform", "mean" over the recorded statistics, or '
-    "moe_lora.weights_for(model, ...) for one input"
+    "moe_lora.export.weights_for(model, ...) for one input"
 )
 
 

@@ -108,7 +108,7 @@ class ExpertSignals(nn.Module):
         return assignment
 
     def learners(self, assignment: Tensor) -> Tensor:
-        """Return which experts each sample trains, for `moe_lora.teach_experts`.
+        """Return which experts each sample trains, for `moe_lora.routing.teach_experts`.
 
         Args:
             assignment: `(B,)`, from `assign`.
@@ -134,7 +134,7 @@ class ExpertSignals(nn.Module):
             velocity: as `RemovalLoss.forward` takes it, like the other inputs.
             target_velocity: likewise.
             assignment: `(B,)`, from `assign`; the model was called inside
-                `moe_lora.teach_experts(model, signals.learners(assignment))`.
+                `moe_lora.routing.teach_experts(model, signals.learners(assignment))`.
             sigma: `(B,)`, in [0, 1].
             inputs: `x_t`, `mask`, `target`, `height`, `width`.
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,13 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from moe_lora.masks import MaskInfo
 from moe_lora.masks.validation import check_size
 from moe_lora.routing.inputs import GivenInputs
+from moe_lora.routing.lookup import ROUTER_ATTRIBUTE, active_adapters, routed_module, routing_state
 from moe_lora.routing.model_call.mask_memory import analyze_as_given
 from moe_lora.routing.routers.base import Router, RoutingDecision
 from moe_lora.routing.state import RoutingMode, RoutingState
 from moe_lora.routing.statistics import RoutingStats
 from moe_lora.routing.steering import Override, check_override
 from moe_lora.routing.weights.checkpointing import RoutedCheckpoint
-
-ROUTER_ATTRIBUTE = "moe_router"
 
 Value = TypeVar("Value")
 
@@ -32,51 +31,6 @@ class HasSpecialisedLosses(Protocol):
 
     @property
     def specialised(self) -> bool: ...
-
-
-def routed_module(model: nn.Module) -> nn.Module:
-    """Find the module that an adapter was injected into, inside any wrappers.
-
-    Raises:
-        ValueError: when the model has no moe_lora adapter, or several parts that have one each.
-    """
-    found = dict(_adapted_parts(model))
-    if len(found) > 1:
-        raise ValueError(
-            f"Expected one adapted model, but {type(model).__name__} has {len(found)}: "
-            f"{sorted(found)}. Call this with each of them."
-        )
-    for module in found.values():
-        return module
-    raise ValueError(
-        f"Expected a model with a moe_lora adapter, but {type(model).__name__} has none. Inject "
-        "one with model.add_adapter(MoELoraConfig(...)) or peft.get_peft_model."
-    )
-
-
-def _adapted_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    seen: set[nn.Module] = set()
-    waiting = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        if ROUTER_ATTRIBUTE in module._modules:
-            yield path, module
-            continue
-        waiting += [(f"{path}.{n}".lstrip("."), child) for n, child in module.named_children()]
-
-
-def routing_state(model: nn.Module) -> RoutingState:
-    """Return the routing state of an adapted model; see `routed_module` for what is raised."""
-    return cast(RoutingState, getattr(routed_module(model), ROUTER_ATTRIBUTE).state)
-
-
-def active_adapters(model: nn.Module) -> list[str]:
-    """Return the adapters of an adapted model that act when it is called."""
-    routers = getattr(routed_module(model), ROUTER_ATTRIBUTE)
-    return list(routers.active_adapters)
 
 
 @contextmanager

@@ -9,22 +9,23 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from moe_lora.routing.inputs import GivenInputs, RouterInputs
+from moe_lora.routing.decision import decide, routing_of_decisions
+from moe_lora.routing.inputs import GivenInputs
 from moe_lora.routing.model_call import MaskMemory, ModelCall
-from moe_lora.routing.offloading import onloaded
-from moe_lora.routing.routers.base import Router, RoutingDecision
+from moe_lora.routing.routers.base import Router
 from moe_lora.routing.routers.gating import task_hints
 from moe_lora.routing.statistics import RoutingStats
 from moe_lora.routing.steering import NO_STEERING, Override, Steering
+from moe_lora.routing.thread_state import PerThread, ThreadState
 from moe_lora.routing.weights.checkpointing import recomputed
 from moe_lora.routing.weights.context import RoutingContext
-from moe_lora.routing.weights.fitting import fit_to_call, fit_to_tokens
-from moe_lora.routing.weights.routing import Dimension, Routing
+from moe_lora.routing.weights.fitting import fit_to_call
+from moe_lora.routing.weights.routing import Routing
 
 RoutingMode = Literal["routed", "uniform"]
 
@@ -39,37 +40,6 @@ _Opened = tuple[Steering, bool]  # what a context asks for, and whether a task o
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _steering_in_context(state: RoutingState) -> Steering:
     return _STEERINGS.get().get(state, NO_STEERING)
-
-
-class _InThread:
-    """What of a model's state belongs to one thread.
-
-    Attributes:
-        opened: the steering of the context that was opened last, for compiled graphs.
-        decisions: weights and logits of the last pass by adapter, with gradient.
-        has_run: whether a pass has run since this was set to false.
-    """
-
-    def __init__(self) -> None:
-        self.opened = NO_STEERING
-        self.decisions: dict[str, RoutingDecision] = {}
-        self.has_run = False
-
-
-class _Threads(threading.local):
-    """Hold the `_InThread` of this thread.
-
-    It is never set again: what compiled code stores in a subclass of `threading.local` is lost.
-    """
-
-    def __init__(self) -> None:
-        self.mine = _InThread()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Threads:
-        return _Threads()
-
-    def __reduce__(self) -> tuple[type[_Threads], tuple[()]]:
-        return _Threads, ()
 
 
 class RoutingState(RoutingContext):
@@ -95,7 +65,7 @@ class RoutingState(RoutingContext):
         self.expert_names: dict[str, tuple[str, ...]] = {}
         self.layer_names: dict[str, tuple[str, ...]] = {}
         self.stats: dict[str, RoutingStats] = {}
-        self._threads = _Threads()
+        self._threads = PerThread()
         self._open: list[_Opened] = []  # in any thread
         self._is_open = self._is_open_in_task = False
 
@@ -156,7 +126,7 @@ class RoutingState(RoutingContext):
             routing = Routing(dict.fromkeys(names))
         else:
             given = steering.given or self.given
-            routing = self._ask(asked, given, (model, args, kwargs), routers, noted=before is None)
+            routing = self._ask(asked, given, (model, args, kwargs), routers, record=before is None)
         routing = self._steered(routing, steering, names)
         return routing if before is None else recomputed(routing, before)
 
@@ -168,30 +138,18 @@ class RoutingState(RoutingContext):
         called: tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]],
         routers: nn.ModuleDict,
         *,
-        noted: bool,
+        record: bool,
     ) -> Routing:
-        """Ask the routers, and put their weights where the layers look for them."""
-        call, model = ModelCall.read(*called), called[0]
+        """Ask the routers, and record what they decide."""
+        call = ModelCall.read(*called)
         inputs = call.router_inputs(given, self.mask_memory.analyze)
-        weights: dict[str, Tensor | None] = {}
-        dimension: dict[str, Dimension] = {}
-        decisions = {name: _decide(routers[name], inputs, model) for name in names}
-        for name, decision in decisions.items():
-            router = routers[name]
-            assert isinstance(router, Router)
-            used = router.weights_to_use(decision, given.task_hint)
-            if router.num_layers is not None:
-                dimension[name] = "layers"
-            elif decision.weights.ndim == 3:
-                used, grid = fit_to_tokens(used, call)
-                dimension.update({} if grid is None else {name: grid})
-            weights[name] = used
-            if noted:
+        asked = {name: cast(Router, routers[name]) for name in names}
+        decisions = {name: decide(router, inputs, call.model) for name, router in asked.items()}
+        if record:
+            for name, decision in decisions.items():
                 self.stats[name].update(decision.weights.detach())
-        if noted:
             self.in_thread.decisions = decisions
-        kept = {name: _kept_experts(routers[name]) for name in names}
-        return Routing.of(weights, kept, dimension)
+        return routing_of_decisions(decisions, asked, call, given.task_hint)
 
     def _overridden(
         self,
@@ -225,7 +183,7 @@ class RoutingState(RoutingContext):
         return routing if mask is None else routing.with_grad_mask(mask)
 
     @property
-    def in_thread(self) -> _InThread:
+    def in_thread(self) -> ThreadState:
         """What of this state belongs to the thread that asks."""
         return self._threads.mine
 
@@ -371,23 +329,3 @@ class RoutingState(RoutingContext):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": [], "_is_open": False, "_is_open_in_task": False}
-
-
-def _kept_experts(router: nn.Module) -> int | None:
-    """Return how many weights of a row a router leaves different from 0, if not all."""
-    assert isinstance(router, Router)
-    return 1 if router.strategy == "hard" else router.top_k
-
-
-def _decide(router: nn.Module, inputs: RouterInputs, model: nn.Module) -> RoutingDecision:
-    here = inputs.hidden_states.device
-    with onloaded(router, model):
-        # Weights that a whole-model offload has left elsewhere are used where they are.
-        home = next((p.device for p in router.parameters()), here)
-        if home.type == "meta" and here.type != "meta":
-            raise ValueError(
-                f"Expected the weights of {type(router).__name__} in memory, but they are on the "
-                "meta device. Load them, or attach another router, before calling the model."
-            )
-        decision: RoutingDecision = router(inputs if home == here else inputs.to(home))
-    return RoutingDecision(decision.weights.to(here), decision.logits.to(here))

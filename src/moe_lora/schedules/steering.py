@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from moe_lora.routing.control import ROUTER_ATTRIBUTE, routed_module, routing_state
+from moe_lora.routing.lookup import ROUTER_ATTRIBUTE, routed_module, routing_state
 from moe_lora.routing.routers.base import Router
 from moe_lora.routing.routers.gating import check_gate
 from moe_lora.schedules.phases import Trainable

@@ -201,7 +201,7 @@ class MoELoraConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
         if isinstance(config, MoELoraConfig) and weights.is_file():
-            config.stored = StoredWeights.read(weights, config)
+            config.stored = StoredWeights.read(weights, config.meaning())
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from moe_lora.routing.weights.checkpointing import guarded
 from moe_lora.tracing import is_transformed
 from moe_lora.tuner.config import MoELoraConfig
-from moe_lora.tuner.mixture.fused import add_mixture
-from moe_lora.tuner.mixture.product import LinearParameters, apply_gate, mixture_operands
+from moe_lora.tuner.mixture_product.fused import add_mixture
+from moe_lora.tuner.mixture_product.plain import LinearParameters, apply_gate, mixture_operands
 
 
 class Factors(NamedTuple):

@@ -13,8 +13,8 @@ from moe_lora.routing.weights.fitting import fit_to_layer
 from moe_lora.routing.weights.routing import Routing
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.experts import MoELoraConvExperts, MoELoraExperts
-from moe_lora.tuner.mixture.fast_path import is_plain_linear
-from moe_lora.tuner.mixture.product import LinearParameters
+from moe_lora.tuner.mixture_product.fast_path import is_plain_linear
+from moe_lora.tuner.mixture_product.plain import LinearParameters
 
 
 class MoELoraLinear(RoutedLayer):

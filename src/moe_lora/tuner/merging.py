@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
-from moe_lora.routing.control import routed_module
+from moe_lora.routing.lookup import routed_module
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.experts import MoELoraExperts
 from moe_lora.tuner.state_dict.adapter_tensors import check_not_on_disk

@@ -12,7 +12,7 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from moe_lora.families import default_targets, family_of
-from moe_lora.routing.control import ROUTER_ATTRIBUTE
+from moe_lora.routing.lookup import ROUTER_ATTRIBUTE
 from moe_lora.routing.routers.registry import counts_layers
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.config import PEFT_TYPE, MoELoraConfig
@@ -83,9 +83,9 @@ class MoELoraModel(BaseTuner):
             state_dict = {k: v for k, v in state_dict.items() if ROUTER_ATTRIBUTE not in k}
         check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
-        width = check_base_width(config, model)
+        width = check_base_width(config.base_in_channels, model)
         if config.stored is not None:
-            config.stored.check_base(model, config)
+            config.stored.check_base(model, len(config.experts), config.rank_of)
         by_layer = counts_layers(config.router, config.router_kwargs)
         router = None if by_layer else build_router(config, model, low_cpu_mem_usage)
         with all_or_nothing(model):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from moe_lora.routing.control import routing_state
+from moe_lora.routing.lookup import routing_state
 from moe_lora.tuner.experts import MoELoraExperts
 
 

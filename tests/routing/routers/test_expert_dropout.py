@@ -183,7 +183,7 @@ def test_the_config_decides_and_is_saved(tmp_path):
 
 def test_checkpointed_layers_are_recomputed_with_the_same_experts_dropped(monkeypatch):
     model, x = adapted(0.5), torch.randn(8, 3, 6, requires_grad=True)
-    linear, checkpoint = model.get_base_model().linear, moe_lora.routed_checkpoint(model)
+    linear, checkpoint = model.get_base_model().linear, moe_lora.routing.routed_checkpoint(model)
     plain, grads = linear.forward, []
 
     def recomputed(x: Tensor) -> Tensor:

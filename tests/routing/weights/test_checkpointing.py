@@ -118,7 +118,7 @@ def test_routed_checkpoint_keeps_the_weights_of_each_forward():
         model = adapted(Checkpointed(direct))
         if routed:
             inner = model.base_model.model
-            inner.function = moe_lora.routed_checkpoint(model)
+            inner.function = moe_lora.routing.routed_checkpoint(model)
             inner.kwargs = {"use_reentrant": False}
         w = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]], requires_grad=True)
         run_twice(model, w)
@@ -170,7 +170,7 @@ def test_second_order_gradients_are_those_without_checkpointing(given, taught):
         learners = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
         with (
             moe_lora.route(model, w.softmax(-1)) if given else nullcontext(),
-            moe_lora.teach_experts(model, learners) if taught else nullcontext(),
+            moe_lora.routing.teach_experts(model, learners) if taught else nullcontext(),
         ):
             out = model(torch.linspace(-1, 1, 8).view(2, 4))
         first = torch.autograd.grad(out.square().sum(), learned, create_graph=True)

@@ -361,4 +361,4 @@ def test_checkpointed_leaf_layers_are_adapted_inside_their_wrapper(make_mlp):
     model = make_mlp()
     model.first = checkpoint_wrapper(model.first)
     model = inject_adapter_in_model(MoELoraConfig(target_modules=["first"]), model)
-    assert moe_lora.adapted_layers(model) == ("first",)
+    assert moe_lora.routing.adapted_layers(model) == ("first",)

@@ -73,7 +73,7 @@ def check_num_layers(num_layers: int) -> int:
         raise ValueError(
             f"Expected `num_layers` to be an integer >= 1, but got {num_layers!r}. "
             '"auto" stands for the number of adapted layers in router_kwargs; for an instance it '
-            "is len(moe_lora.adapted_layers(model))."
+            "is len(moe_lora.routing.adapted_layers(model))."
         )
     return num_layers
 

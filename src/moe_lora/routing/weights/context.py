@@ -227,7 +227,7 @@ class RoutingContext:
                 "model itself, not its `forward` or its blocks, or hand weights over with "
                 "`with moe_lora.route(model, weights):`. In the backward pass of a checkpointed "
                 "block: add the model's output to the loss, or checkpoint with "
-                "moe_lora.routed_checkpoint(model)."
+                "moe_lora.routing.routed_checkpoint(model)."
             )
         return _UNIFORM if routing is None else routing
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
-from moe_lora.routing.control import ROUTER_ATTRIBUTE
+from moe_lora.routing.lookup import ROUTER_ATTRIBUTE
 
 
 class AdapterSwitches(Protocol):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_lora.routing.control import ROUTER_ATTRIBUTE
+from moe_lora.routing.lookup import ROUTER_ATTRIBUTE
 from moe_lora.routing.offloading import refuse_backward_from_disk
 from moe_lora.routing.routers.base import Router
 from moe_lora.routing.state import RoutingState

@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from moe_lora.routing.control import ROUTER_ATTRIBUTE
+from moe_lora.routing.lookup import ROUTER_ATTRIBUTE
 from moe_lora.tuner.merging import check_mergeable
 from moe_lora.tuner.router_container.adapted_model import AdaptedModel
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -14,9 +14,6 @@ from torch import nn
 from moe_lora.tuner.state_dict.adapter_tensors import adapter_tensors
 from moe_lora.tuner.state_dict.module_paths import bare_paths
 from moe_lora.tuner.state_dict.names import EXPERTS_PART, ROUTERS_PART, bare_names
-
-if TYPE_CHECKING:
-    from moe_lora.tuner.config import MoELoraConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -40,12 +37,12 @@ class StoredWeights:
     differing: str | None = None
 
     @classmethod
-    def read(cls, path: Path, config: MoELoraConfig) -> StoredWeights:
+    def read(cls, path: Path, meaning: Mapping[str, Any]) -> StoredWeights:
         """Read the header of a safetensors file.
 
         Args:
             path: the file.
-            config: the config in the same folder.
+            meaning: the fields of the config in the same folder that say what weights mean.
 
         Raises:
             ValueError: when the file is truncated, corrupt or of another format.
@@ -59,19 +56,19 @@ class StoredWeights:
                 f"Expected a whole safetensors file at {str(path)!r}, but it is truncated, corrupt "
                 f"or of another format ({error}). Save it again, or take an earlier copy."
             ) from error
-        return cls(path, shapes).beside(config, header)
+        return cls(path, shapes).beside(meaning, header)
 
-    def beside(self, config: MoELoraConfig, header: Mapping[str, str]) -> StoredWeights:
+    def beside(self, meaning: Mapping[str, Any], header: Mapping[str, str]) -> StoredWeights:
         """Compare the config beside the weights with the one in the header of their file.
 
         Args:
-            config: the config that was found beside the weights.
+            meaning: the fields, as in `read`, of the config that was found beside the weights.
             header: the weights file's metadata; without a config in it, nothing is compared.
         """
         told = read_header(self.path, header, CONFIG_KEY)
         if told is None:
             return self
-        meaning = json.loads(json.dumps(config.meaning()))
+        meaning = json.loads(json.dumps(meaning))
         differing = [
             f"`{name}` is {value!r} and was {told[name]!r}"
             for name, value in meaning.items()
@@ -108,12 +105,13 @@ class StoredWeights:
             f"such as {first!r}. Load it with the library that wrote it."
         )
 
-    def check_base(self, model: nn.Module, config: MoELoraConfig) -> None:
+    def check_base(self, model: nn.Module, num_experts: int, rank_of: Callable[[str], int]) -> None:
         """Check that a model has all layers of the experts, and a config their number and ranks.
 
         Args:
             model: the model, before or after it is adapted.
-            config: the adapter's configuration.
+            num_experts: the number of experts that the config has.
+            rank_of: returns the rank that the config has for a layer's path.
 
         Raises:
             ValueError: when it lacks some, or the config is that of other experts.
@@ -131,7 +129,7 @@ class StoredWeights:
         # Before memory is taken for experts that the file does not have.
         for name, shape in shapes.items():
             layer, _, factor = name.partition(EXPERTS_PART)
-            wanted = (len(config.experts), config.rank_of(layer))
+            wanted = (num_experts, rank_of(layer))
             if factor == "lora_A" and shape[:2] != wanted:
                 both = f"{name!r} has the shape {shape} where {(*wanted, *shape[2:])} is needed"
                 raise ValueError(
@@ -219,17 +217,17 @@ def input_width(model: nn.Module) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def check_base_width(config: MoELoraConfig, model: nn.Module) -> int | None:
+def check_base_width(known: int | None, model: nn.Module) -> int | None:
     """Return the input width of a model, which must be that of the adapter's base.
 
     Args:
-        config: the adapter's configuration; `base_in_channels` is the width of its base, if known.
+        known: the input width of the adapter's base; `None` where it is not known.
         model: the model to adapt.
 
     Raises:
         ValueError: when the two widths differ.
     """
-    known, width = config.base_in_channels, input_width(model)
+    width = input_width(model)
     if known is not None and width is not None and known != width:
         raise ValueError(
             f"Expected a base model with {known} input channels, on which the adapter was "

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moe_lora
 from moe_lora import MoELoraConfig
 from moe_lora.routing.steering import Override
-from moe_lora.tuner.mixture.fast_path import can_fuse, is_plain_linear
+from moe_lora.tuner.mixture_product.fast_path import can_fuse, is_plain_linear
 
 E, R = 3, 2
 SHAPES = {"tokens": (2, 4, 6), "vectors": (2, 6), "convolution": (2, 6, 4, 3)}
@@ -376,7 +376,7 @@ def test_what_watches_the_base_layer_sees_its_call(watcher, shape):
     with watcher():
         watched = results(model(x))
         experts = model.base_model.model[0].moe_lora_experts["default"]
-        expected = results(BASE(x) + moe_lora.mixture(x, experts.lora_A, experts.lora_B))
+        expected = results(BASE(x) + moe_lora.tuner.mixture(x, experts.lora_A, experts.lora_B))
     for found, wanted in zip(watched, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert not all(torch.equal(a, b) for a, b in zip(watched, plain, strict=True))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_lora.routing.weights.checkpointing import check_version, guarded
 from moe_lora.tracing import has_plain_values, is_transformed
-from moe_lora.tuner.mixture.fast_path import can_fuse
-from moe_lora.tuner.mixture.product import (
+from moe_lora.tuner.mixture_product.fast_path import can_fuse
+from moe_lora.tuner.mixture_product.plain import (
     LinearParameters,
     Mixture,
     add_mixture_plainly,

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
-from moe_lora.tuner.mixture.fast_path import can_fuse
-from moe_lora.tuner.mixture.fused import add_mixture
-from moe_lora.tuner.mixture.product import LinearParameters, mixture_operands
+from moe_lora.tuner.mixture_product.fast_path import can_fuse
+from moe_lora.tuner.mixture_product.fused import add_mixture
+from moe_lora.tuner.mixture_product.plain import LinearParameters, mixture_operands
 
 E, R, D_IN, D_OUT = 3, 2, 4, 5
 TOLERANCE = {

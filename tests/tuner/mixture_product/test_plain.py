@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_lora import mixture
 from moe_lora.routing.weights.fitting.layer import align_weights
-from moe_lora.tuner.mixture.fused import add_mixture
-from moe_lora.tuner.mixture.product import LinearParameters, mixture_operands
+from moe_lora.tuner import mixture
+from moe_lora.tuner.mixture_product.fused import add_mixture
+from moe_lora.tuner.mixture_product.plain import LinearParameters, mixture_operands
 
 E, R, D_IN, D_OUT = 3, 4, 6, 5
 SHAPES = {"(B, D)": (2, D_IN), "(B, T, D)": (2, 7, D_IN), "(B, H, W, D)": (2, 3, 4, D_IN)}
