@@ -27,20 +27,21 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "flux_removal"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
 
 from removal_report import write_report
 from removal_rows import ROWS, available, options_of, read_base, variants
 
-from checkpoints import step_of
-from dataset import RemovalDataset
-from evaluation import SMALLEST_REGION, Results, measure_samples, run_pipeline
+from evaluation.measuring import SMALLEST_REGION, Results, measure_samples, run_pipeline
+from evaluation.specialization import specialise
+from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
 from make_data import make_data, save_picture
-from models import Conditioner, load_checkpoint, load_pipeline
 from moe_lora import Specialisation
 from moe_lora.metrics import mask_sizes
-from options import parse_options
-from specialise import specialise
+from options.train_options import parse_options
+from removal_data.dataset import RemovalDataset
 from train import train
+from training_run.checkpoints import step_of
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 BASE_MODEL, BATCH = "base", 8

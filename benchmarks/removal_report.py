@@ -14,9 +14,9 @@ from PIL import Image
 from removal_rows import ROWS
 from torch import Tensor
 
-from dataset import RemovalDataset
 from moe_lora.specialising import PAIRS
-from pictures import contact_sheet, show_mask
+from removal_data.dataset import RemovalDataset
+from reporting.contact_sheet import contact_sheet, show_mask
 
 COLUMNS = 6
 KINDS, SIZES = ("blob", "stroke", "box"), ("small", "medium", "large")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 import moe_lora
-from options import MixtureOptions, RunOptions, TrainOptions
+from options.train_options import MixtureOptions, RunOptions, TrainOptions
 
 SPECIALISED = ("boundary", "consistency", "detail")
 OF_A_ROUTER = (

@@ -29,7 +29,13 @@ from torch import Tensor
 
 import moe_lora
 import remove
-from options import LossOptions, MixtureOptions, ModelOptions, RunOptions, parse_options
+from options.train_options import (
+    LossOptions,
+    MixtureOptions,
+    ModelOptions,
+    RunOptions,
+    parse_options,
+)
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "flux_removal"
@@ -192,7 +198,7 @@ def script_commands() -> Iterator[Any]:
             if scripts:
                 start = words.index(scripts[0])
                 yield pytest.param(
-                    Path(scripts[0]).name, words[start + 1 :], id=f"{page.stem}: {' '.join(words)}"
+                    scripts[0], words[start + 1 :], id=f"{page.stem}: {' '.join(words)}"
                 )
 
 

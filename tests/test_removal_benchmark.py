@@ -22,7 +22,7 @@ from PIL import Image
 from removal_rows import ROWS, Row
 from safetensors.torch import load_file
 
-from options import MixtureOptions, TrainOptions, parse_options
+from options.train_options import MixtureOptions, TrainOptions, parse_options
 
 CONFIG = {
     "lora_r": 2,

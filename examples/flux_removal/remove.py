@@ -15,15 +15,15 @@ import torch
 from diffusers import FluxFillPipeline
 from PIL import Image
 
+from flux_fill.models import Conditioner, guidance_for, load_checkpoint, load_pipeline, to_pictures
 from image_io.mask_reading import mask_from_alpha, read_mask
 from image_io.metadata import read_exif
 from image_io.options import ReadingOptions, add_reading_flags, reading_options
 from image_io.padding import MULTIPLE, pad_to_multiple
 from image_io.reading import Picture, read_picture
 from image_io.writing import check_output, default_suffix, write_picture
-from models import Conditioner, guidance_for, load_checkpoint, load_pipeline, to_pictures
 from moe_lora.masks import composite
-from options import BUNDLED_MODEL
+from options.train_options import BUNDLED_MODEL
 
 FEATHER = 4
 """Pixels of soft edge around the mask, where the background is kept."""

@@ -23,8 +23,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 import moe_lora
-from batches import CachedDataset, LatentEncoder, augment_masks, batch_stream, seed_at
-from checkpoints import (
+from flux_fill.models import Conditioner, guidance_for, load_pipeline
+from moe_lora import RemovalLoss, flow
+from moe_lora.losses import ExpertSignals, RemovalLossOutput
+from options.train_options import TrainOptions, parse_options
+from removal_data.batches import CachedDataset, LatentEncoder, augment_masks, batch_stream, seed_at
+from removal_data.dataset import RemovalDataset
+from reporting.reporter import Reporter
+from training_run.checkpoints import (
     Progress,
     find_checkpoint,
     load_model,
@@ -32,13 +38,8 @@ from checkpoints import (
     read_progress,
     save_checkpoint,
 )
-from dataset import RemovalDataset
-from interrupts import Interruption
-from models import Conditioner, guidance_for, load_pipeline
-from moe_lora import RemovalLoss, flow
-from moe_lora.losses import ExpertSignals, RemovalLossOutput
-from options import TrainOptions, parse_options
-from parts import (
+from training_run.interrupts import Interruption
+from training_run.parts import (
     Parts,
     auxiliary_loss,
     build_batches,
@@ -48,7 +49,6 @@ from parts import (
     build_schedule,
     order_of_data,
 )
-from reporting import Reporter
 
 SMALLEST_SIGMA = 1e-3
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

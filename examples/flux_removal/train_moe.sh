@@ -16,7 +16,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 data=${TRAIN_DATA_DIR:-}
 if [[ -z $data ]]; then
-  python "$here/make_data.py" --output_dir outputs/data
+  python "$here/../demo/make_data.py" --output_dir outputs/data
   data=outputs/data/train
 fi
 models=()
