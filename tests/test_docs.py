@@ -27,6 +27,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
+import evaluate
 import moe_lora
 import remove
 from options.train_options import (
@@ -215,6 +216,8 @@ def test_commands_are_understood(
         assert isinstance(options.train_data_dir, str)
     elif script == "remove.py":
         remove.build_parser().parse_args(arguments)
+    elif script == "evaluate.py":
+        evaluate.parse(arguments)
     else:
         assert {flag for flag in flags_in(arguments) if f'"{flag}"' not in source} == set()
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from matplotlib.figure import Figure
@@ -25,20 +24,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "flux_removal"))
 
+from evaluation.comparison_sheet import draw_comparison
 from evaluation.measuring import Results, measure, regions, run_pipeline, table
-from evaluation.specialization import specialise
+from evaluation.specialization import measure_specialization
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
 from make_data import make_data
 from moe_lora import Specialisation, masks, plots
 from options.train_options import TrainOptions, parse_options
 from removal_data.dataset import RemovalDataset
-from reporting.contact_sheet import contact_sheet, show_mask
 from reporting.routing_figures import usage_over_training
 from train import train
 from training_run.checkpoints import step_of
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-ROWS = 8
 QUICK_FLAGS = ["--max_train_steps", "6", "--uniform_steps", "3", "--logging_steps", "1"]
 
 
@@ -106,31 +104,6 @@ def write_figures(figures: dict[str, Figure], output: Path, options: TrainOption
                 writer.add_figure(f"test/{name}", figure, options.max_train_steps)
 
 
-def draw_sheet(output: Path, dataset: RemovalDataset, base: Results, ours: Results) -> None:
-    """Write the contact sheet.
-
-    It runs from small masks to large ones: of every group of samples with masks of like size
-    it shows the one with the largest shadow.
-    """
-    items = [dataset[index] for index in range(len(dataset))]
-    areas = [float(item["mask"].mean()) for item in items]
-    shadows = [int(regions(item)["shadow"].sum()) for item in items]
-    order = sorted(range(len(items)), key=areas.__getitem__)
-    groups = np.array_split(order, min(ROWS, len(order)))
-    shown = [max(group.tolist(), key=shadows.__getitem__) for group in groups]
-    rows = [
-        {
-            "source": items[i]["src"],
-            "mask": show_mask(items[i]["src"], items[i]["mask"]),
-            "base model": base.images[i],
-            "ours": ours.images[i],
-            "truth": items[i]["result"],
-        }
-        for i in shown
-    ]
-    contact_sheet(rows, output / "contact_sheet.png")
-
-
 def write_metrics(
     output: Path,
     options: TrainOptions,
@@ -193,9 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     base, ours = evaluate(options, checkpoint, dataset, 3 if args.quick else args.steps)
     results = {"base": measure(base.images, dataset), "ours": measure(ours.images, dataset)}
     clock.begin("specialisation", "losses and metrics again, with one expert left out at a time")
-    found = specialise(options, checkpoint, dataset, steps=3 if args.quick else args.steps)
+    steps = 3 if args.quick else args.steps
+    found = measure_specialization(options, checkpoint, dataset, steps=steps)
     clock.begin("pictures", f"drawing into {output}")
-    draw_sheet(output, dataset, base, ours)
+    shown = {"base model": base.images, "ours": ours.images}
+    draw_comparison(dataset, shown, output / "contact_sheet.png")
     write_figures(draw_routing(output, dataset, ours.weights, found), output, options)
     clock.end()
     write_metrics(output, options, dataset, results, found, clock.seconds)

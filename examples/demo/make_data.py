@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -107,14 +108,14 @@ def make_data(
     (output / STAMP).write_text(json.dumps(wanted))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the data that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--train_count", type=int, default=480)
     parser.add_argument("--test_count", type=int, default=48)
     parser.add_argument("--size", type=int, default=128, help="side in pixels, a multiple of 16")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.size < 32 or args.size % 16:
         parser.error(f"Expected --size to be a multiple of 16 from 32 up, but got {args.size}.")
     make_data(

@@ -173,6 +173,26 @@ def measure_samples(images: list[Tensor], dataset: RemovalDataset) -> dict[str, 
     return metrics.join(measure_one(image, dataset[i]) for i, image in enumerate(images))
 
 
+def describe_samples(found: Results, dataset: RemovalDataset) -> list[dict[str, Any]]:
+    """Return the stem, the size of the mask, the metrics and the routing weights of every sample.
+
+    A metric of a region with fewer than `SMALLEST_REGION` pixels is None.
+    """
+    areas = torch.stack([dataset[i]["mask"].mean() for i in range(len(dataset))])
+    sizes = metrics.mask_sizes(areas.view(-1, 1, 1, 1))
+    samples: list[dict[str, Any]] = [
+        {"stem": stem, "size": size} for stem, size in zip(dataset.stems, sizes, strict=True)
+    ]
+    for name, measured in measure_samples(found.images, dataset).items():
+        values = measured.tolist(1 if name == "seam_error" else SMALLEST_REGION)
+        for sample, value in zip(samples, values, strict=True):
+            sample[name] = value
+    if found.weights:
+        for sample, weights in zip(samples, found.weights, strict=True):
+            sample["routing"] = [round(weight, 4) for weight in weights.tolist()]
+    return samples
+
+
 def measure_one(image: Tensor, item: dict[str, Tensor]) -> dict[str, Measured]:
     """Measure one picture `(3, H, W)` against its sample."""
     picture, truth, source = (value[None] for value in (image, item["result"], item["src"]))
@@ -192,14 +212,18 @@ def measure(images: list[Tensor], dataset: RemovalDataset) -> dict[str, float]:
 def table(columns: dict[str, dict[str, float]]) -> str:
     """Return measurements as a table: regions down, columns across, then the gain of the last.
 
+    One column alone has no gain.
+
     >>> print(table({"base": {"whole": 20.0}, "ours": {"whole": 23.5}}))
     PSNR, dB      base    ours    gain
     whole        20.00   23.50   +3.50
     """
     names = list(columns)
-    lines = ["PSNR, dB  " + "".join(f"{name:>8}" for name in [*names, "gain"])]
+    heads = [*names, "gain"] if len(names) > 1 else names
+    lines = ["PSNR, dB  " + "".join(f"{name:>8}" for name in heads)]
     for region in columns[names[0]]:
         values = [columns[name][region] for name in names]
         row = "".join(f"{value:8.2f}" for value in values)
-        lines.append(f"{region:<10}{row}{values[-1] - values[0]:+8.2f}")
+        gain = f"{values[-1] - values[0]:+8.2f}" if len(names) > 1 else ""
+        lines.append(f"{region:<10}{row}{gain}")
     return "\n".join(lines)

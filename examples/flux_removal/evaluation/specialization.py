@@ -22,7 +22,7 @@ from training_run.parts import Parts, build_loss
 REGIONS = tuple(f"psnr/{region}" for region in ("inside", "outside", "boundary", "effect"))
 
 
-def specialise(
+def measure_specialization(
     options: TrainOptions,
     checkpoint: Path,
     dataset: RemovalDataset,

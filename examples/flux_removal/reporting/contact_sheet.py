@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from flux_fill.models import to_pictures
@@ -26,7 +26,8 @@ def contact_sheet(
     """Write a table of pictures with the keys of a row as its header.
 
     Args:
-        rows: images `(3, H, W)` in [0, 1], all of one size, with the same keys in every row.
+        rows: images `(3, H, W)` in [0, 1], with the same keys in every row; all are scaled to fit
+            into the size of the first one.
         path: of the PNG file.
         scale: how often a pixel is enlarged.
         labels: what stands left of the rows, one for each; nothing by default.
@@ -57,6 +58,6 @@ def contact_sheet(
         left = indent + MARGIN + column * (width + MARGIN)
         pen.text((left + width / 2, HEADER / 2), name, fill="black", font=font, anchor="mm")
         for index, row in enumerate(rows):
-            picture = to_pictures(row[name][None])[0].resize((width, height), Image.BICUBIC)
+            picture = ImageOps.pad(to_pictures(row[name][None])[0], (width, height), color="white")
             sheet.paste(picture, (left, HEADER + MARGIN + index * (height + MARGIN)))
     sheet.save(path)
