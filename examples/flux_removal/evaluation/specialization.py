@@ -14,10 +14,11 @@ from evaluation.measuring import SMALLEST_REGION, cut, fill
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
 from moe_lora import Specialisation, metrics, specialisation
 from options.train_options import TrainOptions
-from removal_data.batches import BucketBatches, LatentEncoder, picture_sizes
+from removal_data.batches import BucketBatches, LatentEncoder, picture_sizes, to_device
 from removal_data.dataset import RemovalDataset
-from train import to_device, training_step
-from training_run.parts import Parts, build_loss
+from train import training_step
+from training_run.losses import build_loss
+from training_run.parts import Parts
 
 REGIONS = tuple(f"psnr/{region}" for region in ("inside", "outside", "boundary", "effect"))
 

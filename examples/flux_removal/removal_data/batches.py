@@ -189,6 +189,12 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         return self.items[index]
 
 
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Move a batch, its mask made of zeros and ones as the pipeline makes it."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return moved | {"mask": (moved["mask"] >= 0.5).float()}
+
+
 def seed_at(seed: int, position: int, process: int = 0) -> int:
     """Return the seed of what is drawn for a batch, the same at this position of every run.
 

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import defaultdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -100,6 +101,15 @@ class Reporter:
         else:
             self.logger.handlers = [logging.NullHandler()]
         accelerator.init_trackers("flux_removal")
+
+    def progress_bar(self, step: int) -> tqdm[NoReturn]:
+        """Return a bar that stands at a step; the main process shows it."""
+        return tqdm(
+            total=self.total_steps,
+            initial=step,
+            desc="training",
+            disable=not self.accelerator.is_main_process,
+        )
 
     def say(self, message: str, level: int = logging.INFO) -> None:
         """Write a line to the log and to the terminal."""
@@ -199,3 +209,10 @@ class Reporter:
         if self.accelerator.is_main_process:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **curves}) + "\n")
+
+
+def mask_curves(batch: dict[str, Tensor]) -> dict[str, float]:
+    """Return what the mask analysis finds in a batch, on average."""
+    info = moe_lora.extract_mask_info_from_batch(batch)
+    names = ("area_ratio", "edge_complexity", "boundary_smoothness", "detail_complexity")
+    return {f"mask/{name}": info[name].mean().item() for name in names}

@@ -147,7 +147,7 @@ def load_model(model: nn.Module, folder: Path) -> list[str]:
     """Load a checkpoint's weights into a model that was built as the run built it.
 
     Returns:
-        Names of router parameters that the checkpoint lacks, as that of a uniform phase does.
+        What to tell of a router that the checkpoint or the run lacks.
 
     Raises:
         FileNotFoundError: when the checkpoint is of another kind of run.
@@ -172,7 +172,7 @@ def load_model(model: nn.Module, folder: Path) -> list[str]:
             f"Expected {folder / ADAPTER} to hold what the options describe, but it lacks "
             f"{wrong[:3]} and has {list(outcome.unexpected_keys)[:3]} besides."
         )
-    return missing
+    return ["The checkpoint has no router: it starts fresh."] if missing else []
 
 
 def read_progress(folder: Path, data: dict[str, int]) -> tuple[Progress, str | None]:

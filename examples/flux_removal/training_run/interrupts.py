@@ -7,6 +7,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -19,6 +22,11 @@ class Interruption:
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[signal.Signals, Any] = {}
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Tell whether any process was told to stop, so that all stop after the same step."""
+        told = torch.tensor(float(self.requested), device=accelerator.device)
+        return bool(accelerator.reduce(told, reduction="sum").item())
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():

@@ -1,25 +1,28 @@
-"""Build what a training run is made of."""
+"""The models, the optimizer and the data of a run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from diffusers import FluxFillPipeline
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import moe_lora
 from flux_fill.models import Conditioner, add_experts, router_parameters
-from moe_lora import RemovalLoss, entropy_floor_loss, orthogonality_loss
-from moe_lora.losses import LatentDecoder
-from moe_lora.schedules import Annealing, Phase, Schedule
+from moe_lora import RemovalLoss
 from options.train_options import TrainOptions
 from removal_data.batches import BucketBatches, LatentEncoder, picture_sizes
 from removal_data.dataset import RemovalDataset
+from reporting.reporter import Reporter
+from training_run.checkpoints import Progress
 
 
 @dataclass
@@ -34,81 +37,32 @@ class Parts:
     options: TrainOptions
 
 
-def enabled_losses(options: TrainOptions) -> dict[str, float]:
-    """Return the weights of the losses that are enabled, by component."""
-    names = ("base", "boundary", "consistency", "detail")
-    return {
-        name: getattr(options, f"{name}_loss_weight")
-        for name in names
-        if getattr(options, f"enable_{name}_loss")
-    }
+@dataclass
+class Run:
+    """Hold what the training loop uses."""
+
+    parts: Parts
+    loss: RemovalLoss
+    stream: Iterator[dict[str, Tensor]]
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    progress: Progress
+    reporter: Reporter
 
 
-def build_loss(options: TrainOptions, vae: nn.Module) -> RemovalLoss:
-    """Return the loss with all that is enabled."""
-    weighting = options.weighting_scheme
-    enabled = enabled_losses(options)
-    return RemovalLoss(
-        base=enabled.get("base"),
-        boundary=enabled.get("boundary"),
-        consistency=enabled.get("consistency"),
-        detail=enabled.get("detail"),
-        decoder=LatentDecoder(vae, checkpoint=options.vae_checkpointing),
-        weighting=weighting if weighting in ("sigma_sqrt", "cosmap") else "none",
-        max_sigma=options.max_sigma,
-        effect_band=options.effect_band,
-        window_margin=options.window_margin,
-        specialised_every=options.specialised_every,
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def build_accelerator(options: TrainOptions) -> Accelerator:
+    """Return accelerate's handle of devices, processes, precision and trackers."""
+    return Accelerator(
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        log_with=None if options.report_to == "none" else options.report_to,
+        project_config=ProjectConfiguration(options.output_dir, logging_dir=options.logging_dir),
+        # Uniform phases leave the router's parameters unused.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-
-
-def build_schedule(options: TrainOptions) -> Schedule:
-    """Return what changes in the course of the run: phases, warm-up and temperature."""
-    enabled, mode = enabled_losses(options), "routed" if options.routed else "uniform"
-    warmup = options.specialised_warmup_steps
-    temperature = options.routing_temperature if options.final_temperature else None
-    phases = []
-    if options.uniform_steps:
-        foundation = {"base": enabled["base"]}
-        phases.append(Phase(steps=options.uniform_steps, mode="uniform", losses=foundation))
-    if options.router_phase_steps:
-        part = Phase(
-            steps=options.router_phase_steps,
-            mode=mode,
-            losses=enabled,
-            warmup_steps=warmup,
-            temperature=temperature,
-            train="router" if options.router_phase == "alone" else "experts",
-        )
-        phases.append(part)
-        warmup = 0
-    if options.final_temperature:
-        temperature = Annealing(
-            options.routing_temperature,
-            options.final_temperature,
-            options.temperature_steps,
-            options.temperature_course,
-        )
-    return Schedule(
-        [*phases, Phase(mode=mode, losses=enabled, warmup_steps=warmup, temperature=temperature)]
-    )
-
-
-def auxiliary_loss(model: nn.Module, options: TrainOptions) -> Tensor | float:
-    """Return what keeps the router balanced and the experts apart, after a forward pass."""
-    total: Tensor | float = 0.0
-    decision = moe_lora.current_routing(model) if options.mixed else None
-    if decision is not None and options.load_balancing_weight:
-        balance = moe_lora.load_balancing_loss(decision.weights)
-        total = total + options.load_balancing_weight * balance
-    if decision is not None and options.router_z_weight:
-        total = total + options.router_z_weight * moe_lora.router_z_loss(decision.logits)
-    if decision is not None and options.entropy_floor_weight:
-        decided = entropy_floor_loss(decision.weights, options.entropy_floor)
-        total = total + options.entropy_floor_weight * decided
-    if options.orthogonality_weight:
-        total = total + options.orthogonality_weight * orthogonality_loss(model)
-    return total
 
 
 def build_model(pipe: FluxFillPipeline, options: TrainOptions) -> nn.Module:

@@ -272,7 +272,8 @@ def test_the_memory_switches_reach_the_models(
     on: bool, arguments: Arguments, random_flux_fill: Path
 ) -> None:
     from flux_fill.models import load_pipeline
-    from training_run.parts import build_loss, build_model
+    from training_run.losses import build_loss
+    from training_run.parts import build_model
 
     options = parse_options(arguments(gradient_checkpointing=on, vae_checkpointing=on))
     pipe = load_pipeline(str(random_flux_fill))

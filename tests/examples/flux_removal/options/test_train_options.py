@@ -8,7 +8,11 @@ from options import train_options as options
 from options.train_options import TrainOptions, parse_options
 
 DATA = ["--train_data_dir", "data"]
-CONFIGS = sorted((Path(options.__file__).parents[1] / "configs").glob("*.yaml"))
+EXAMPLES = Path(options.__file__).parents[2]
+CONFIGS = [
+    *sorted((EXAMPLES / "flux_removal" / "configs").glob("*.yaml")),
+    EXAMPLES / "demo" / "demo.yaml",
+]
 
 
 def test_the_documented_defaults() -> None:

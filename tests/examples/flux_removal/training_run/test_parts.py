@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import train
 from moe_lora.schedules import Schedule, Setting, strategy
 from options.train_options import parse_options
-from training_run.parts import build_schedule
+from training_run.schedule import build_schedule
 
 CONFIGS = Path(train.__file__).parent / "configs"
 LOSSES = ["--enable_boundary_loss", "--enable_detail_loss", "--enable_mask_info"]
