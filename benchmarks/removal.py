@@ -224,7 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--rows", nargs="+", help=f"of {list(ROWS)}; all that this version can run by default")
-    add("--losses", action="store_true", help="only with the specialised losses")
+    add("--losses", action="store_true", help="only with the specialized losses")
     add("--no_losses", action="store_true", help="only without them")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--steps", type=int, help="of training; those of --config by default")

@@ -1,8 +1,8 @@
-"""Remove objects from real photographs: data, training, evaluation and pictures in a few minutes.
+"""Remove objects from real photographs: data, training, evaluation and figures in a few minutes.
 
 Everything is left in outputs/demo/: checkpoint/ (each expert also by itself), logs/, metrics.json,
 contact_sheet.png, routing_over_training.png, routing_by_mask_size.png,
-routing_by_edge_complexity.png and specialisation.png. The pictures of routing are in TensorBoard,
+routing_by_edge_complexity.png and specialization.png. The figures of routing are in TensorBoard,
 too.
 """
 
@@ -77,10 +77,10 @@ def evaluate(
 def draw_routing(
     output: Path, dataset: RemovalDataset, weights: list[Tensor], found: Specialisation
 ) -> dict[str, Figure]:
-    """Return the pictures of routing by the names of their files."""
+    """Return the figures of routing by the names of their files."""
     figures = {
         "routing_over_training": usage_over_training(output / "logs" / "metrics.jsonl"),
-        "specialisation": plots.specialisation_matrix(found),
+        "specialization": plots.specialisation_matrix(found),
     }
     if weights:
         infos = [masks.analyze(dataset[index]["mask"][None]) for index in range(len(dataset))]
@@ -95,7 +95,7 @@ def draw_routing(
 
 
 def write_figures(figures: dict[str, Figure], output: Path, options: TrainOptions) -> None:
-    """Write pictures as files and, where the run has its curves there, into TensorBoard."""
+    """Write figures as files and, where the run has its curves there, into TensorBoard."""
     for name, figure in figures.items():
         figure.savefig(output / f"{name}.png")
     if options.report_to == "tensorboard":
@@ -116,7 +116,7 @@ def write_metrics(
     shadowed = sum(bool(regions(dataset[i])["shadow"].any()) for i in range(len(dataset)))
     entries = {
         "psnr": results,
-        "specialisation": found.as_dict(),
+        "specialization": found.as_dict(),
         "samples": len(dataset),
         "samples_with_shadow": shadowed,
         "seconds": seconds,
@@ -165,10 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clock.begin("evaluation", f"{len(dataset)} photographs that training has not seen")
     base, ours = evaluate(options, checkpoint, dataset, 3 if args.quick else args.steps)
     results = {"base": measure(base.images, dataset), "ours": measure(ours.images, dataset)}
-    clock.begin("specialisation", "losses and metrics again, with one expert left out at a time")
+    clock.begin("specialization", "losses and metrics again, with one expert left out at a time")
     steps = 3 if args.quick else args.steps
     found = measure_specialization(options, checkpoint, dataset, steps=steps)
-    clock.begin("pictures", f"drawing into {output}")
+    clock.begin("figures", f"drawing into {output}")
     shown = {"base model": base.images, "ours": ours.images}
     draw_comparison(dataset, shown, output / "contact_sheet.png")
     write_figures(draw_routing(output, dataset, ours.weights, found), output, options)

@@ -26,10 +26,10 @@ STAMP = "complete.json"
 FOLDERS = ("src", "mask", "result", "ref")
 
 
-def save_picture(path: Path, array: Array) -> None:
+def save_image(path: Path, array: Array) -> None:
     """Write `(H, W)` or `(H, W, 3)`, in [0, 1], as a PNG file."""
-    picture = Image.fromarray(np.round(array * 255).astype(np.uint8))
-    picture.save(path, compress_level=1)
+    image = Image.fromarray(np.round(array * 255).astype(np.uint8))
+    image.save(path, compress_level=1)
 
 
 def describe(scene: Scene, stem: str) -> dict[str, str | float]:
@@ -49,7 +49,7 @@ def write_scene(folder: Path, split: str, size: int, index: int) -> str:
     scene = random_scene(rng, split, size, mask_kind=MASK_KINDS[index % len(MASK_KINDS)])
     stem = f"{index:04d}"
     for name in FOLDERS:
-        save_picture(folder / name / f"{stem}.png", getattr(scene, name))
+        save_image(folder / name / f"{stem}.png", getattr(scene, name))
     return json.dumps(describe(scene, stem))
 
 

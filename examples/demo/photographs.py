@@ -37,7 +37,7 @@ TEST_PHOTOGRAPHS: dict[str, tuple[str, str]] = {
     "chelsea": ("skimage.data", "chelsea.png"),
     "china": ("sklearn.datasets.images", "china.jpg"),
 }
-# How often a training crop comes from a photograph; what is natural and colourful comes more often.
+# How often a training crop comes from a photograph; what is natural and colorful comes more often.
 TRAIN_WEIGHTS: dict[str, float] = {
     "astronaut": 4.0,
     "motorcycle": 4.0,
@@ -68,18 +68,18 @@ def photographs(split: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=32)
 def load_photograph(name: str) -> Array:
-    """Load a bundled photograph as `(H, W, 3)`, float32 in [0, 1]; grey ones become RGB."""
+    """Load a bundled photograph as `(H, W, 3)`, float32 in [0, 1]; gray ones become RGB."""
     source = {**TRAIN_PHOTOGRAPHS, **TEST_PHOTOGRAPHS}.get(name)
     if source is None:
         known = sorted({*TRAIN_PHOTOGRAPHS, *TEST_PHOTOGRAPHS})
         raise ValueError(f"Expected `name` to be one of {known}, but got {name!r}.")
     with importlib.resources.files(source[0]).joinpath(source[1]).open("rb") as file:
-        picture = Image.open(file).convert("RGB")
+        photograph = Image.open(file).convert("RGB")
     if name == "retina":  # outside of the disk there is only black
-        side = picture.width
-        picture = picture.crop((side // 6, side // 6, side - side // 6, side - side // 6))
-        picture = picture.resize((512, 512), Image.Resampling.LANCZOS)
-    array = np.asarray(picture, dtype=np.float32) / 255
+        side = photograph.width
+        photograph = photograph.crop((side // 6, side // 6, side - side // 6, side - side // 6))
+        photograph = photograph.resize((512, 512), Image.Resampling.LANCZOS)
+    array = np.asarray(photograph, dtype=np.float32) / 255
     array.setflags(write=False)
     return array
 
@@ -95,9 +95,9 @@ def coin_boxes() -> tuple[tuple[slice, slice], ...]:
 
 def resize(image: Array, height: int, width: int) -> Array:
     """Resize `(H, W, 3)` with antialiasing to `(height, width, 3)`, clipped to [0, 1]."""
-    picture = Image.fromarray((image * 255 + 0.5).astype(np.uint8))
-    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(picture, dtype=np.float32) / 255
+    resized = Image.fromarray((image * 255 + 0.5).astype(np.uint8))
+    resized = resized.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(resized, dtype=np.float32) / 255
 
 
 def random_crop(
@@ -132,12 +132,12 @@ def random_crop(
     return resize(best, size, size)
 
 
-def jitter_colours(rng: Rng, image: Array) -> Array:
+def jitter_colors(rng: Rng, image: Array) -> Array:
     """Change gain per channel, gamma and, at times, the order of channels or the tint."""
     image = image ** np.float32(np.exp(rng.uniform(-0.3, 0.3)))
-    grey = bool(np.abs(image - image.mean(2, keepdims=True)).max() < 0.01)
-    gain = rng.uniform(0.55, 1.1, 3) if grey else rng.uniform(0.85, 1.12, 3)
-    if not grey and rng.random() < 0.4:
+    gray = bool(np.abs(image - image.mean(2, keepdims=True)).max() < 0.01)
+    gain = rng.uniform(0.55, 1.1, 3) if gray else rng.uniform(0.85, 1.12, 3)
+    if not gray and rng.random() < 0.4:
         image = image[..., rng.permutation(3)]
     return (image * gain.astype(np.float32)).clip(0, 1)
 

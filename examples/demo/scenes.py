@@ -1,4 +1,4 @@
-"""Compose removal scenes from real photographs: an object with its shadow, a mask, the clean truth.
+"""Compose removal scenes from real photographs: an object with its shadow, a mask, a target.
 
 Every function is pure: what is random comes from the `numpy.random.Generator` that it is given.
 Images are `(S, S, 3)` and maps `(S, S)`, float32 in [0, 1].
@@ -17,7 +17,7 @@ from objects import OBJECT_KINDS, blob, cast_shadow, draw_object, grid
 from photographs import (
     Array,
     Rng,
-    jitter_colours,
+    jitter_colors,
     load_photograph,
     random_crop,
     random_photograph,
@@ -51,21 +51,21 @@ def smooth_noise(rng: Rng, size: int, sigma: float) -> Array:
 def random_mask(rng: Rng, size: int, kind: str, *, largest: float = 0.45) -> Array:
     """Draw a free mask of a kind, anywhere, from small to `largest` (side over image side)."""
     extent = size * rng.uniform(0.1, largest)
-    centre = (float(rng.uniform(0, size)), float(rng.uniform(0, size)))
+    center = (float(rng.uniform(0, size)), float(rng.uniform(0, size)))
     if kind == "box":
-        ys, xs = grid(size, centre)
+        ys, xs = grid(size, center)
         half_y, half_x = extent * rng.uniform(0.4, 1.0, 2)
         return ((np.abs(ys) <= half_y) & (np.abs(xs) <= half_x)).astype(np.float32)
     if kind == "blob":
-        return (blob(rng, size, centre, 0.7 * extent) > 0.5).astype(np.float32)
-    return _stroke(rng, size, np.array(centre), extent)
+        return (blob(rng, size, center, 0.7 * extent) > 0.5).astype(np.float32)
+    return _stroke(rng, size, np.array(center), extent)
 
 
-def _stroke(rng: Rng, size: int, centre: NDArray[np.float64], extent: float) -> Array:
-    """Brush a polyline of round strokes around `centre`."""
+def _stroke(rng: Rng, size: int, center: NDArray[np.float64], extent: float) -> Array:
+    """Brush a polyline of round strokes around `center`."""
     ys, xs = np.mgrid[0:size, 0:size].astype(np.float32)
     brush = size * rng.uniform(0.03, 0.09)
-    points = centre + rng.uniform(-1, 1, (int(rng.integers(3, 6)), 2)) * extent
+    points = center + rng.uniform(-1, 1, (int(rng.integers(3, 6)), 2)) * extent
     mask = np.zeros((size, size), dtype=bool)
     for (y0, x0), (y1, x1) in pairwise(points):
         dy, dx = y1 - y0, x1 - x0
@@ -118,7 +118,7 @@ def compose(
 
     Args:
         background: `(S, S, 3)`, in [0, 1].
-        ref: `(S, S, 3)`, in [0, 1]; a picture to condition on, handed through.
+        ref: `(S, S, 3)`, in [0, 1]; an image to condition on, handed through.
         mask_kind, object_kind: one of `MASK_KINDS`, `OBJECT_KINDS`; drawn when None.
     """
     size = background.shape[0]
@@ -175,5 +175,5 @@ def random_scene(rng: Rng, split: str, size: int = 128, *, mask_kind: str | None
     crops = [random_crop(rng, photograph, size, min_std=0.03, min_mean=0.3) for _ in range(2)]
     if split == "train":
         seed = int(rng.integers(2**31))
-        crops = [jitter_colours(np.random.default_rng(seed), crop) for crop in crops]
+        crops = [jitter_colors(np.random.default_rng(seed), crop) for crop in crops]
     return compose(rng, crops[0], crops[1], photograph=name, mask_kind=mask_kind)

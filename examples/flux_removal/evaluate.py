@@ -19,7 +19,7 @@ import torch
 from evaluation.comparison_sheet import draw_comparison
 from evaluation.measuring import Results, describe_samples, measure, run_pipeline, table
 from evaluation.specialization import measure_specialization
-from flux_fill.models import Conditioner, load_checkpoint, load_pipeline, to_pictures
+from flux_fill.models import Conditioner, load_checkpoint, load_pipeline, to_pil_images
 from image_io.options import add_reading_flags, reading_options
 from options.train_options import BUNDLED_MODEL, parse_options
 from removal_data.dataset import RemovalDataset
@@ -51,7 +51,7 @@ def write_images(found: Results, dataset: RemovalDataset, folder: Path) -> None:
     """Write the predictions under the names of their samples."""
     folder.mkdir(parents=True, exist_ok=True)
     for stem, image in zip(dataset.stems, found.images, strict=True):
-        to_pictures(image[None])[0].save(folder / f"{stem}.png")
+        to_pil_images(image[None])[0].save(folder / f"{stem}.png")
 
 
 def build_parser() -> argparse.ArgumentParser:

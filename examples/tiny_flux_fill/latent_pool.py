@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, FluxFillPipeline
 from torch import Tensor
 
-from photographs import jitter_colours, load_photograph, random_crop, random_photograph
+from photographs import jitter_colors, load_photograph, random_crop, random_photograph
 from scenes import MASK_KINDS, cover, random_mask, random_scene
 
 
@@ -16,12 +16,12 @@ def to_tensor(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
 
 
-def draw_picture(rng: np.random.Generator, split: str) -> np.ndarray:
-    """Draw a 128 x 128 picture: a plain crop, or at times a scene with an object."""
+def draw_image(rng: np.random.Generator, split: str) -> np.ndarray:
+    """Draw a 128 x 128 image: a plain crop, or at times a scene with an object."""
     if rng.random() < 0.25:
         return random_scene(rng, split).src
     crop = random_crop(rng, load_photograph(random_photograph(rng, split)), 128)
-    return jitter_colours(rng, crop) if split == "train" and rng.random() < 0.7 else crop
+    return jitter_colors(rng, crop) if split == "train" and rng.random() < 0.7 else crop
 
 
 def pack(x: Tensor) -> Tensor:
@@ -38,13 +38,13 @@ def draw_examples(rng: np.random.Generator, split: str) -> tuple[Tensor, Tensor,
     """Draw one scene and make five inpainting examples of it.
 
     Two masks cover the object: it is gone in the target, *its shadow stays*. One mask lies anywhere
-    in the composite, and two anywhere in plain crops: there the target is the picture itself.
+    in the composite, and two anywhere in plain crops: there the target is the image itself.
 
     Returns:
-        Pictures to mask, targets `(5, 3, 128, 128)` in [-1, 1], and masks `(5, 1, 128, 128)`.
+        Images to mask, targets `(5, 3, 128, 128)` in [-1, 1], and masks `(5, 1, 128, 128)`.
     """
     scene = random_scene(rng, split)
-    crop = draw_picture(rng, split)
+    crop = draw_image(rng, split)
     kinds = rng.choice(MASK_KINDS, 4)
     free = [random_mask(rng, 128, str(kind)) for kind in kinds[:3]]
     masks = [scene.mask, cover(rng, scene.alpha, str(kinds[3])), *free]
@@ -54,7 +54,7 @@ def draw_examples(rng: np.random.Generator, split: str) -> tuple[Tensor, Tensor,
 
 
 class LatentPool:
-    """Hold encoded examples: packed targets, packed masked pictures (mean, std), packed masks."""
+    """Hold encoded examples: packed targets, packed masked images (mean, std), packed masks."""
 
     def __init__(self, vae: AutoencoderKL, size: int) -> None:
         self.vae, self.count = vae, 0

@@ -13,12 +13,12 @@ encoders in it, and stock diffusers wants to be told so:
 
 What it cost and reached, on two CPU cores that did other work, too, with bf16 for convolutions:
 
-- ae: 49 minutes, about 8000 steps (the term for coarse colours joined at step 4000). PSNR of
+- ae: 49 minutes, about 8000 steps (the term for coarse colors joined at step 4000). PSNR of
   reconstructions of test photographs 26.0 dB (coffee 27.8, chelsea 28.9, china 21.7).
 - base: 60 minutes, about 10 200 steps of 32; loss 0.115. Against test photographs without the
   object but with its shadow, in 10 steps: 16.3 dB inside the mask, 26.6 dB outside, 27.7 dB in the
   shadow. Fewer steps fill more smoothly: 16.9 dB in 4 steps, 17.7 dB in 1. On training
-  photographs: 17.9 dB inside in 10 steps. Fills follow colours and fur, not edges.
+  photographs: 17.9 dB inside in 10 steps. Fills follow colors and fur, not edges.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
-from latent_pool import LatentPool, draw_picture, to_tensor
+from latent_pool import LatentPool, draw_image, to_tensor
 from scenes import random_scene
 from timed_run import TimedRun
 
@@ -69,7 +69,7 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def autoencoder_loss(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """Compare a reconstruction with `x` `(B, 3, H, W)`: L1, squares, edges, colours, KL."""
+    """Compare a reconstruction with `x` `(B, 3, H, W)`: L1, squares, edges, colors, KL."""
     with torch.autocast("cpu", torch.bfloat16):
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
@@ -97,7 +97,7 @@ def autoencoder_psnr(vae: AutoencoderKL, weights: dict[str, Tensor], images: Ten
 
 
 def train_autoencoder(work: Path, minutes: float, resume: bool) -> None:
-    """Train the autoencoder on 64 x 64 pieces of a slowly renewed pool of training pictures."""
+    """Train the autoencoder on 64 x 64 pieces of a slowly renewed pool of training images."""
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
     vae = build_autoencoder()
@@ -105,12 +105,12 @@ def train_autoencoder(work: Path, minutes: float, resume: bool) -> None:
     if resume and run.path.exists():
         run.resume()
         rng = np.random.default_rng(1 + run.steps)
-    held_out = to_tensor([draw_picture(np.random.default_rng(i), "test") for i in range(32)])
-    pool = to_tensor([draw_picture(rng, "train") for _ in range(800)]).mul_(255).to(torch.uint8)
+    held_out = to_tensor([draw_image(np.random.default_rng(i), "test") for i in range(32)])
+    pool = to_tensor([draw_image(rng, "train") for _ in range(800)]).mul_(255).to(torch.uint8)
     mean_loss = 0.0
     while run.progress < 1:
         if run.steps % 4 == 0:
-            fresh = to_tensor([draw_picture(rng, "train")])[0].mul_(255).to(torch.uint8)
+            fresh = to_tensor([draw_image(rng, "train")])[0].mul_(255).to(torch.uint8)
             pool[int(rng.integers(len(pool)))] = fresh
         whole = run.steps % 5 == 4
         side, batch = (128, 2) if whole else (64, 8)
@@ -176,7 +176,7 @@ def load_autoencoder(work: Path) -> AutoencoderKL:
     vae.load_state_dict(run.averaged())
     vae.requires_grad_(False)
     rng = np.random.default_rng(2)
-    images = to_tensor([draw_picture(rng, "train") for _ in range(96)])
+    images = to_tensor([draw_image(rng, "train") for _ in range(96)])
     with torch.no_grad():
         latents = torch.cat([vae.encode(x * 2 - 1).latent_dist.mode() for x in images.split(16)])
     vae.register_to_config(

@@ -13,7 +13,7 @@ from torch import Tensor
 from flux_fill.models import Conditioner, guidance_for
 from moe_lora import MoELoraConfig, current_routing, metrics
 from moe_lora.metrics import Measured
-from removal_data.batches import BucketBatches, picture_sizes
+from removal_data.batches import BucketBatches, image_sizes
 from removal_data.dataset import RemovalDataset
 
 REGIONS = {
@@ -62,13 +62,13 @@ def run_pipeline(
         dataset: the triplets; `result` is not read.
         steps: of denoising.
         seed: of the noise.
-        batch_size: of pictures of one size.
+        batch_size: of images of one size.
         guidance_scale: for models with guidance embeddings.
     """
     images: dict[int, Tensor] = {}
     weights: dict[int, Tensor] = {}
     pipe.set_progress_bar_config(disable=True)
-    for indices in BucketBatches(picture_sizes(dataset), batch_size, seed=0).epoch(0):
+    for indices in BucketBatches(image_sizes(dataset), batch_size, seed=0).epoch(0):
         items = [dataset[index] for index in indices]
         batch = {k: torch.stack([item[k] for item in items]) for k in ("src", "mask", "ref")}
         seen: list[Tensor] = []
@@ -194,13 +194,13 @@ def describe_samples(found: Results, dataset: RemovalDataset) -> list[dict[str, 
 
 
 def measure_one(image: Tensor, item: dict[str, Tensor]) -> dict[str, Measured]:
-    """Measure one picture `(3, H, W)` against its sample."""
-    picture, truth, source = (value[None] for value in (image, item["result"], item["src"]))
-    return metrics.measure(picture, truth, cut(item["mask"])[None], source)
+    """Measure one prediction `(3, H, W)` against its sample."""
+    prediction, target, source = (value[None] for value in (image, item["result"], item["src"]))
+    return metrics.measure(prediction, target, cut(item["mask"])[None], source)
 
 
 def measure(images: list[Tensor], dataset: RemovalDataset) -> dict[str, float]:
-    """Return the mean PSNR in dB against the truth, for every region.
+    """Return the mean PSNR in dB against the target, for every region.
 
     The mean runs over the samples in which the region has at least `SMALLEST_REGION` pixels.
     """

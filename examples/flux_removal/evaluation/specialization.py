@@ -14,7 +14,7 @@ from evaluation.measuring import SMALLEST_REGION, cut, fill
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
 from moe_lora import Specialisation, metrics, specialisation
 from options.train_options import TrainOptions
-from removal_data.batches import BucketBatches, LatentEncoder, picture_sizes, to_device
+from removal_data.batches import BucketBatches, LatentEncoder, image_sizes, to_device
 from removal_data.dataset import RemovalDataset
 from train import training_step
 from training_run.losses import build_loss
@@ -33,7 +33,7 @@ def measure_specialization(
 ) -> Specialisation:
     """Leave out one expert of a checkpoint at a time, and see what rises.
 
-    Losses are those of the training, with its noise levels; metrics are those of pictures that the
+    Losses are those of the training, with its noise levels; metrics are those of images that the
     stock pipeline makes.
 
     Args:
@@ -51,7 +51,7 @@ def measure_specialization(
     model = pipe.transformer.to(accelerator.device)
     parts = Parts(accelerator, pipe, model, LatentEncoder(pipe), conditioner, options)
     loss = build_loss(options, pipe.vae)
-    chosen, sizes = range(0, len(dataset), max(1, len(dataset) // samples)), picture_sizes(dataset)
+    chosen, sizes = range(0, len(dataset), max(1, len(dataset) // samples)), image_sizes(dataset)
     deal = BucketBatches([sizes[i] for i in chosen[:samples]], options.batch_size, seed=0)
     batches = [[chosen[i] for i in indices] for indices in deal.epoch(0)]
 

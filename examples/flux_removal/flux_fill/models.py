@@ -146,8 +146,8 @@ def guidance_for(
     return torch.full((batch,), scale, device=transformer.device, dtype=torch.float32)
 
 
-def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Turn images `(B, 3, H, W)` in [0, 1] into pictures."""
+def to_pil_images(images: Tensor) -> list[Image.Image]:
+    """Turn images `(B, 3, H, W)` in [0, 1] into those of Pillow."""
     arrays = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 
@@ -168,7 +168,7 @@ class Conditioner:
     Args:
         pipe: the Fill pipeline.
         prompt: a text; "" where there are text encoders and none is given.
-        redux_id: a folder or hub id; the reference pictures then are the prompt.
+        redux_id: a folder or hub id; the reference images then are the prompt.
 
     Raises:
         ValueError: for a prompt that nothing can read.
@@ -209,7 +209,7 @@ class Conditioner:
             batch = ref.shape[0]
             embeds, pooled = self.embeds.expand(batch, -1, -1), self.pooled.expand(batch, -1)
         else:
-            # Redux sums the embeddings of the pictures of one call, hence a call for each.
-            found = [self.redux(picture, return_dict=False) for picture in to_pictures(ref)]
+            # Redux sums the embeddings of the images of one call, hence a call for each.
+            found = [self.redux(image, return_dict=False) for image in to_pil_images(ref)]
             embeds, pooled = (torch.cat(parts) for parts in zip(*found, strict=True))
         return embeds.to(self.dtype), pooled.to(self.dtype)

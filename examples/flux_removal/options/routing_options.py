@@ -34,8 +34,8 @@ class CourseOptions:
     uniform_steps: int = option(
         0, "Steps of phase 1: base loss and uniform weights only, before all that is enabled."
     )
-    specialised_warmup_steps: int = option(
-        0, "Steps after phase 1 in which the specialised losses rise to their weights."
+    specialized_warmup_steps: int = option(
+        0, "Steps after phase 1 in which the specialized losses rise to their weights."
     )
     router_phase: Literal["none", "frozen", "alone"] = option(
         "none", "After phase 1, train with the router frozen or the router alone for a while."
@@ -78,9 +78,9 @@ def check_balance(options: TrainOptions) -> None:
 
 def check_course(options: TrainOptions) -> None:
     """Raise for changes in the course of a run that cannot be made."""
-    if options.specialised_warmup_steps and not options.specialised:
+    if options.specialized_warmup_steps and not options.specialized:
         raise ValueError(
-            "Expected a boundary, consistency or detail loss with `specialised_warmup_steps`."
+            "Expected a boundary, consistency or detail loss with `specialized_warmup_steps`."
         )
     if (options.router_phase == "none") != (options.router_phase_steps == 0):
         raise ValueError(
@@ -101,10 +101,10 @@ def check_course(options: TrainOptions) -> None:
         if getattr(options, name) != off and not options.routed:
             raise ValueError(f"Expected a routed run with `{name}`.")
     if options.uniform_steps and not (
-        (options.specialised or options.routing == "always") and options.enable_base_loss
+        (options.specialized or options.routing == "always") and options.enable_base_loss
     ):
         raise ValueError(
-            f"Expected the base loss and a specialised loss, or `routing` always, with "
+            f"Expected the base loss and a specialized loss, or `routing` always, with "
             f"`uniform_steps` {options.uniform_steps}: phase 1 has the base loss and uniform "
             "weights, phase 2 has more."
         )

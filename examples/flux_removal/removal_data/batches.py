@@ -1,4 +1,4 @@
-"""Batches of one picture size, in an order that can be taken up anywhere, and their latents."""
+"""Batches of one image size, in an order that can be taken up anywhere, and their latents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_lora.masks.augmentation import AUGMENTATIONS
 from removal_data.dataset import RemovalDataset
 
 
-def picture_sizes(dataset: RemovalDataset) -> list[tuple[int, int]]:
+def image_sizes(dataset: RemovalDataset) -> list[tuple[int, int]]:
     """Return the width and height of every upright sample, read from the files' headers."""
     sizes = []
     for stem in dataset.stems:
@@ -121,7 +121,7 @@ class LatentEncoder:
 
     def batch_moments(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the moments of the result and of the source without what is under the mask."""
-        masked = (batch["src"] * 2 - 1) * (1 - batch["mask"])  # masked pixels are grey, as 0 is
+        masked = (batch["src"] * 2 - 1) * (1 - batch["mask"])  # masked pixels are gray, as 0 is
         return {
             "result_moments": self.moments(batch["result"] * 2 - 1),
             "masked_moments": self.moments(masked),
@@ -174,7 +174,7 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         self, dataset: RemovalDataset, encoder: LatentEncoder, *, batch_size: int = 16
     ) -> None:
         found: dict[int, dict[str, Tensor]] = {}
-        for indices in BucketBatches(picture_sizes(dataset), batch_size, seed=0).epoch(0):
+        for indices in BucketBatches(image_sizes(dataset), batch_size, seed=0).epoch(0):
             items = [dataset[index] for index in indices]
             batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
             moments = encoder.batch_moments(batch)
@@ -211,7 +211,7 @@ def augment_masks(
 ) -> dict[str, Tensor]:
     """Draw a share of a batch's masks anew.
 
-    Pictures stay as they are: what a mask that is too tight leaves of the object has to go, too.
+    Images stay as they are: what a mask that is too tight leaves of the object has to go, too.
 
     Args:
         batch: with `mask` `(B, 1, H, W)` in [0, 1].

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from image_io.image_files import IMAGE_SUFFIXES, read_size
 from image_io.mask_reading import MASK_SUFFIXES, read_mask
 from image_io.options import ReadingOptions
-from image_io.reading import read_picture
+from image_io.reading import read_image
 
 
 class RemovalDataset(Dataset[dict[str, Tensor]]):
@@ -20,7 +20,7 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
 
     Files are of any kind that `image_io` reads; images are turned upright and converted to sRGB.
     The four files of a sample share their stem; their suffixes may differ. Without a folder `ref`
-    the source stands in for the reference. All pictures of a sample have the same size, and its
+    the source stands in for the reference. All images of a sample have the same size, and its
     sides are multiples of 16.
 
     Args:
@@ -123,7 +123,7 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
                     mask = read_mask(path, read_size(src), self.reading, image=src)
                     item[part] = torch.from_numpy(mask).float()[None]
                 else:
-                    rgb = read_picture(path, self.reading.background or "white").rgb
+                    rgb = read_image(path, self.reading.background or "white").rgb
                     pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
                     item[part] = pixels.contiguous().float() / 255
             except (ValueError, FileNotFoundError) as error:

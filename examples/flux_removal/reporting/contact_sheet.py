@@ -9,21 +9,21 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from flux_fill.models import to_pictures
+from flux_fill.models import to_pil_images
 
 MARGIN, HEADER = 6, 26
-MASK_COLOUR = torch.tensor([1.0, 0.1, 0.3]).view(3, 1, 1)
+MASK_COLOR = torch.tensor([1.0, 0.1, 0.3]).view(3, 1, 1)
 
 
 def show_mask(src: Tensor, mask: Tensor) -> Tensor:
-    """Lay a mask `(1, H, W)` over a picture `(3, H, W)` as a red tint."""
-    return src * (1 - 0.6 * mask) + 0.6 * mask * MASK_COLOUR
+    """Lay a mask `(1, H, W)` over an image `(3, H, W)` as a red tint."""
+    return src * (1 - 0.6 * mask) + 0.6 * mask * MASK_COLOR
 
 
 def contact_sheet(
     rows: list[dict[str, Tensor]], path: Path, *, scale: int = 2, labels: Sequence[str] = ()
 ) -> None:
-    """Write a table of pictures with the keys of a row as its header.
+    """Write a table of images with the keys of a row as its header.
 
     Args:
         rows: images `(3, H, W)` in [0, 1], with the same keys in every row; all are scaled to fit
@@ -58,6 +58,6 @@ def contact_sheet(
         left = indent + MARGIN + column * (width + MARGIN)
         pen.text((left + width / 2, HEADER / 2), name, fill="black", font=font, anchor="mm")
         for index, row in enumerate(rows):
-            picture = ImageOps.pad(to_pictures(row[name][None])[0], (width, height), color="white")
-            sheet.paste(picture, (left, HEADER + MARGIN + index * (height + MARGIN)))
+            cell = ImageOps.pad(to_pil_images(row[name][None])[0], (width, height), color="white")
+            sheet.paste(cell, (left, HEADER + MARGIN + index * (height + MARGIN)))
     sheet.save(path)

@@ -1,4 +1,4 @@
-"""Tell how a run goes: `training.log`, `metrics.jsonl`, curves and pictures in TensorBoard."""
+"""Tell how a run goes: `training.log`, `metrics.jsonl`, curves and figures in TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import moe_lora
 from moe_lora import RemovalLoss
 from moe_lora.losses import RemovalLossOutput
 from options.train_options import TrainOptions
-from reporting.routing_figures import RoutingPictures, usage_over_training
+from reporting.routing_figures import RoutingFigures, usage_over_training
 
 
 class LossWindow:
@@ -88,7 +88,7 @@ class Reporter:
         self.accelerator, self.options = accelerator, options
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.window, self.collapsed = LossWindow(), False
-        self.pictures: RoutingPictures | None = None
+        self.figures: RoutingFigures | None = None
         self.folder = Path(options.logging_dir)
         self.logger = logging.getLogger("flux_removal")
         self.logger.setLevel(logging.INFO)
@@ -132,7 +132,7 @@ class Reporter:
             model: the adapted model, whose routing statistics start anew (this process's).
             mode: "routed" or "uniform".
             curves: further numbers for TensorBoard.
-            batch: the last one, whose masks the pictures show; the weights are the model's last.
+            batch: the last one, whose masks the figures show; the weights are the model's last.
 
         Returns:
             The entry in a few words.
@@ -185,19 +185,19 @@ class Reporter:
     def _draw(self, step: int, model: nn.Module, batch: dict[str, Tensor] | None) -> None:
         if self.options.report_to != "tensorboard":
             return
-        if self.pictures is None:
+        if self.figures is None:
             writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
             names = moe_lora.routing_stats(model).expert_names
-            self.pictures = RoutingPictures(writer, names)
+            self.figures = RoutingFigures(writer, names)
         decision = moe_lora.current_routing(model)
         if decision is not None:
-            self.pictures.note(decision.weights, self.window.sigma, batch)
+            self.figures.note(decision.weights, self.window.sigma, batch)
         last = step == self.total_steps
-        if last or (decision is not None and self.pictures.due):
-            self.pictures.draw(step)
+        if last or (decision is not None and self.figures.due):
+            self.figures.draw(step)
         if last:
             figure = usage_over_training(self.folder / "metrics.jsonl")
-            self.pictures.writer.add_figure("routing/usage", figure, step)
+            self.figures.writer.add_figure("routing/usage", figure, step)
 
     def _write(self, values: dict[str, float], step: int) -> None:
         curves = {

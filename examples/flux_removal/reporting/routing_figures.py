@@ -1,4 +1,4 @@
-"""Pictures of how a run routed, in TensorBoard and as files."""
+"""Figures of how a run routed, in TensorBoard and as files."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LATEST = 1000
 """Samples that are drawn: the router changes, and its early choices would blur the late ones."""
 
 
-class RoutingPictures:
+class RoutingFigures:
     """Draw in TensorBoard how samples were routed.
 
-    A picture takes a few tenths of a second. So one batch is noted at every log entry, and what has
+    A figure takes a few tenths of a second. So one batch is noted at every log entry, and what has
     come together is drawn at the 4th, 16th, 64th, … routed entry and at the end of the run.
 
     Args:

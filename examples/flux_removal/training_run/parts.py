@@ -19,7 +19,7 @@ import moe_lora
 from flux_fill.models import Conditioner, add_experts, router_parameters
 from moe_lora import RemovalLoss
 from options.train_options import TrainOptions
-from removal_data.batches import BucketBatches, LatentEncoder, picture_sizes
+from removal_data.batches import BucketBatches, LatentEncoder, image_sizes
 from removal_data.dataset import RemovalDataset
 from reporting.reporter import Reporter
 from training_run.checkpoints import Progress
@@ -119,7 +119,7 @@ def build_batches(
 ) -> BucketBatches:
     """Return the batches of this process, from the start."""
     return BucketBatches(
-        picture_sizes(dataset),
+        image_sizes(dataset),
         options.batch_size,
         seed=options.seed,
         process=accelerator.process_index,

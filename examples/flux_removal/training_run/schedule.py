@@ -10,7 +10,7 @@ from training_run.losses import enabled_losses
 def build_schedule(options: TrainOptions) -> Schedule:
     """Return what changes in the course of the run: phases, warm-up and temperature."""
     enabled, mode = enabled_losses(options), "routed" if options.routed else "uniform"
-    warmup = options.specialised_warmup_steps
+    warmup = options.specialized_warmup_steps
     temperature = options.routing_temperature if options.final_temperature else None
     phases = []
     if options.uniform_steps:

@@ -26,7 +26,7 @@ enable_mask_info: true
 
 
 def figures_in(folder: Path) -> set[str]:
-    """Return the names of the pictures in TensorBoard's event files."""
+    """Return the names of the figures in TensorBoard's event files."""
     found: set[str] = set()
     for file in folder.rglob("events.*"):
         found |= set(EventAccumulator(str(file)).Reload().Tags()["images"])
@@ -44,16 +44,16 @@ def test_the_quick_demo_leaves_all_that_it_promises(
     assert "PSNR, dB" in printed
     assert "diagonal share" in printed
     assert (output / "contact_sheet.png").stat().st_size > 1000
-    pictures = [
+    figures = [
         "routing_by_edge_complexity",
         "routing_by_mask_size",
         "routing_over_training",
-        "specialisation",
+        "specialization",
     ]
-    for name in pictures:
+    for name in figures:
         assert Image.open(output / f"{name}.png").width >= 800
     assert figures_in(output / "logs") == {
-        *(f"test/{name}" for name in pictures),
+        *(f"test/{name}" for name in figures),
         *(f"routing/{name}" for name in ("edge_complexity", "mask_size", "sigma", "usage")),
     }
     checkpoint = output / "checkpoint"
@@ -65,9 +65,9 @@ def test_the_quick_demo_leaves_all_that_it_promises(
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["psnr"]["base"].keys() == metrics["psnr"]["ours"].keys() == set(REGIONS)
     assert set(metrics["seconds"]) == {
-        *("data", "training", "evaluation", "specialisation", "pictures")
+        *("data", "training", "evaluation", "specialization", "figures")
     }
-    found = metrics["specialisation"]
+    found = metrics["specialization"]
     losses = {"base", "boundary", "consistency", "detail"}
     regions = {"psnr/inside", "psnr/outside", "psnr/boundary", "psnr/effect"}
     assert set(found["baseline"]) == losses | regions

@@ -39,8 +39,8 @@ def test_shadows_fall_away_from_the_light(light_x: float, side: int) -> None:
     alpha = objects.draw_object(rng(), "sphere", SIZE, (48.0, 48.0), 12.0, light_x)[1]
     shadow = objects.cast_shadow(rng(), alpha, (48.0, 48.0), 12.0, light_x)
     visible = shadow * (1 - alpha)
-    centre = float((visible.sum(0) * np.arange(SIZE)).sum() / visible.sum())
-    assert side * (centre - 48) > 6
+    center = float((visible.sum(0) * np.arange(SIZE)).sum() / visible.sum())
+    assert side * (center - 48) > 6
 
 
 def test_cutouts_come_from_training_photographs() -> None:

@@ -66,7 +66,7 @@ def test_coin_boxes_hold_the_24_coins() -> None:
 
 def test_jitter_keeps_the_range_and_changes_the_colours() -> None:
     image = photographs.random_crop(rng(), photographs.load_photograph("flower"), SIZE)
-    changed = photographs.jitter_colours(rng(), image)
+    changed = photographs.jitter_colors(rng(), image)
     assert changed.min() >= 0
     assert changed.max() <= 1
     assert np.abs(changed - image).max() > 0.05

@@ -30,11 +30,11 @@ def checkpoint(arguments: Arguments, all_losses: dict[str, Any]) -> Path:
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (61, 90, 3), dtype=np.uint8)
+    image = rng.integers(0, 256, (61, 90, 3), dtype=np.uint8)
     mask = np.zeros((61, 90), dtype=np.uint8)
     mask[20:50, 30:60] = 255
     paths = {name: tmp_path / f"{name}.png" for name in ("image", "mask", "output")}
-    Image.fromarray(picture).save(paths["image"])
+    Image.fromarray(image).save(paths["image"])
     Image.fromarray(mask).save(paths["mask"])
     return paths
 
@@ -52,7 +52,7 @@ def test_any_size_comes_back_as_it_was(
     assert call(files, checkpoint, random_flux_fill).shape == (61, 90, 3)
 
 
-def test_the_same_seed_gives_the_same_picture(
+def test_the_same_seed_gives_the_same_image(
     checkpoint: Path, files: dict[str, Path], random_flux_fill: Path
 ) -> None:
     first = call(files, checkpoint, random_flux_fill)
@@ -117,10 +117,10 @@ def test_missing_files_are_named(
         call(files, tmp_path, random_flux_fill)
 
 
-def test_an_unreadable_picture_is_named(
+def test_an_unreadable_image_is_named(
     files: dict[str, Path], random_flux_fill: Path, tmp_path: Path
 ) -> None:
-    files["image"].write_text("no picture")
+    files["image"].write_text("no image")
     with pytest.raises(ValueError, match=r"image\.png to be an image"):
         call(files, tmp_path, random_flux_fill)
 
@@ -192,9 +192,9 @@ def call_with(
 ) -> Image.Image:
     files = files | {"output": files["output"].with_name(output)}
     call(files, checkpoint, model, *further)
-    with Image.open(files["output"]) as picture:
-        picture.load()
-        return picture
+    with Image.open(files["output"]) as image:
+        image.load()
+        return image
 
 
 def test_what_the_file_held_goes_out_again(
@@ -233,16 +233,14 @@ def test_the_default_output_has_the_format_of_the_image(
 def test_transparency_goes_out_again_or_is_the_mask(
     checkpoint: Path, files: dict[str, Path], random_flux_fill: Path
 ) -> None:
-    picture, mask = Image.open(files["image"]).convert("RGB"), Image.open(files["mask"])
-    alpha = Image.new("L", picture.size, 255)
+    image, mask = Image.open(files["image"]).convert("RGB"), Image.open(files["mask"])
+    alpha = Image.new("L", image.size, 255)
     alpha.paste(0, (0, 0, 10, 61))
-    picture.putalpha(alpha)
-    picture.save(files["image"])
+    image.putalpha(alpha)
+    image.save(files["image"])
     keep = ["--keep_background", "--feather", "0"]
     kept = call_with(files, checkpoint, random_flux_fill, "a.png", *keep)
-    assert np.array_equal(
-        np.array(kept)[np.array(mask) == 0], np.array(picture)[np.array(mask) == 0]
-    )
+    assert np.array_equal(np.array(kept)[np.array(mask) == 0], np.array(image)[np.array(mask) == 0])
     with pytest.raises(ValueError, match="--background"):
         call_with(files, checkpoint, random_flux_fill, "a.jpg")
     flat = call_with(files, checkpoint, random_flux_fill, "b.png", *keep, "--background", "#ff0000")
@@ -251,8 +249,8 @@ def test_transparency_goes_out_again_or_is_the_mask(
     filled = call_with(gone, checkpoint, random_flux_fill, "c.png", *keep)
     assert filled.mode == "RGB"
     opaque = np.array(alpha) == 255
-    assert np.array_equal(np.array(filled)[opaque], np.array(picture)[..., :3][opaque])
-    assert not np.array_equal(np.array(filled)[~opaque], np.array(picture)[..., :3][~opaque])
+    assert np.array_equal(np.array(filled)[opaque], np.array(image)[..., :3][opaque])
+    assert not np.array_equal(np.array(filled)[~opaque], np.array(image)[..., :3][~opaque])
 
 
 def test_no_mask_for_an_opaque_image_raises(
@@ -265,15 +263,15 @@ def test_no_mask_for_an_opaque_image_raises(
 
 def test_padding_continues_image_and_mask_alike() -> None:
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (17, 30, 3), dtype=np.uint8)
+    image = rng.integers(0, 256, (17, 30, 3), dtype=np.uint8)
     mask = Image.fromarray(rng.integers(0, 2, (17, 30), dtype=np.uint8) * 255)
-    found = pad_to_multiple(Image.fromarray(picture), mask)
-    for padded, before in zip(map(np.array, found), (picture, np.array(mask)), strict=True):
+    found = pad_to_multiple(Image.fromarray(image), mask)
+    for padded, before in zip(map(np.array, found), (image, np.array(mask)), strict=True):
         assert padded.shape[:2] == (32, 32)
         for row, column in np.ndindex(32, 32):
             assert np.array_equal(padded[row, column], before[min(row, 16), min(column, 29)])
     with pytest.raises(ValueError, match="30x17, 17x30"):
-        pad_to_multiple(Image.fromarray(picture), mask.transpose(Image.Transpose.TRANSPOSE))
+        pad_to_multiple(Image.fromarray(image), mask.transpose(Image.Transpose.TRANSPOSE))
 
 
 def test_an_object_at_the_border_is_masked_in_the_padding_too(
@@ -295,17 +293,17 @@ def test_an_object_at_the_border_is_masked_in_the_padding_too(
 def test_the_background_is_kept_to_the_last_bit(
     feather: int, checkpoint: Path, files: dict[str, Path], random_flux_fill: Path
 ) -> None:
-    picture = np.array(Image.open(files["image"]))
+    image = np.array(Image.open(files["image"]))
     inside = np.array(Image.open(files["mask"])) > 0
     outside = ndimage.distance_transform_edt(~inside) >= feather + 1
     plain = call(files, checkpoint, random_flux_fill)
-    assert (plain[outside] != picture[outside]).mean() > 0.5
+    assert (plain[outside] != image[outside]).mean() > 0.5
     kept = call(files, checkpoint, random_flux_fill, "--keep_background", "--feather", str(feather))
-    assert np.array_equal(kept[outside], picture[outside])
+    assert np.array_equal(kept[outside], image[outside])
     assert np.array_equal(kept[inside], plain[inside])
     edge = ~inside & ~outside
     assert bool(edge.any()) == (feather > 0)
-    low, high = np.minimum(plain, picture), np.maximum(plain, picture)
+    low, high = np.minimum(plain, image), np.maximum(plain, image)
     assert ((kept >= low) & (kept <= high)).all()
 
 

@@ -144,7 +144,7 @@ CHANGES = {
     "router_z_weight": 10.0,
     "expert_dropout": 0.5,
     "orthogonality_weight": 10.0,
-    "specialised_warmup_steps": 2,
+    "specialized_warmup_steps": 2,
     "router_learning_rate": 0.1,
     "base_loss_weight": 30.0,
     "boundary_loss_weight": 30.0,
@@ -155,7 +155,7 @@ CHANGES = {
     "enable_consistency_loss": False,
     "enable_detail_loss": False,
     "effect_band": 24,
-    "specialised_every": 2,
+    "specialized_every": 2,
     "window_margin": 0,
     "mask_augmentation": 1.0,
     "max_sigma": 0.01,
@@ -282,7 +282,7 @@ def test_the_memory_switches_reach_the_models(
     assert build_loss(options, pipe.vae).decoder.checkpoint is on
 
 
-def test_a_run_without_specialised_losses_has_no_router(arguments: Arguments) -> None:
+def test_a_run_without_specialized_losses_has_no_router(arguments: Arguments) -> None:
     folder = run(arguments())
     assert PeftConfig.from_pretrained(folder).router is None
     assert not any("router" in name for name in adapter(folder))
@@ -331,7 +331,7 @@ def same_inputs(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_with_expert_signals_a_specialised_loss_trains_its_own_expert(
+def test_with_expert_signals_a_specialized_loss_trains_its_own_expert(
     arguments: Arguments, all_losses: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def always(signals: ExpertSignals, sigma: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def test_regions_of_a_few_pixels_do_not_count(tmp_path: Path) -> None:
     assert set(measure([dataset[0]["result"]], dataset)) == set(evaluation.REGIONS) - {"shadow"}
 
 
-def test_samples_are_measured_by_every_metric_against_their_own_truth(tmp_path: Path) -> None:
+def test_samples_are_measured_by_every_metric_against_their_own_target(tmp_path: Path) -> None:
     plain = make_item()
     plain["src"] = plain["result"].clone()
     dataset = write(tmp_path, [make_item(), plain])

@@ -167,9 +167,9 @@ def test_a_prompt_beside_redux_raises(redux: Path, random_flux_fill: Path) -> No
         Conditioner(load_pipeline(str(random_flux_fill)), prompt="a", redux_id=str(redux))
 
 
-def test_pictures_are_rounded() -> None:
-    picture = models.to_pictures(torch.tensor([0.0, 0.5, 2.0]).view(1, 3, 1, 1))[0]
-    assert np.array(picture).tolist() == [[[0, 128, 255]]]
+def test_images_are_rounded() -> None:
+    image = models.to_pil_images(torch.tensor([0.0, 0.5, 2.0]).view(1, 3, 1, 1))[0]
+    assert np.array(image).tolist() == [[[0, 128, 255]]]
 
 
 def test_a_folder_that_is_no_checkpoint_raises(random_flux_fill: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from image_io import image_files
 from image_io.image_files import read_size
-from image_io.reading import read_picture
+from image_io.reading import read_image
 from image_io.value_ranges import value_range
 
 TURN = Image.Transpose
@@ -34,9 +34,9 @@ GRAY = np.arange(32 * 48).reshape(32, 48) % 256
 
 
 def rgb_of(path: Path, **settings: Any) -> np.ndarray:
-    picture = read_picture(path, **settings)
-    assert (picture.rgb.mode, picture.rgb.size) == ("RGB", read_size(path))
-    return np.array(picture.rgb)
+    loaded = read_image(path, **settings)
+    assert (loaded.rgb.mode, loaded.rgb.size) == ("RGB", read_size(path))
+    return np.array(loaded.rgb)
 
 
 def gray_of(path: Path) -> np.ndarray:
@@ -90,7 +90,7 @@ def test_heic_without_its_package_says_which(
     monkeypatch.setattr(image_files, "HAS_HEIF", False)
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
     with pytest.raises(ValueError, match=r"a\.heic cannot be read: .*pip install pillow-heif"):
-        read_picture(tmp_path / "a.heic")
+        read_image(tmp_path / "a.heic")
 
 
 @pytest.mark.parametrize(("background", "behind"), [("white", 255), ("black", 0), ("#0a0a0a", 10)])
@@ -209,7 +209,7 @@ def test_white_can_be_zero(tmp_path: Path, dtype: str) -> None:
 def test_values_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", np.full((32, 48), np.nan, np.float32))
     with pytest.raises(ValueError, match=r"a\.tif cannot be read: .*not a number"):
-        read_picture(tmp_path / "a.tif")
+        read_image(tmp_path / "a.tif")
 
 
 def test_a_range_of_an_overshooting_float_is_cut() -> None:
@@ -244,7 +244,7 @@ def test_a_profile_of_srgb_changes_nothing(tmp_path: Path) -> None:
 def test_a_damaged_profile_is_warned_of(tmp_path: Path, profile: bytes) -> None:
     Image.fromarray(SMOOTH).save(tmp_path / "a.png", icc_profile=profile)
     with pytest.warns(UserWarning, match=r"color profile of a\.png is ignored"):
-        assert np.array_equal(np.array(read_picture(tmp_path / "a.png").rgb), SMOOTH)
+        assert np.array_equal(np.array(read_image(tmp_path / "a.png").rgb), SMOOTH)
 
 
 def test_cmyk_and_lab(tmp_path: Path) -> None:
@@ -320,9 +320,9 @@ def test_what_cannot_be_read_says_which_file_and_why(
     path = tmp_path / "photo.png"
     make(path)
     with pytest.raises(ValueError, match=rf"photo\.png cannot be read: .*({reason})"):
-        read_picture(path)
+        read_image(path)
     with pytest.raises(FileNotFoundError, match=r"missing\.png"):
-        read_picture(tmp_path / "missing.png")
+        read_image(tmp_path / "missing.png")
 
 
 @pytest.mark.parametrize("make", [long_text, broken_chunk, too_large, empty])

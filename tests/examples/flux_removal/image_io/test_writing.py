@@ -14,8 +14,8 @@ from PIL import Image, ImageCms
 
 from image_io import writing
 from image_io.metadata import read_exif
-from image_io.reading import Picture, read_picture
-from image_io.writing import check_output, default_suffix, write_picture
+from image_io.reading import LoadedImage, read_image
+from image_io.writing import check_output, default_suffix, write_image
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (32, 48, 3), dtype=np.uint8)
@@ -49,14 +49,14 @@ def gray_profile() -> bytes:
     return head + b"\0" * (128 - len(head)) + content
 
 
-def painted(picture: Picture, color: tuple[int, int, int] = (10, 200, 90)) -> Image.Image:
-    found = np.array(picture.rgb)
+def painted(loaded: LoadedImage, color: tuple[int, int, int] = (10, 200, 90)) -> Image.Image:
+    found = np.array(loaded.rgb)
     found[INSIDE] = color
     return Image.fromarray(found)
 
 
-def write(tmp_path: Path, picture: Picture, name: str, exif: bytes | None = None) -> Image.Image:
-    write_picture(painted(picture), tmp_path / "out" / name, picture, exif)
+def write(tmp_path: Path, loaded: LoadedImage, name: str, exif: bytes | None = None) -> Image.Image:
+    write_image(painted(loaded), tmp_path / "out" / name, loaded, exif)
     with Image.open(tmp_path / "out" / name) as written:
         written.load()
         assert os.listdir(tmp_path / "out") == [name]
@@ -66,21 +66,21 @@ def write(tmp_path: Path, picture: Picture, name: str, exif: bytes | None = None
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp", "bmp"])
 def test_formats_without_loss_hold_every_pixel(tmp_path: Path, suffix: str) -> None:
     Image.fromarray(NOISE).save(tmp_path / "a.png")
-    picture = read_picture(tmp_path / "a.png")
-    written = write(tmp_path, picture, f"b.{suffix}")
-    assert np.array_equal(np.array(written), np.array(painted(picture)))
+    loaded = read_image(tmp_path / "a.png")
+    written = write(tmp_path, loaded, f"b.{suffix}")
+    assert np.array_equal(np.array(written), np.array(painted(loaded)))
     assert "icc_profile" not in written.info
 
 
 def test_formats_with_loss_are_written_well(tmp_path: Path) -> None:
     Image.fromarray(NOISE).save(tmp_path / "a.png")
-    picture, suffixes = read_picture(tmp_path / "a.png"), ["jpg", "jpeg", "avif"]
+    loaded, suffixes = read_image(tmp_path / "a.png"), ["jpg", "jpeg", "avif"]
     if writing.HAS_HEIF:
         suffixes.append("heic")
     for suffix in suffixes:
         folder = tmp_path / suffix
-        found = np.array(write(folder, picture, f"b.{suffix}").convert("RGB"), np.float64)
-        error = np.square(found - np.array(painted(picture))).mean()
+        found = np.array(write(folder, loaded, f"b.{suffix}").convert("RGB"), np.float64)
+        error = np.square(found - np.array(painted(loaded))).mean()
         assert 10 * math.log10(255**2 / error) > 30, suffix
     written = Image.open(tmp_path / "jpg" / "out" / "b.jpg")
     best = tmp_path / "q95.jpg"
@@ -93,17 +93,17 @@ def test_the_profile_goes_out_again(tmp_path: Path, suffix: str) -> None:
     profile = swapped_profile()
     smooth = Image.fromarray(NOISE).resize((4, 3)).resize((48, 32), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "a.png", icc_profile=profile)
-    picture = read_picture(tmp_path / "a.png")
-    written = write(tmp_path, picture, f"b.{suffix}")
+    loaded = read_image(tmp_path / "a.png")
+    written = write(tmp_path, loaded, f"b.{suffix}")
     assert written.info["icc_profile"] == profile
-    again = np.array(read_picture(tmp_path / "out" / f"b.{suffix}").rgb).astype(int)
+    again = np.array(read_image(tmp_path / "out" / f"b.{suffix}").rgb).astype(int)
     lossy = suffix in ("jpg", "avif")
     inner = np.s_[11:17, 14:26]
-    assert np.abs(again - np.array(painted(picture)))[inner].max() <= (12 if lossy else 3)
+    assert np.abs(again - np.array(painted(loaded)))[inner].max() <= (12 if lossy else 3)
     if not lossy:
         assert np.array_equal(np.array(written)[~INSIDE], np.array(smooth)[~INSIDE])
         expected = ImageCms.profileToProfile(
-            painted(picture),
+            painted(loaded),
             ImageCms.createProfile("sRGB"),
             ImageCms.ImageCmsProfile(writing_file(profile, tmp_path)),
         )
@@ -120,33 +120,33 @@ def writing_file(data: bytes, folder: Path) -> str:
 def test_a_gray_profile_keeps_a_photograph_gray(tmp_path: Path) -> None:
     profile, values = gray_profile(), RNG.integers(0, 256, (32, 48), dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "a.png", icc_profile=profile)
-    picture = read_picture(tmp_path / "a.png")
-    linear = np.array(picture.rgb)[values == 55][0]
+    loaded = read_image(tmp_path / "a.png")
+    linear = np.array(loaded.rgb)[values == 55][0]
     assert np.abs(linear.astype(int) - 128).max() <= 2  # 55 / 255 in linear light
-    written = write(tmp_path, picture, "b.png")
+    written = write(tmp_path, loaded, "b.png")
     assert (written.mode, written.info["icc_profile"]) == ("L", profile)
     assert np.array_equal(np.array(written)[~INSIDE], values[~INSIDE])
-    srgb = write(tmp_path / "web", picture, "b.webp")
+    srgb = write(tmp_path / "web", loaded, "b.webp")
     assert srgb.mode == "RGB"
     assert "sRGB" in ImageCms.getProfileName(io.BytesIO(srgb.info["icc_profile"]))
-    assert np.array_equal(np.array(srgb), np.array(painted(picture)))
-    assert "icc_profile" not in write(tmp_path / "bmp", picture, "b.bmp").info
+    assert np.array_equal(np.array(srgb), np.array(painted(loaded)))
+    assert "icc_profile" not in write(tmp_path / "bmp", loaded, "b.bmp").info
 
 
 def test_a_gray_profile_of_a_colored_image_is_ignored(tmp_path: Path) -> None:
     Image.fromarray(NOISE).save(tmp_path / "a.png", icc_profile=gray_profile())
     with pytest.warns(UserWarning, match=r"profile of a\.png is ignored"):
-        picture = read_picture(tmp_path / "a.png")
-    assert np.array_equal(np.array(picture.rgb), NOISE)
-    assert "icc_profile" not in write(tmp_path, picture, "b.png").info
+        loaded = read_image(tmp_path / "a.png")
+    assert np.array_equal(np.array(loaded.rgb), NOISE)
+    assert "icc_profile" not in write(tmp_path, loaded, "b.png").info
 
 
 def test_a_profile_of_colors_fits_a_gray_image(tmp_path: Path) -> None:
     image = Image.fromarray(NOISE[..., 0])
     image.save(tmp_path / "a.png", icc_profile=swapped_profile())
-    picture = read_picture(tmp_path / "a.png")
-    assert picture.icc_profile == swapped_profile()
-    written = write(tmp_path, picture, "b.png")
+    loaded = read_image(tmp_path / "a.png")
+    assert loaded.icc_profile == swapped_profile()
+    written = write(tmp_path, loaded, "b.png")
     assert np.array_equal(np.array(written)[~INSIDE], np.array(image.convert("RGB"))[~INSIDE])
 
 
@@ -156,13 +156,13 @@ def test_transparency_goes_out_again(tmp_path: Path, suffix: str) -> None:
     alpha[INSIDE] = 128
     alpha[10:12, 12:14] = 0
     Image.fromarray(np.dstack([NOISE, alpha])).save(tmp_path / "a.png")
-    picture = read_picture(tmp_path / "a.png", "black")
-    written = np.array(write(tmp_path, picture, f"b.{suffix}"))
+    loaded = read_image(tmp_path / "a.png", "black")
+    written = np.array(write(tmp_path, loaded, f"b.{suffix}"))
     assert np.array_equal(written[..., 3], alpha)
     assert np.array_equal(written[~INSIDE], np.dstack([NOISE, alpha])[~INSIDE])
-    shown = np.array(read_picture(tmp_path / "out" / f"b.{suffix}", "black").rgb).astype(int)
+    shown = np.array(read_image(tmp_path / "out" / f"b.{suffix}", "black").rgb).astype(int)
     seen = INSIDE & (alpha > 0)
-    wanted = np.minimum(np.array(painted(picture)), alpha[..., None])[seen]
+    wanted = np.minimum(np.array(painted(loaded)), alpha[..., None])[seen]
     assert np.abs(shown[seen] - wanted).max() <= 1
 
 
@@ -170,9 +170,9 @@ def test_transparency_is_filled_where_the_format_has_none(tmp_path: Path) -> Non
     alpha = np.full((32, 48), 255, np.uint8)
     alpha[:, 40:] = 60
     Image.fromarray(np.dstack([NOISE, alpha])).save(tmp_path / "a.png")
-    picture = read_picture(tmp_path / "a.png", "red")
-    written = write(tmp_path, picture, "b.bmp")
-    assert np.array_equal(np.array(written), np.array(painted(picture)))
+    loaded = read_image(tmp_path / "a.png", "red")
+    written = write(tmp_path, loaded, "b.bmp")
+    assert np.array_equal(np.array(written), np.array(painted(loaded)))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
@@ -184,9 +184,9 @@ def test_exif_goes_out_again_for_an_upright_image(tmp_path: Path, suffix: str, o
     exif[34853] = {1: "N", 2: (1.0, 2.0, 3.0)}
     source = tmp_path / f"a.{suffix}"
     Image.fromarray(NOISE).transpose(Image.Transpose.ROTATE_90).save(source, exif=exif.tobytes())
-    picture = read_picture(source)
-    assert picture.rgb.size == (48, 32)
-    written = write(tmp_path, picture, f"b.{out}", read_exif(source))
+    loaded = read_image(source)
+    assert loaded.rgb.size == (48, 32)
+    written = write(tmp_path, loaded, f"b.{out}", read_exif(source))
     assert written.size == (48, 32)
     with Image.open(tmp_path / "out" / f"b.{out}") as opened:
         found = opened.getexif()
@@ -196,7 +196,7 @@ def test_exif_goes_out_again_for_an_upright_image(tmp_path: Path, suffix: str, o
     assert (block[0xA002], block[0xA003]) == (48, 32)
     assert place[1] == "N"
     assert [float(v) for v in place[2]] == [1.0, 2.0, 3.0]
-    assert read_picture(tmp_path / "out" / f"b.{out}").rgb.size == (48, 32)
+    assert read_image(tmp_path / "out" / f"b.{out}").rgb.size == (48, 32)
 
 
 def test_no_exif_stays_none(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_no_exif_stays_none(tmp_path: Path) -> None:
 )
 def test_the_format_of_the_source_is_known(tmp_path: Path, name: str, suffix: str) -> None:
     Image.fromarray(NOISE).save(tmp_path / name)
-    assert default_suffix(read_picture(tmp_path / name)) == suffix
+    assert default_suffix(read_image(tmp_path / name)) == suffix
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def check(source: Path, output: Path, **settings: Any) -> None:
-    check_output(output, read_picture(source), [source], **settings)
+    check_output(output, read_image(source), [source], **settings)
 
 
 def test_an_input_is_not_overwritten_by_accident(source: Path, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_heic_needs_its_package(
 def test_a_failure_leaves_the_old_file(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, picture = source.read_bytes(), read_picture(source)
+    before, loaded = source.read_bytes(), read_image(source)
 
     def fail(self: Image.Image, path: Path, *args: Any, **kwargs: Any) -> None:
         path.write_bytes(b"half")
@@ -300,6 +300,6 @@ def test_a_failure_leaves_the_old_file(
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="no space left"):
-        write_picture(painted(picture), source, picture)
+        write_image(painted(loaded), source, loaded)
     assert source.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.png"]

@@ -15,7 +15,7 @@ from removal_data.batches import (
     LatentEncoder,
     augment_masks,
     batch_stream,
-    picture_sizes,
+    image_sizes,
     seed_at,
 )
 from removal_data.dataset import RemovalDataset
@@ -54,19 +54,19 @@ def test_processes_share_an_epoch_and_deal_equally_often() -> None:
 
 def test_a_stream_leaves_the_global_generator_alone(triplets: Path) -> None:
     dataset = RemovalDataset(triplets)
-    deal = BucketBatches(picture_sizes(dataset), 2, seed=0)
+    deal = BucketBatches(image_sizes(dataset), 2, seed=0)
     before = torch.get_rng_state()
     found = list(islice(batch_stream(dataset, deal), 7))
     assert torch.equal(before, torch.get_rng_state())
     assert {batch["src"].shape[-2:] for batch in found} == {(64, 64), (64, 96)}
 
 
-def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
     for name in ("src", "mask", "result"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "a.png").write_text("no picture")
+        (tmp_path / name / "a.png").write_text("no image")
     with pytest.raises(ValueError, match=r"sample 'a'.*a\.png"):
-        picture_sizes(RemovalDataset(tmp_path))
+        image_sizes(RemovalDataset(tmp_path))
 
 
 def test_the_transformer_reads_what_it_reads_in_the_stock_pipeline(

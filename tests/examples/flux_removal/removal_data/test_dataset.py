@@ -17,7 +17,7 @@ import train
 from image_io.options import ReadingOptions
 from make_data import make_data
 from options.train_options import parse_options
-from removal_data.batches import picture_sizes
+from removal_data.batches import image_sizes
 from removal_data.dataset import RemovalDataset
 
 SIZE = (32, 48)
@@ -73,9 +73,9 @@ def test_reads_non_square_samples_in_order_of_their_stems(folder: Path) -> None:
 
 
 def test_channels_and_rows_are_where_they_belong(folder: Path) -> None:
-    picture = np.zeros((*SIZE, 3), dtype=np.uint8)
-    picture[2, 5] = (255, 0, 51)
-    Image.fromarray(picture).save(folder / "src" / "a.png")
+    image = np.zeros((*SIZE, 3), dtype=np.uint8)
+    image[2, 5] = (255, 0, 51)
+    Image.fromarray(image).save(folder / "src" / "a.png")
     src = RemovalDataset(folder)[0]["src"]
     torch.testing.assert_close(src[:, 2, 5], torch.tensor([1.0, 0.0, 0.2]))
     assert src.sum().item() == pytest.approx(1.2)
@@ -122,7 +122,7 @@ def test_an_empty_layout_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["src", "mask", "result", "ref"])
-@pytest.mark.parametrize("content", [b"", b"no picture"])
+@pytest.mark.parametrize("content", [b"", b"no image"])
 def test_an_unreadable_file_is_named(folder: Path, part: str, content: bytes) -> None:
     path = next((folder / part).glob("b.*"))
     path.write_bytes(content)
@@ -181,7 +181,7 @@ def test_two_files_of_one_stem_are_an_error(folder: Path) -> None:
 
 
 def test_other_files_are_left_alone(folder: Path) -> None:
-    (folder / "src" / "notes.txt").write_text("not a picture")
+    (folder / "src" / "notes.txt").write_text("not an image")
     write(folder / "src" / ".hidden.png")
     assert RemovalDataset(folder).stems == ["a", "b"]
 
@@ -215,7 +215,7 @@ def test_turned_photographs_lie_under_their_masks(folder: Path, orientation: int
     data = RemovalDataset(folder)
     item = data[0]
     assert torch.equal(item["src"][:1], item["mask"])
-    assert picture_sizes(data)[0] == SIZE[::-1]
+    assert image_sizes(data)[0] == SIZE[::-1]
 
 
 @pytest.mark.parametrize(

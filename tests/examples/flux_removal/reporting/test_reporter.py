@@ -113,7 +113,7 @@ def events_of(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(file)).Reload()
 
 
-def test_pictures_of_routing_are_in_tensorboard(tmp_path: Path) -> None:
+def test_figures_of_routing_are_in_tensorboard(tmp_path: Path) -> None:
     reporter, model = make_reporter(tmp_path, report_to="tensorboard"), make_model(WEIGHTS)
     mask = torch.zeros(2, 1, 32, 32)
     mask[..., 8:16] = 1
@@ -129,9 +129,9 @@ def test_pictures_of_routing_are_in_tensorboard(tmp_path: Path) -> None:
         "routing/edge_complexity": [4, 10],
         "routing/usage": [10],
     }
-    picture = Image.open(BytesIO(events.Images("routing/usage")[0].encoded_image_string))
-    assert picture.size == (800, 450)
-    assert len(picture.getcolors(2**24)) > 10
+    image = Image.open(BytesIO(events.Images("routing/usage")[0].encoded_image_string))
+    assert image.size == (800, 450)
+    assert len(image.getcolors(2**24)) > 10
 
 
 def test_a_uniform_run_has_its_usage_drawn_and_nothing_else(tmp_path: Path) -> None:
@@ -146,4 +146,4 @@ def test_a_uniform_run_has_its_usage_drawn_and_nothing_else(tmp_path: Path) -> N
 def test_nothing_is_drawn_without_tensorboard(tmp_path: Path) -> None:
     reporter = make_reporter(tmp_path)
     report(reporter, make_model(WEIGHTS), 10)
-    assert reporter.pictures is None
+    assert reporter.figures is None

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from moe_lora import masks
-from reporting.routing_figures import LATEST, RoutingPictures, usage_over_training
+from reporting.routing_figures import LATEST, RoutingFigures, usage_over_training
 
 NAMES = ("removal_expert", "background_expert", "completion_expert")
 
@@ -29,17 +29,17 @@ def a_batch(size: tuple[int, int] = (32, 48)) -> dict[str, torch.Tensor]:
     return {"src": torch.rand(2, 3, *size), "mask": mask}
 
 
-def make() -> RoutingPictures:
-    return RoutingPictures(Writer(), NAMES)
+def make() -> RoutingFigures:
+    return RoutingFigures(Writer(), NAMES)
 
 
 def test_what_was_noted_is_drawn() -> None:
-    pictures, batch = make(), a_batch()
+    figures, batch = make(), a_batch()
     weights, sigma = torch.rand(2, 3).softmax(-1), torch.tensor([0.25, 0.75])
     for _ in range(3):
-        pictures.note(weights.requires_grad_(), sigma, batch)
-    pictures.draw(7)
-    figures = pictures.writer.figures
+        figures.note(weights.requires_grad_(), sigma, batch)
+    figures.draw(7)
+    figures = figures.writer.figures
     assert set(figures) == {
         ("routing/sigma", 7),
         ("routing/mask_size", 7),
@@ -56,41 +56,41 @@ def test_what_was_noted_is_drawn() -> None:
         assert points[:, 1].tolist() == pytest.approx(weights[:, 0].tolist() * 3)
 
 
-def test_token_weights_are_laid_over_the_first_picture_of_the_last_batch() -> None:
-    pictures, batch = make(), a_batch()
+def test_token_weights_are_laid_over_the_first_image_of_the_last_batch() -> None:
+    figures, batch = make(), a_batch()
     weights = torch.rand(2, 2 * 3, 3).softmax(-1)
-    pictures.note(weights, torch.tensor([0.25, 0.75]), batch)
-    pictures.draw(1)
-    axes = pictures.writer.figures["routing/tokens", 1].axes[1]
+    figures.note(weights, torch.tensor([0.25, 0.75]), batch)
+    figures.draw(1)
+    axes = figures.writer.figures["routing/tokens", 1].axes[1]
     shown = torch.tensor(axes.images[1].get_array())
     torch.testing.assert_close(shown.float(), weights[0, :, 0].view(2, 3))
 
 
 def test_weights_of_layers_are_no_tokens() -> None:
-    pictures = make()
-    pictures.note(torch.rand(2, 5, 3).softmax(-1), torch.tensor([0.25, 0.75]), a_batch())
-    pictures.draw(1)
-    assert ("routing/tokens", 1) not in pictures.writer.figures
-    assert ("routing/sigma", 1) in pictures.writer.figures
+    figures = make()
+    figures.note(torch.rand(2, 5, 3).softmax(-1), torch.tensor([0.25, 0.75]), a_batch())
+    figures.draw(1)
+    assert ("routing/tokens", 1) not in figures.writer.figures
+    assert ("routing/sigma", 1) in figures.writer.figures
 
 
 def test_without_a_batch_only_sigma_is_drawn_and_without_notes_nothing() -> None:
-    pictures = make()
-    pictures.draw(0)
-    pictures.note(torch.rand(2, 3).softmax(-1), torch.tensor([0.25, 0.75]), None)
-    pictures.draw(1)
-    assert set(pictures.writer.figures) == {("routing/sigma", 1)}
+    figures = make()
+    figures.draw(0)
+    figures.note(torch.rand(2, 3).softmax(-1), torch.tensor([0.25, 0.75]), None)
+    figures.draw(1)
+    assert set(figures.writer.figures) == {("routing/sigma", 1)}
 
 
 def test_ever_fewer_entries_are_drawn_and_only_the_latest_samples() -> None:
-    pictures, due = make(), []
+    figures, due = make(), []
     for entry in range(1, 70):
-        pictures.note(torch.full((20, 3), 1 / 3), torch.full((20,), entry / 100), None)
-        if pictures.due:
+        figures.note(torch.full((20, 3), 1 / 3), torch.full((20,), entry / 100), None)
+        if figures.due:
             due.append(entry)
     assert due == [4, 16, 64]
-    pictures.draw(1)
-    points = pictures.writer.figures["routing/sigma", 1].axes[0].collections[0].get_offsets()
+    figures.draw(1)
+    points = figures.writer.figures["routing/sigma", 1].axes[0].collections[0].get_offsets()
     assert len(points) == LATEST
     assert points[0, 0] == pytest.approx((69 - LATEST // 20 + 1) / 100)
 

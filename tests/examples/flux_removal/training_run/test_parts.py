@@ -48,7 +48,7 @@ def test_the_configs_are_the_strategies(config: str, flags: list[str], expected:
 
 def test_all_that_changes_in_a_run() -> None:
     flags = ["--uniform_steps", "2", "--router_phase", "alone", "--router_phase_steps", "3"]
-    flags += ["--specialised_warmup_steps", "2", "--routing_temperature", "2"]
+    flags += ["--specialized_warmup_steps", "2", "--routing_temperature", "2"]
     flags += ["--final_temperature", "1", "--temperature_steps", "2"]
     found = schedule(*LOSSES, *flags, "--temperature_course", "linear")
     half = {"base": 1.0, "boundary": 0.15, "detail": 0.1}
