@@ -68,7 +68,7 @@ def test_model_families_are_data() -> None:
         ("import peft.tuners", {"peft.tuners"}),
         ("from diffusers import AutoencoderKL", {"diffusers.AutoencoderKL"}),
         ("from moe_lora import MoELoraConfig", {"moe_lora.MoELoraConfig"}),
-        ("from ..layer import MoELoraLinear", {"moe_lora.layer.MoELoraLinear"}),
+        ("from ..layer import MoELoraLinear", {"moe_lora.tuner.layer.MoELoraLinear"}),
         ("from .. import routing", {"moe_lora.routing"}),
         ("def late():\n    import peft", {"peft"}),
         ("from moe_lora import flow", set()),

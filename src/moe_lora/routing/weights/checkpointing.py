@@ -81,8 +81,8 @@ def check_version(version: Tensor | None, expected: int | None) -> None:
         raise RuntimeError(
             "A checkpointed block was recomputed with the routing weights of another forward "
             "pass, so its gradients would be wrong. Checkpoint the model's blocks (not the whole "
-            "model) with moe_lora.routing.routed_checkpoint(model), which keeps the weights of each "
-            "pass, or run backward before the next forward pass."
+            "model) with moe_lora.routing.routed_checkpoint(model), which keeps its weights, "
+            "or run backward before the next forward pass."
         )
 
 
