@@ -64,7 +64,7 @@ def test_examples_use_public_names_only(file: Path) -> None:
         ("import moe_lora.routing.state", {"moe_lora.routing.state"}),
         ("from moe_lora.layer import MoELoraLinear", {"moe_lora.layer.MoELoraLinear"}),
         ("from moe_lora import routing", {"moe_lora.routing"}),
-        ("from moe_lora.losses import combined", {"moe_lora.losses.combined"}),
+        ("from moe_lora.losses import removal", {"moe_lora.losses.removal"}),
         ("from moe_lora import *", {"moe_lora.*"}),
         ("import moe_lora\nmoe_lora.routing.gate(1)", {"moe_lora.routing"}),
         ("import moe_lora\nmoe_lora.masks.analysis", {"moe_lora.masks.analysis"}),

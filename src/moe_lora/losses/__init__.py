@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from moe_lora.losses.base import BaseLoss, Weighting, base_loss, sigma_weight
 from moe_lora.losses.boundary import BoundaryLoss, boundary_loss, default_band_width
-from moe_lora.losses.combined import RemovalLoss, RemovalLossOutput
 from moe_lora.losses.consistency import ConsistencyLoss, consistency_loss, effect_weight
-from moe_lora.losses.decode import LatentDecoder
+from moe_lora.losses.decoding.latent_decoder import LatentDecoder
+from moe_lora.losses.decoding.windows import latent_windows
 from moe_lora.losses.detail import DetailLoss, detail_loss
+from moe_lora.losses.expert_signals import EXPERT_OF, ExpertSignals
+from moe_lora.losses.flow_matching import BaseLoss, Weighting, base_loss, sigma_weight
 from moe_lora.losses.reduction import Reduction
-from moe_lora.losses.signals import EXPERT_OF, ExpertSignals
-from moe_lora.losses.task import compute_removal_task_loss
-from moe_lora.losses.windows import latent_windows
+from moe_lora.losses.removal import RemovalLoss, RemovalLossOutput
+from moe_lora.losses.removal_task import compute_removal_task_loss
 
 __all__ = [
     "EXPERT_OF",

@@ -15,7 +15,7 @@ from skimage import data
 from torch import Tensor, nn
 
 from moe_lora.losses import LatentDecoder, boundary_loss, consistency_loss, detail_loss
-from moe_lora.losses.windows import Window
+from moe_lora.losses.decoding.windows import Window
 
 TRAINED = Path(__file__).parents[2] / "examples" / "flux_removal" / "tiny_flux_fill" / "vae"
 WINDOW = Window(1, 2, 5, 6)

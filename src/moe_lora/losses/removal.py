@@ -9,12 +9,12 @@ from typing import NamedTuple, Protocol, cast
 from torch import Tensor, nn
 
 from moe_lora.flow import check_sigma, unpack_latents, velocity_to_x0
-from moe_lora.losses.base import Weighting, base_loss, check_weighting
 from moe_lora.losses.boundary import boundary_loss
 from moe_lora.losses.consistency import consistency_loss
+from moe_lora.losses.decoding.windows import latent_windows
 from moe_lora.losses.detail import detail_loss
+from moe_lora.losses.flow_matching import Weighting, base_loss, check_weighting
 from moe_lora.losses.reduction import at_least_float32
-from moe_lora.losses.windows import latent_windows
 from moe_lora.masks.validation import check_integer
 
 Decoder = Callable[[Tensor], Tensor]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from moe_lora.losses.window_decode import Notes, Recording, Replaying
-from moe_lora.losses.windows import Window, check_agreement, check_windows
+from moe_lora.losses.decoding.record_replay import Notes, Recording, Replaying
+from moe_lora.losses.decoding.windows import Window, check_agreement, check_windows
 from moe_lora.masks.validation import check_integer
 
 

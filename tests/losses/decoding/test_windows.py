@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_lora.losses import latent_windows
-from moe_lora.losses.windows import Window, check_agreement, check_windows
+from moe_lora.losses.decoding.windows import Window, check_agreement, check_windows
 
 
 def test_windows_hold_the_mask_and_the_margin_within_the_latents() -> None:

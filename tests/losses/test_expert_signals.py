@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_lora import RemovalLoss
-from moe_lora.losses.signals import ExpertSignals
+from moe_lora.losses.expert_signals import ExpertSignals
 
 B, MAX_SIGMA = 6, 0.7
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lora.losses.combined import RemovalLoss, RemovalLossOutput
 from moe_lora.losses.reduction import at_least_float32
+from moe_lora.losses.removal import RemovalLoss, RemovalLossOutput
 
 EXPERT_OF = {
     "boundary": "removal_expert",

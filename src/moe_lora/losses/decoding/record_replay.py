@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_lora.losses.window_layers import (
+from moe_lora.losses.decoding.windowed_layers import (
     Border,
     FramedConv,
     Moments,
@@ -26,7 +26,7 @@ from moe_lora.losses.window_layers import (
     WindowedGroupNorm,
     moments,
 )
-from moe_lora.losses.windows import Window
+from moe_lora.losses.decoding.windows import Window
 
 # Neither torch's overloads nor its untyped functions let these be called otherwise.
 _CONV2D: Callable[..., Tensor] = F.conv2d

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_lora.losses.base import Weighting
-from moe_lora.losses.combined import DEFAULT_MAX_SIGMA, Decoder, RemovalLoss, RemovalLossOutput
+from moe_lora.losses.flow_matching import Weighting
+from moe_lora.losses.removal import DEFAULT_MAX_SIGMA, Decoder, RemovalLoss, RemovalLossOutput
 
 
 def compute_removal_task_loss(

@@ -11,9 +11,9 @@ from moe_lora.losses import (
     RemovalLoss,
     base_loss,
     boundary_loss,
-    combined,
     consistency_loss,
     detail_loss,
+    removal,
 )
 
 SPECIALISED = ["boundary", "consistency", "detail"]
@@ -102,7 +102,7 @@ def test_switched_off_pixel_losses_decode_nothing_and_need_nothing(weight: float
 def test_a_switched_off_component_is_not_computed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(combined, f"{name}_loss", lambda *args, **kwargs: never(args[0]))
+    monkeypatch.setattr(removal, f"{name}_loss", lambda *args, **kwargs: never(args[0]))
     _, components = RemovalLoss(**{name: 0}, decoder=upsampled)(**inputs())
     assert name not in components
     assert len(components) == 3

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lora.losses.window_decode import _frame
-from moe_lora.losses.window_layers import FramedConv, WindowedGroupNorm, moments
-from moe_lora.losses.windows import Window
+from moe_lora.losses.decoding.record_replay import _frame
+from moe_lora.losses.decoding.windowed_layers import FramedConv, WindowedGroupNorm, moments
+from moe_lora.losses.decoding.windows import Window
 
 WINDOWS = [(2, 1, 5, 4), (0, 0, 3, 3), (4, 3, 7, 6), (0, 0, 7, 6), (3, 2, 4, 3)]
 

@@ -1,0 +1,1 @@
+"""Decode latents into images with gradient, whole or in windows."""
