@@ -23,12 +23,12 @@ Example:
 
 from __future__ import annotations
 
-from moe_lora.masks.analysis import analyze
+from moe_lora.masks.analysis.analyze import analyze
+from moe_lora.masks.analysis.info import MaskInfo
 from moe_lora.masks.augmentation import augment
 from moe_lora.masks.batch import extract_mask_info_from_batch
 from moe_lora.masks.compositing import composite
 from moe_lora.masks.distance import distance_to_mask
-from moe_lora.masks.info import MaskInfo
 from moe_lora.masks.readers import from_flux_fill, from_inpainting_unet
 from moe_lora.masks.regions import boundary_band, to_latent, to_tokens
 from moe_lora.masks.validation import check_mask

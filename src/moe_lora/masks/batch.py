@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_lora.masks.analysis import analyze
+from moe_lora.masks.analysis.analyze import analyze
 
 _IMAGE_KEYS = ("src", "result")
 

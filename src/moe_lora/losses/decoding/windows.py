@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_lora.masks import check_mask
+from moe_lora.masks.analysis.window import bounding_box
 from moe_lora.masks.validation import check_integer, check_size
-from moe_lora.masks.window import bounding_box
 
 _VISIBLE = 0.05
 AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}

@@ -7,10 +7,10 @@ each sample. `augment` draws what is done and how much.
 
 from __future__ import annotations
 
-from moe_lora.masks.augmentation.draw import AUGMENTATIONS, augment
-from moe_lora.masks.augmentation.hull import convex_hull
-from moe_lora.masks.augmentation.outlines import bezier_box, box, ellipse
-from moe_lora.masks.augmentation.size import dilate, erode
+from moe_lora.masks.augmentation.convex_hull import convex_hull
+from moe_lora.masks.augmentation.morphology import dilate, erode
+from moe_lora.masks.augmentation.random_augmentation import AUGMENTATIONS, augment
+from moe_lora.masks.augmentation.shapes import bezier_box, box, ellipse
 from moe_lora.masks.augmentation.strokes import strokes
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_lora.masks.analysis.window import bounding_box
 from moe_lora.masks.validation import check_mask
-from moe_lora.masks.window import bounding_box
 
 
 def per_sample(

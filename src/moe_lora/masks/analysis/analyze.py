@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lora.masks import contour, topology
-from moe_lora.masks.detail import detail_complexity
-from moe_lora.masks.info import MaskInfo
+from moe_lora.masks.analysis import contour, topology
+from moe_lora.masks.analysis.detail import detail_complexity
+from moe_lora.masks.analysis.info import MaskInfo
+from moe_lora.masks.analysis.window import bounding_box, window_around
 from moe_lora.masks.validation import check_image, check_mask, check_size, mark_checked
-from moe_lora.masks.window import bounding_box, window_around
 
 _LATENT = 8
 _INSIDE = 0.5
@@ -37,7 +37,7 @@ def analyze(
 
     Returns:
         The `MaskInfo`. The rules of `edge_complexity`, `boundary_smoothness`, `has_occlusion`
-        and `detail_complexity` are stated at `moe_lora.masks.contour.edge_complexity`,
+        and `detail_complexity` are stated at `moe_lora.masks.analysis.contour.edge_complexity`,
         `contour.boundary_smoothness`, `topology.has_occlusion` and `detail.detail_complexity`.
 
     Raises:

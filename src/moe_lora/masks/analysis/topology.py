@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lora.masks.window import Window
+from moe_lora.masks.analysis.window import Window
 
 CELLS = 64
 MARGIN = 1

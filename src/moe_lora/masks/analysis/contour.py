@@ -8,7 +8,7 @@ import torch
 from kornia.filters import gaussian_blur2d, spatial_gradient
 from torch import Tensor
 
-from moe_lora.masks.window import Window
+from moe_lora.masks.analysis.window import Window
 
 CELLS = 128
 MARGIN = 8

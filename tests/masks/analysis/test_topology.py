@@ -10,7 +10,7 @@ from skimage.measure import euler_number, label
 from torch import Tensor
 
 from moe_lora.masks import analyze
-from moe_lora.masks.topology import connected_labels
+from moe_lora.masks.analysis.topology import connected_labels
 
 SIZE = (96, 96)
 

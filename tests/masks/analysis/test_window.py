@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_lora.masks.window import bounding_box, window_around
+from moe_lora.masks.analysis.window import bounding_box, window_around
 
 
 def test_resampling_is_the_area_average() -> None:

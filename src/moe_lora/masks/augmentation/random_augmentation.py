@@ -8,10 +8,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from moe_lora.masks.augmentation.hull import convex_hull
-from moe_lora.masks.augmentation.outlines import bezier_box, box, ellipse
+from moe_lora.masks.augmentation.convex_hull import convex_hull
+from moe_lora.masks.augmentation.morphology import dilate, erode
 from moe_lora.masks.augmentation.parameters import extent
-from moe_lora.masks.augmentation.size import dilate, erode
+from moe_lora.masks.augmentation.shapes import bezier_box, box, ellipse
 from moe_lora.masks.augmentation.strokes import strokes
 from moe_lora.masks.validation import check_mask
 

@@ -1,0 +1,1 @@
+"""Describe masks by numbers: area, contour, topology, and the detail around them."""
