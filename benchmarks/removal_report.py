@@ -15,7 +15,7 @@ from removal_rows import ROWS
 from torch import Tensor
 
 from dataset import RemovalDataset
-from moe_lora.specialising import PAIRS
+from moe_lora.ablation.specialization import PAIRS
 from pictures import contact_sheet, show_mask
 
 COLUMNS = 6

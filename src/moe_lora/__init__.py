@@ -4,6 +4,8 @@ Importing the package registers the PEFT method `"MOE_LORA"` and does nothing el
 """
 
 from moe_lora import flow, losses, masks, metrics, plots, schedules
+from moe_lora.ablation.leave_one_out import knocked_out
+from moe_lora.ablation.specialization import Specialisation, specialisation
 from moe_lora.adapter_files import load_adapter, save_adapter
 from moe_lora.config import MoELoraConfig
 from moe_lora.export import (
@@ -14,7 +16,6 @@ from moe_lora.export import (
     save_experts,
     weights_for,
 )
-from moe_lora.knockout import knocked_out
 from moe_lora.layer import MoELoraConv2d, MoELoraLinear
 from moe_lora.losses import RemovalLoss, compute_removal_task_loss
 from moe_lora.masks import MaskInfo, extract_mask_info_from_batch
@@ -50,7 +51,6 @@ from moe_lora.routing import (
     set_routing_mode,
     teach_experts,
 )
-from moe_lora.specialising import Specialisation, specialisation
 
 __version__ = "0.1.0"
 

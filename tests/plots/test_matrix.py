@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from matplotlib.colors import to_hex
 
+from moe_lora.ablation.specialization import PAIRS, Specialisation
 from moe_lora.plots import expert_colours, specialisation_matrix
-from moe_lora.specialising import PAIRS, Specialisation
 
 NAMES = ("removal_expert", "background_expert", "completion_expert")
 COMPONENTS = ("base", "boundary", "consistency", "detail")

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.knockout import knocked_out
+from moe_lora.ablation.leave_one_out import knocked_out
 
 X = torch.linspace(-1, 1, 48).view(2, 4, 6)
 W = torch.tensor([[0.6, 0.1, 0.3], [0.2, 0.5, 0.3]])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.knockout import knocked_out
+from moe_lora.ablation.leave_one_out import knocked_out
 from moe_lora.routing.control import routing_state
 from moe_lora.routing.weights.routing import without_weight
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lora.knockout import (
+from moe_lora.ablation.leave_one_out import (
     Batch,
     Evaluate,
     Observations,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import moe_lora
 from moe_lora import MoELoraConfig
+from moe_lora.ablation.specialization import PAIRS, Specialisation, specialisation
 from moe_lora.routing.control import routing_state
-from moe_lora.specialising import PAIRS, Specialisation, specialisation
 
 NAMES = ("boundary", "consistency", "detail")
 EXPERTS = ("removal_expert", "background_expert", "completion_expert")

@@ -1,0 +1,1 @@
+"""Leave an expert out, and measure what it is for."""
