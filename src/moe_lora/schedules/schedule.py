@@ -9,8 +9,8 @@ from torch import nn
 from moe_lora.losses import RemovalLoss
 from moe_lora.routing.control import set_routing_mode
 from moe_lora.routing.state import RoutingMode
+from moe_lora.schedules.model_settings import set_routing_temperature, set_trainable
 from moe_lora.schedules.phases import Phase, Setting
-from moe_lora.schedules.steering import set_routing_temperature, set_trainable
 
 
 class Schedule:

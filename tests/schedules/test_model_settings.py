@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import moe_lora
 from moe_lora import MoELoraConfig, Router, RouterInputs
 from moe_lora.schedules import set_routing_temperature, set_trainable
-from moe_lora.schedules.steering import _FROZEN
+from moe_lora.schedules.model_settings import _FROZEN
 
 
 class Head(Router):
