@@ -7,15 +7,15 @@ An expert has the same colour in all pictures. matplotlib is imported by the fir
 `moe-lora[plots]` installs it.
 """
 
-from moe_lora.plots.canvas import expert_colours
-from moe_lora.plots.matrix import specialisation_matrix
-from moe_lora.plots.relations import (
+from moe_lora.plots.expert_usage import usage_over_training
+from moe_lora.plots.figures import expert_colours
+from moe_lora.plots.scatter import (
     weights_by_area,
     weights_by_edge_complexity,
     weights_over_sigma,
 )
-from moe_lora.plots.tokens import token_weights
-from moe_lora.plots.training import usage_over_training
+from moe_lora.plots.specialization import specialisation_matrix
+from moe_lora.plots.token_maps import token_weights
 
 __all__ = [
     "expert_colours",

@@ -14,7 +14,7 @@ from moe_lora.plots import (
     weights_by_edge_complexity,
     weights_over_sigma,
 )
-from moe_lora.plots.relations import groups_of
+from moe_lora.plots.scatter import groups_of
 
 NAMES = ["removal_expert", "background_expert", "completion_expert"]
 PLOTS = [weights_by_area, weights_by_edge_complexity, weights_over_sigma]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_lora.plots import expert_colours
-from moe_lora.plots.canvas import (
+from moe_lora.plots.figures import (
     LINE_STYLES,
     PALETTE,
     line_styles,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from moe_lora.ablation.specialization import Specialisation
-from moe_lora.plots.canvas import WIDTH, expert_colours, new_figure, short
+from moe_lora.plots.figures import WIDTH, expert_colours, new_figure, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lora.masks import MaskInfo
-from moe_lora.plots.canvas import (
+from moe_lora.plots.figures import (
     Numbers,
     add_legend,
     draw_uniform,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from moe_lora.plots.canvas import (
+from moe_lora.plots.figures import (
     Numbers,
     add_legend,
     draw_phases,

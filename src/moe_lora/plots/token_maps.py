@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_lora.plots.canvas import Numbers, expert_colours, new_figure, numbers, short
+from moe_lora.plots.figures import Numbers, expert_colours, new_figure, numbers, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
