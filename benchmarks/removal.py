@@ -36,7 +36,7 @@ from dataset import RemovalDataset
 from evaluation import SMALLEST_REGION, Results, measure_samples, run_pipeline
 from make_data import make_data, save_picture
 from models import Conditioner, load_checkpoint, load_pipeline
-from moe_lora import Specialisation
+from moe_lora.ablation import Specialization
 from moe_lora.metrics import mask_sizes
 from options import parse_options
 from specialise import specialise
@@ -181,7 +181,7 @@ def evaluate(
     return {"samples": samples, "seconds": round(time.monotonic() - start, 1)}
 
 
-def specialisation_of(checkpoint: Path, settings: dict[str, Any], data: Path) -> Specialisation:
+def specialisation_of(checkpoint: Path, settings: dict[str, Any], data: Path) -> Specialization:
     """Leave out one expert at a time on the test scenes; by all losses, whatever trained it."""
     everything = {f"enable_{name}": True for name in (*ALL_LOSSES, "mask_info")}
     known = {k: v for k, v in settings["train"].items() if k in SHARED_WITH_MEASURING}

@@ -15,7 +15,7 @@ from removal_rows import ROWS
 from torch import Tensor
 
 from dataset import RemovalDataset
-from moe_lora.ablation.specialization import PAIRS
+from moe_lora.losses import EXPERT_OF_LOSS
 from pictures import contact_sheet, show_mask
 
 COLUMNS = 6
@@ -166,7 +166,7 @@ def table_of_specialisation(runs: Runs) -> str:
             pairs = found[0]["pairs"]
             own = [spread([entry["shares"][expert] for entry in found], 2) for expert in pairs]
             rows.append([title_of(variant), *own, spread([entry["score"] for entry in found], 2)])
-    heads = [f"{expert.removesuffix('_expert')}: {of}" for expert, of in PAIRS.items()]
+    heads = [f"{expert.removesuffix('_expert')}: {of}" for of, expert in EXPERT_OF_LOSS.items()]
     return markdown(["row", *heads, "score"], rows)
 
 
@@ -213,7 +213,7 @@ def report(runs: Runs, base: dict[str, Any] | None, baseline: str, losses: str) 
         f"Difference to {ROWS[baseline].title}, {compared}: mean, and in brackets seed by seed. "
         "✓: ahead in every seed; ✗: behind in every seed.",
         table_of_differences(runs, baseline, losses),
-        "Specialisation: leaving out one expert after the other, the share of a component's rises "
+        "Specialization: leaving out one expert after the other, the share of a component's rises "
         "that is its own expert's; a third without specialisation. The score is the mean.",
         table_of_specialisation(runs),
         "PSNR inside the mask by kind and size of the mask:",

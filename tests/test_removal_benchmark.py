@@ -197,7 +197,7 @@ def test_rows_differ_in_nothing_but_what_they_are_about() -> None:
         assert entries["seed"] == 7
         flags = [w for k, v in entries.items() for w in (f"--{k}", str(v))]
         options = parse_options(["--train_data_dir", "d", *flags])
-        assert options.specialised is losses
+        assert options.specialized is losses
         assert options.routed is (not ROWS[name].plain and name != "uniform")
         rank = options.lora_r * (1 if ROWS[name].plain else options.num_experts)
         assert rank == 3 * base["lora_r"]

@@ -28,7 +28,8 @@ from dataset import RemovalDataset
 from evaluation import Results, measure, regions, run_pipeline, table
 from make_data import make_data
 from models import Conditioner, load_checkpoint, load_pipeline
-from moe_lora import Specialisation, masks, plots
+from moe_lora import masks, plots
+from moe_lora.ablation import Specialization
 from options import TrainOptions, parse_options
 from pictures import contact_sheet, show_mask
 from routing_pictures import usage_over_training
@@ -75,12 +76,12 @@ def evaluate(
 
 
 def draw_routing(
-    output: Path, dataset: RemovalDataset, weights: list[Tensor], found: Specialisation
+    output: Path, dataset: RemovalDataset, weights: list[Tensor], found: Specialization
 ) -> dict[str, Figure]:
     """Return the pictures of routing by the names of their files."""
     figures = {
         "routing_over_training": usage_over_training(output / "logs" / "metrics.jsonl"),
-        "specialisation": plots.specialisation_matrix(found),
+        "specialisation": plots.specialization_matrix(found),
     }
     if weights:
         infos = [masks.analyze(dataset[index]["mask"][None]) for index in range(len(dataset))]
@@ -134,7 +135,7 @@ def write_metrics(
     options: TrainOptions,
     dataset: RemovalDataset,
     results: dict[str, dict[str, float]],
-    found: Specialisation,
+    found: Specialization,
     seconds: dict[str, float],
 ) -> None:
     """Write `metrics.json`."""

@@ -102,7 +102,7 @@ class LossOptions(CourseOptions):
     effect_band: int = option(
         0, "Pixels around the mask where consistency is relaxed, for shadows and reflections."
     )
-    specialised_every: int = option(
+    specialized_every: int = option(
         1, "Boundary, consistency and detail loss at every n-th step only, n times as strong."
     )
     window_margin: int | None = option(
@@ -174,7 +174,7 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
             )
 
     @property
-    def specialised(self) -> bool:
+    def specialized(self) -> bool:
         """Tell whether a loss is on that tells the experts apart."""
         return self.enable_boundary_loss or self.enable_consistency_loss or self.enable_detail_loss
 
@@ -186,7 +186,7 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
     @property
     def routed(self) -> bool:
         """Tell whether the run ever asks a router."""
-        wanted = self.specialised if self.routing == "by_losses" else self.routing == "always"
+        wanted = self.specialized if self.routing == "by_losses" else self.routing == "always"
         return self.mixed and wanted and self.num_experts > 1
 
     def check_losses(self) -> None:
@@ -198,15 +198,15 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
                     f"Expected --enable_{name}_loss together with --{name}_loss_weight {weight}, "
                     "which has no effect without it."
                 )
-        if not (self.enable_base_loss or self.specialised):
+        if not (self.enable_base_loss or self.specialized):
             raise ValueError("Expected at least one loss to be enabled, but all are off.")
-        if self.specialised and not self.enable_mask_info:
+        if self.specialized and not self.enable_mask_info:
             raise ValueError(
                 "Expected --enable_mask_info together with a boundary, consistency or detail loss: "
                 "these switch routing on, and routing needs the masks analysed."
             )
         if self.expert_signals and not (
-            self.specialised and self.enable_base_loss and self.mixed and self.num_experts == 3
+            self.specialized and self.enable_base_loss and self.mixed and self.num_experts == 3
         ):
             raise ValueError(
                 "Expected a mixture of three experts, the base loss and a specialised loss with "
@@ -235,17 +235,17 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
 
     def check_pixels(self) -> None:
         """Raise for options of pixel losses or masks that are out of range or have no effect."""
-        ways = {"window_margin": None, "specialised_every": 1}
+        ways = {"window_margin": None, "specialized_every": 1}
         for name, off in ways.items():
-            if getattr(self, name) != off and not self.specialised:
+            if getattr(self, name) != off and not self.specialized:
                 raise ValueError(
                     f"Expected a boundary, consistency or detail loss with `{name}`, which has no "
                     "effect without one."
                 )
         if self.effect_band and not self.enable_consistency_loss:
             raise ValueError("Expected --enable_consistency_loss together with `effect_band`.")
-        if self.specialised_every != 1 and self.expert_signals:
-            raise ValueError("Expected `specialised_every` 1 with `expert_signals`.")
+        if self.specialized_every != 1 and self.expert_signals:
+            raise ValueError("Expected `specialized_every` 1 with `expert_signals`.")
         if not 0 <= self.mask_augmentation <= 1:
             raise ValueError(
                 f"Expected `mask_augmentation` to be in [0, 1], but got {self.mask_augmentation}."

@@ -58,14 +58,14 @@ def build_loss(options: TrainOptions, vae: nn.Module) -> RemovalLoss:
         max_sigma=options.max_sigma,
         effect_band=options.effect_band,
         window_margin=options.window_margin,
-        specialised_every=options.specialised_every,
+        specialized_every=options.specialized_every,
     )
 
 
 def build_schedule(options: TrainOptions) -> Schedule:
     """Return what changes in the course of the run: phases, warm-up and temperature."""
     enabled, mode = enabled_losses(options), "routed" if options.routed else "uniform"
-    warmup = options.specialised_warmup_steps
+    warmup = options.specialized_warmup_steps
     temperature = options.routing_temperature if options.final_temperature else None
     phases = []
     if options.uniform_steps:

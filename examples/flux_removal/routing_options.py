@@ -34,7 +34,7 @@ class CourseOptions:
     uniform_steps: int = option(
         0, "Steps of phase 1: base loss and uniform weights only, before all that is enabled."
     )
-    specialised_warmup_steps: int = option(
+    specialized_warmup_steps: int = option(
         0, "Steps after phase 1 in which the specialised losses rise to their weights."
     )
     router_phase: Literal["none", "frozen", "alone"] = option(
@@ -78,9 +78,9 @@ def check_balance(options: TrainOptions) -> None:
 
 def check_course(options: TrainOptions) -> None:
     """Raise for changes in the course of a run that cannot be made."""
-    if options.specialised_warmup_steps and not options.specialised:
+    if options.specialized_warmup_steps and not options.specialized:
         raise ValueError(
-            "Expected a boundary, consistency or detail loss with `specialised_warmup_steps`."
+            "Expected a boundary, consistency or detail loss with `specialized_warmup_steps`."
         )
     if (options.router_phase == "none") != (options.router_phase_steps == 0):
         raise ValueError(
@@ -101,7 +101,7 @@ def check_course(options: TrainOptions) -> None:
         if getattr(options, name) != off and not options.routed:
             raise ValueError(f"Expected a routed run with `{name}`.")
     if options.uniform_steps and not (
-        (options.specialised or options.routing == "always") and options.enable_base_loss
+        (options.specialized or options.routing == "always") and options.enable_base_loss
     ):
         raise ValueError(
             f"Expected the base loss and a specialised loss, or `routing` always, with "

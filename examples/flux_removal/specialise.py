@@ -14,7 +14,8 @@ from batches import BucketBatches, LatentEncoder, picture_sizes
 from dataset import RemovalDataset
 from evaluation import SMALLEST_REGION, cut, fill
 from models import Conditioner, load_checkpoint, load_pipeline
-from moe_lora import Specialisation, metrics, specialisation
+from moe_lora import metrics
+from moe_lora.ablation import Specialization, specialization
 from options import TrainOptions
 from parts import Parts, build_loss
 from train import to_device, training_step
@@ -29,7 +30,7 @@ def specialise(
     *,
     samples: int = 16,
     steps: int = 4,
-) -> Specialisation:
+) -> Specialization:
     """Leave out one expert of a checkpoint at a time, and see what rises.
 
     Losses are those of the training, with its noise levels; metrics are those of pictures that the
@@ -70,7 +71,7 @@ def specialise(
             found[name] = torch.where(there, region[name].values, math.nan)
         return found
 
-    return specialisation(
+    return specialization(
         model,
         DataLoader(dataset, batch_sampler=batches),
         evaluate,

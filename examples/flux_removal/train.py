@@ -107,11 +107,11 @@ def assign_signals(
 
     With `expert_signals` every sample gets one component, which trains its own expert.
     """
-    if not (parts.options.expert_signals and loss.specialised):
+    if not (parts.options.expert_signals and loss.specialized):
         return loss, nullcontext()
     signals = ExpertSignals(loss)
     assignment = signals.assign(sigma)
-    teaching = moe_lora.teach_experts(parts.model, signals.learners(assignment))
+    teaching = moe_lora.teach_experts(parts.model, signals.expert_grad_mask(assignment))
     return partial(signals, assignment=assignment), teaching
 
 

@@ -3,9 +3,7 @@
 Importing the package registers the PEFT method `"MOE_LORA"` and does nothing else.
 """
 
-from moe_lora import flow, losses, masks, metrics, plots, schedules
-from moe_lora.ablation.leave_one_out import knocked_out
-from moe_lora.ablation.specialization import Specialisation, specialisation
+from moe_lora import ablation, flow, losses, masks, metrics, plots, schedules
 from moe_lora.adapter_files import load_adapter, save_adapter
 from moe_lora.config import MoELoraConfig
 from moe_lora.export import (
@@ -68,10 +66,10 @@ __all__ = [
     "RouterInputs",
     "RoutingDecision",
     "RoutingStats",
-    "Specialisation",
     "ThreeExpertRemovalRouter",
     "TokenRemovalRouter",
     "UniformRouter",
+    "ablation",
     "adapted_layers",
     "attach_router",
     "compute_removal_task_loss",
@@ -81,7 +79,6 @@ __all__ = [
     "extract_mask_info_from_batch",
     "flow",
     "from_loras",
-    "knocked_out",
     "load_adapter",
     "load_balancing_loss",
     "load_experts",
@@ -106,7 +103,6 @@ __all__ = [
     "schedules",
     "set_router_inputs",
     "set_routing_mode",
-    "specialisation",
     "teach_experts",
     "unmerge",
     "weights_for",

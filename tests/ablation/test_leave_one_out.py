@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.ablation.leave_one_out import knocked_out
+from moe_lora.ablation import ablate_expert
 from moe_lora.routing.control import routing_state
 from moe_lora.routing.weights.routing import without_weight
 
@@ -58,7 +58,7 @@ def parts(model: nn.Module, x: Tensor) -> Tensor:
 X = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("expert", range(3))
 @pytest.mark.parametrize(
     "options",
@@ -71,7 +71,7 @@ X = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(3))
     ],
 )
 def test_the_others_weights_are_as_the_router_decides(
-    options: dict[str, object], expert: int, renormalise: bool
+    options: dict[str, object], expert: int, renormalize: bool
 ) -> None:
     model = make_model(router="by_first_token", **options)
     whole = model(X)
@@ -82,11 +82,11 @@ def test_the_others_weights_are_as_the_router_decides(
         for token in range(6):
             row = weights[sample, token].tolist()
             row[expert] = 0.0
-            total = sum(row) if renormalise and sum(row) > 0 else 1.0
+            total = sum(row) if renormalize and sum(row) > 0 else 1.0
             for e, weight in enumerate(row):
                 added = parts(model, X)[e, sample, token]
                 expected[sample, token] += weight / total * added
-    with knocked_out(model, EXPERTS[expert], renormalise=renormalise):
+    with ablate_expert(model, EXPERTS[expert], renormalize=renormalize):
         found = model(X)
         assert torch.equal(found, model(X))
     torch.testing.assert_close(found, expected)
@@ -97,23 +97,26 @@ def test_the_others_weights_are_as_the_router_decides(
 
 def test_uniform_weights_are_a_third_each() -> None:
     model = make_model()
-    with knocked_out(model, "background_expert"):
+    with ablate_expert(model, "background_expert"):
         found = model(X)
-    with knocked_out(model, "background_expert", renormalise=True):
-        renormalised = model(X)
+    with ablate_expert(model, "background_expert", renormalize=True):
+        renormalized = model(X)
     added = parts(model, X)
     torch.testing.assert_close(found, (added[0] + added[2]) / 3)
-    torch.testing.assert_close(renormalised, (added[0] + added[2]) / 2)
+    torch.testing.assert_close(renormalized, (added[0] + added[2]) / 2)
 
 
-def test_weights_given_by_hand_are_knocked_out_too() -> None:
+def test_given_weights_are_ablated_too() -> None:
     model = make_model()
     added = parts(model, X)
     with moe_lora.route(model, torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])):
-        with knocked_out(model, "removal_expert"):
+        with ablate_expert(model, "removal_expert"):
             inner = model.base_model.model.linear(X)
         assert not torch.allclose(model.base_model.model.linear(X), inner)
-    with knocked_out(model, "removal_expert"), moe_lora.route(model, torch.tensor([0.5, 0.3, 0.2])):
+    with (
+        ablate_expert(model, "removal_expert"),
+        moe_lora.route(model, torch.tensor([0.5, 0.3, 0.2])),
+    ):
         outer = model(X)
     torch.testing.assert_close(inner[0], 0.3 * added[1, 0] + 0.2 * added[2, 0])
     torch.testing.assert_close(inner[1], 0.2 * added[1, 1] + 0.7 * added[2, 1])
@@ -123,11 +126,11 @@ def test_weights_given_by_hand_are_knocked_out_too() -> None:
 def test_contexts_nest_and_end_with_an_error_too() -> None:
     model = make_model()
     whole, added = model(X), parts(model, X)
-    with knocked_out(model, "removal_expert"):
-        with knocked_out(model, "background_expert"):
+    with ablate_expert(model, "removal_expert"):
+        with ablate_expert(model, "background_expert"):
             torch.testing.assert_close(model(X), added[2] / 3)
         torch.testing.assert_close(model(X), (added[1] + added[2]) / 3)
-    with pytest.raises(KeyError), knocked_out(model, "removal_expert"):
+    with pytest.raises(KeyError), ablate_expert(model, "removal_expert"):
         raise KeyError
     assert torch.equal(model(X), whole)
 
@@ -140,16 +143,16 @@ def test_only_the_named_adapter_loses_an_expert() -> None:
     model.add_adapter("other", other)
     model.set_adapter("other")
     whole = model(X)
-    with knocked_out(model, "removal_expert"):
+    with ablate_expert(model, "removal_expert"):
         assert torch.equal(model(X), whole)
-    with knocked_out(model, "expert_1", adapter_name="other"):
+    with ablate_expert(model, "expert_1", adapter_name="other"):
         assert not torch.allclose(model(X), whole)
 
 
-@pytest.mark.parametrize("renormalise", [False, True])
-def test_gradients_reach_the_others_only(renormalise: bool) -> None:
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_gradients_reach_the_others_only(renormalize: bool) -> None:
     model = make_model(router="by_first_token")
-    with knocked_out(model, "completion_expert", renormalise=renormalise):
+    with ablate_expert(model, "completion_expert", renormalize=renormalize):
         model(X).square().sum().backward()
     experts = model.base_model.model.linear.moe_lora_experts["default"]
     reached = [bool(experts.lora_A.grad[e].any()) for e in range(3)]
@@ -162,7 +165,7 @@ def test_a_copy_made_inside_is_whole() -> None:
 
     model = make_model()
     whole = model(X)
-    with knocked_out(model, "removal_expert"):
+    with ablate_expert(model, "removal_expert"):
         twin = copy.deepcopy(model)
     assert torch.equal(twin(X), whole)
 
@@ -178,7 +181,7 @@ def test_every_layer_of_flux_loses_the_expert(make_flux, make_flux_inputs, flux_
     with torch.no_grad():
         whole = model(**inputs)[0]
         weights = moe_lora.current_routing(model).weights
-        with knocked_out(model, "background_expert"):
+        with ablate_expert(model, "background_expert"):
             found = model(**inputs)[0]
         with moe_lora.route(model, weights * torch.tensor([1.0, 0.0, 1.0])):
             by_hand = model(**inputs)[0]
@@ -195,7 +198,10 @@ def test_every_layer_of_flux_loses_the_expert(make_flux, make_flux_inputs, flux_
 )
 def test_unknown_names_raise(expert: str, adapter: str, message: str) -> None:
     model = make_model()
-    with pytest.raises(ValueError, match=message), knocked_out(model, expert, adapter_name=adapter):
+    with (
+        pytest.raises(ValueError, match=message),
+        ablate_expert(model, expert, adapter_name=adapter),
+    ):
         pass
     assert routing_state(model).steering.ablations == ()
 

@@ -112,7 +112,7 @@ def test_specialised_losses_need_mask_info(name: str) -> None:
         (["--orthogonality_weight", "1", "--num_experts", "1"], "`orthogonality_weight`"),
         (["--orthogonality_weight", "1", "--adapter", "lora"], "`orthogonality_weight`"),
         (["--entropy_floor", "0.3"], "`entropy_floor_weight` together"),
-        (["--specialised_warmup_steps", "5"], "`specialised_warmup_steps`"),
+        (["--specialized_warmup_steps", "5"], "`specialized_warmup_steps`"),
         (["--router_phase", "alone"], "`router_phase_steps` together"),
         (["--router_phase_steps", "5"], "`router_phase_steps` together"),
         (
@@ -139,7 +139,7 @@ def test_specialised_losses_need_mask_info(name: str) -> None:
         (["--logging_steps", "0"], "`logging_steps` to be >= 1"),
         (["--effect_band", "8"], "--enable_consistency_loss together with `effect_band`"),
         (["--window_margin", "0"], "detail loss with `window_margin`"),
-        (["--specialised_every", "2"], "detail loss with `specialised_every`"),
+        (["--specialized_every", "2"], "detail loss with `specialized_every`"),
         (["--mask_augmentation", "1.5"], r"`mask_augmentation` to be in \[0, 1\], but got 1.5"),
         (["--mask_augmentation", "0.5", "--cache_latents"], "no `cache_latents`"),
     ],

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 import train
-from moe_lora.schedules import Schedule, Setting, strategy
+from moe_lora.schedules import Schedule, Setting, preset
 from options import parse_options
 from parts import build_schedule
 
@@ -27,16 +27,16 @@ def schedule(*words: str) -> Schedule:
 @pytest.mark.parametrize(
     ("config", "flags", "expected"),
     [
-        ("progressive", [], strategy("1")),
-        ("progressive", ["--uniform_steps", "500"], strategy("1", foundation_steps=500)),
-        ("routed", [], strategy("A")),
-        ("routed", [], strategy("2")),
-        ("baseline", [], strategy("B")),
-        ("baseline", [], strategy("3")),
+        ("progressive", [], preset("1")),
+        ("progressive", ["--uniform_steps", "500"], preset("1", foundation_steps=500)),
+        ("routed", [], preset("A")),
+        ("routed", [], preset("2")),
+        ("baseline", [], preset("B")),
+        ("baseline", [], preset("3")),
         (
             "baseline",
             ["--enable_boundary_loss", "--boundary_loss_weight", "0.8", "--enable_mask_info"],
-            strategy("C"),
+            preset("C"),
         ),
     ],
 )
@@ -48,7 +48,7 @@ def test_the_configs_are_the_strategies(config: str, flags: list[str], expected:
 
 def test_all_that_changes_in_a_run() -> None:
     flags = ["--uniform_steps", "2", "--router_phase", "alone", "--router_phase_steps", "3"]
-    flags += ["--specialised_warmup_steps", "2", "--routing_temperature", "2"]
+    flags += ["--specialized_warmup_steps", "2", "--routing_temperature", "2"]
     flags += ["--final_temperature", "1", "--temperature_steps", "2"]
     found = schedule(*LOSSES, *flags, "--temperature_course", "linear")
     half = {"base": 1.0, "boundary": 0.15, "detail": 0.1}

@@ -94,10 +94,10 @@ def test_a_sample_feels_its_own_component_only():
         torch.testing.assert_close(found[index : index + 1], wanted / 4 * 6)
 
 
-def test_learners_follow_names_and_order():
+def test_expert_grad_mask_follow_names_and_order():
     names = ("completion_expert", "removal_expert", "background_expert", "other")
     signals = ExpertSignals(removal_loss(), expert_names=names, experts={"detail": "other"})
-    assert signals.learners(torch.arange(4)).tolist() == [
+    assert signals.expert_grad_mask(torch.arange(4)).tolist() == [
         [1, 1, 1, 1],
         [0, 1, 0, 0],
         [0, 0, 1, 0],
@@ -117,16 +117,16 @@ def test_a_loss_that_is_switched_off_later_counts_nothing():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ExpertSignals(removal_loss(base=0)), "base and at least one specialised"),
+        (lambda: ExpertSignals(removal_loss(base=0)), "the base loss and at least one specialized"),
         (
             lambda: ExpertSignals(removal_loss(boundary=0, consistency=0, detail=0)),
-            "base and at least one specialised",
+            "the base loss and at least one specialized",
         ),
         (lambda: ExpertSignals(removal_loss(), base_share=1.0), r"in \(0, 1\), but got 1.0"),
-        (lambda: ExpertSignals(removal_loss(specialised_every=2)), "specialised_every=2"),
+        (lambda: ExpertSignals(removal_loss(specialized_every=2)), "specialized_every=2"),
         (
             lambda: ExpertSignals(removal_loss(), expert_names=("a", "b")),
-            "'boundary' trains to be one of",
+            "'boundary' to be one of",
         ),
         (
             lambda: ExpertSignals(removal_loss())(assignment=torch.zeros(2), **batch()),

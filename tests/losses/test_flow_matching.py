@@ -91,7 +91,7 @@ def test_half_precision_is_summed_in_float32() -> None:
     ("arguments", "message"),
     [
         ({"weighting": "sigma-sqrt"}, "Expected `weighting` to be one of"),
-        ({"weighting": "cosmap"}, "Expected `sigma` to be given"),
+        ({"weighting": "cosmap"}, "Expected `sigma` to be a tensor"),
         ({"weighting": "cosmap", "sigma": torch.ones(3)}, r"shape \(B,\) = \(2,\)"),
         ({"weighting": "cosmap", "sigma": torch.ones(2, 1)}, r"shape \(B,\) = \(2,\)"),
         ({"weighting": "cosmap", "sigma": torch.tensor([3.0, 999.0])}, "division by 1000"),
@@ -99,7 +99,7 @@ def test_half_precision_is_summed_in_float32() -> None:
         ({"reduction": "sum"}, "Expected `reduction` to be one of"),
     ],
 )
-def test_options_that_cannot_be_honoured_raise(arguments: dict[str, object], message: str) -> None:
+def test_options_that_cannot_be_honored_raise(arguments: dict[str, object], message: str) -> None:
     velocity, target = pair(2, 4)
     with pytest.raises(ValueError, match=message):
         base_loss(velocity, target, **arguments)

@@ -21,7 +21,7 @@ OFF: dict[str, float | None] = {"base": 0, "boundary": 0, "consistency": None, "
 
 
 def upsampled(latents: Tensor) -> Tensor:
-    """A decoder that is linear: two pixels a latent, three of its channels as colours."""
+    """A decoder that is linear: two pixels a latent, three of its channels as colors."""
     return latents[:, :3].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) / 4 + 0.5
 
 
@@ -95,7 +95,7 @@ def test_switched_off_pixel_losses_decode_nothing_and_need_nothing(weight: float
     assert list(components) == ["base"]
     assert torch.equal(total, components["base"].to(total.dtype))
     assert loss.enabled == ("base",)
-    assert not loss.specialised
+    assert not loss.specialized
 
 
 @pytest.mark.parametrize("name", ["base", *SPECIALISED])
@@ -111,17 +111,17 @@ def test_a_switched_off_component_is_not_computed(
 
 
 @pytest.mark.parametrize("name", SPECIALISED)
-def test_specialised_tells_losses_that_need_routing(name: str) -> None:
-    assert RemovalLoss(**only(name)).specialised
+def test_specialized_tells_losses_that_need_routing(name: str) -> None:
+    assert RemovalLoss(**only(name)).specialized
     assert RemovalLoss(**only(name)).enabled == (name,)
-    assert not RemovalLoss(**only("base")).specialised
+    assert not RemovalLoss(**only("base")).specialized
     assert RemovalLoss().enabled == ("base", *SPECIALISED)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", SPECIALISED)
-def test_each_specialised_loss_alone_moves_every_sample_through_the_vae(
+def test_each_specialized_loss_alone_moves_every_sample_through_the_vae(
     name: str, packed: bool, checkpoint: bool
 ) -> None:
     given = inputs(dtype=torch.bfloat16)
@@ -290,10 +290,10 @@ def test_a_decoder_without_windows_is_refused() -> None:
         RemovalLoss(decoder=upsampled, window_margin=2)(**inputs())
 
 
-def test_specialised_losses_at_every_nth_step_have_n_times_the_weight() -> None:
+def test_specialized_losses_at_every_nth_step_have_n_times_the_weight() -> None:
     given = inputs()
     every = RemovalLoss(decoder=upsampled)(**given)
-    loss = RemovalLoss(decoder=upsampled, specialised_every=3)
+    loss = RemovalLoss(decoder=upsampled, specialized_every=3)
     totals = []
     for step in range(6):
         total, components = loss(**given, step=step)
@@ -308,7 +308,7 @@ def test_specialised_losses_at_every_nth_step_have_n_times_the_weight() -> None:
 def test_between_the_steps_nothing_is_decoded_or_needed_and_there_is_a_graph() -> None:
     given = inputs(dtype=torch.float32)
     velocity = given["velocity"].requires_grad_()
-    loss = RemovalLoss(base=0, decoder=never, specialised_every=2)
+    loss = RemovalLoss(base=0, decoder=never, specialized_every=2)
     total, components = loss(velocity, given["target_velocity"], step=1)
     assert components == {}
     total.backward()
@@ -317,7 +317,7 @@ def test_between_the_steps_nothing_is_decoded_or_needed_and_there_is_a_graph() -
 
 @pytest.mark.parametrize("step", [None, -1, 1.0])
 def test_a_step_that_is_none_raises(step: object) -> None:
-    loss = RemovalLoss(decoder=upsampled, specialised_every=2)
+    loss = RemovalLoss(decoder=upsampled, specialized_every=2)
     with pytest.raises(ValueError, match="Expected `step` to be"):
         loss(**inputs(), step=step)
 
@@ -336,7 +336,7 @@ def test_what_a_pixel_loss_needs_is_named_when_missing(missing: str) -> None:
     given = inputs()
     loss = RemovalLoss(detail=0, decoder=None if missing == "decoder" else upsampled)
     given.pop(missing, None)
-    message = rf"Expected `{missing}` to be given for the losses \['boundary', 'consistency'\]"
+    message = rf"Expected `{missing}` for the losses \['boundary', 'consistency'\]"
     with pytest.raises(ValueError, match=message):
         loss(**given)
 
@@ -351,7 +351,7 @@ def test_what_a_pixel_loss_needs_is_named_when_missing(missing: str) -> None:
         ({"target": torch.full((3, 3, 8, 12), -1.0)}, r"Expected `target` to be an image in \[0"),
         ({"target": torch.full((3, 3, 8, 12), torch.nan)}, "Expected `target` to be an image"),
         ({"target": torch.zeros(3, 3, 16, 24)}, "Expected `target` to have the shape"),
-        ({"height": 6, "width": 4}, r"those of the latents, \(4, 6\), but got 6 and 4"),
+        ({"height": 6, "width": 4}, r"the size of the latents, \(4, 6\), but got 6 and 4"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
@@ -363,7 +363,7 @@ def test_packed_latents_need_their_sizes() -> None:
     given = inputs()
     given |= {name: pack_latents(given[name]) for name in ("velocity", "target_velocity", "x_t")}
     loss = RemovalLoss(decoder=upsampled)
-    with pytest.raises(ValueError, match="Expected latent `height` and `width` to be given"):
+    with pytest.raises(ValueError, match="Expected latent `height` and `width` to be integers"):
         loss(**given)
     with pytest.raises(ValueError, match=r"= 4 tokens for latents of 4x4, but got 6"):
         loss(**given, height=4, width=4)
@@ -381,7 +381,7 @@ def test_packed_latents_need_their_sizes() -> None:
         ({"weighting": "logit_normal"}, "Expected `weighting` to be one of"),
         ({"effect_band": -1}, "Expected `effect_band` to be an integer >= 0, but got -1"),
         ({"window_margin": 1.5}, "Expected `window_margin` to be an integer >= 0, but got 1.5"),
-        ({"specialised_every": 0}, "Expected `specialised_every` to be an integer >= 1"),
+        ({"specialized_every": 0}, "Expected `specialized_every` to be an integer >= 1"),
     ],
 )
 def test_settings_out_of_range_raise(arguments: dict[str, object], message: str) -> None:

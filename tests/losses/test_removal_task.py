@@ -80,7 +80,7 @@ class Windowed:
 def test_ways_to_decode_less_are_handed_on() -> None:
     flags = {f"enable_{name}_loss": True for name in NAMES}
     decoder = Windowed()
-    settings = {"effect_band": 3, "window_margin": 1, "specialised_every": 2, "decoder": decoder}
+    settings = {"effect_band": 3, "window_margin": 1, "specialized_every": 2, "decoder": decoder}
     total, components = compute_removal_task_loss(**inputs(), **flags, **settings, step=4)
     expected = RemovalLoss(**DEFAULTS, **settings)(**inputs(), step=4)
     assert components == expected.components

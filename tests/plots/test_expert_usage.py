@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from moe_lora.plots import expert_colours, usage_over_training
+from moe_lora.plots import expert_colors, usage_over_training
 
 NAMES = ["removal_expert", "background_expert", "completion_expert"]
 STEPS = [10, 20, 30]
@@ -23,12 +23,12 @@ def legend_of(figure: Figure) -> list[str]:
 def test_every_expert_has_a_line_through_its_weights() -> None:
     figure = usage_over_training(STEPS, WEIGHTS, NAMES, entropy=[1.0, 0.9, 0.8])
     (axes,) = figure.axes
-    colours = expert_colours(NAMES)
+    colors = expert_colors(NAMES)
     for index, name in enumerate(NAMES):
         line = axes.lines[index]
         assert list(line.get_xdata()) == STEPS
         assert list(line.get_ydata()) == pytest.approx(WEIGHTS[:, index].tolist())
-        assert line.get_color() == colours[name]
+        assert line.get_color() == colors[name]
     assert list(axes.lines[3].get_ydata()) == [1.0, 0.9, 0.8]
     assert legend_of(figure) == ["removal", "background", "completion", "entropy / log E"]
     assert axes.get_xlabel() == "optimizer step"

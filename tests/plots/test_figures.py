@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_lora.plots import expert_colours
+from moe_lora.plots import expert_colors
 from moe_lora.plots.figures import (
     LINE_STYLES,
     PALETTE,
@@ -49,21 +49,21 @@ def test_the_error_without_matplotlib_says_what_to_install() -> None:
     )
 
 
-def test_an_expert_keeps_its_colour_whatever_stands_beside_it() -> None:
-    whole = expert_colours(REMOVAL)
+def test_an_expert_keeps_its_color_whatever_stands_beside_it() -> None:
+    whole = expert_colors(REMOVAL)
     assert len(set(whole.values())) == 3
-    assert expert_colours(REMOVAL[::-1]) == dict(reversed(whole.items()))
-    assert expert_colours(["background"])["background"] == whole["background_expert"]
-    mixed = expert_colours(["shadow", *REMOVAL, "glare"])
+    assert expert_colors(REMOVAL[::-1]) == dict(reversed(whole.items()))
+    assert expert_colors(["background"])["background"] == whole["background_expert"]
+    mixed = expert_colors(["shadow", *REMOVAL, "glare"])
     assert {name: mixed[name] for name in REMOVAL} == whole
     assert len(set(mixed.values())) == 5
 
 
-def test_colours_start_anew_with_another_line_style() -> None:
+def test_colors_start_anew_with_another_line_style() -> None:
     names = [f"expert_{i}" for i in range(9)]
-    colours, styles = expert_colours(names), line_styles(names)
-    assert len(set(colours.values())) == len(PALETTE) == 7
-    assert len({(colours[name], styles[name]) for name in names}) == 9
+    colors, styles = expert_colors(names), line_styles(names)
+    assert len(set(colors.values())) == len(PALETTE) == 7
+    assert len({(colors[name], styles[name]) for name in names}) == 9
     assert styles["expert_7"] == LINE_STYLES[1]
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from moe_lora import masks
 from moe_lora.plots import (
-    expert_colours,
+    expert_colors,
     weights_by_area,
     weights_by_edge_complexity,
     weights_over_sigma,
@@ -36,7 +36,7 @@ def test_points_are_the_samples_and_lines_their_means(
         torch.testing.assert_close(points[:, 0].float(), factor * x)
         torch.testing.assert_close(points[:, 1].float(), weights[:, index])
         line = axes.lines[index]
-        assert line.get_color() == expert_colours(NAMES)[name]
+        assert line.get_color() == expert_colors(NAMES)[name]
         assert len(line.get_xdata()) == groups
         first = order[: len(torch.tensor_split(order, groups)[0])]
         assert line.get_xdata()[0] == pytest.approx(factor * float(x[first].mean()), rel=1e-5)
@@ -82,7 +82,7 @@ def test_analysed_masks_and_token_weights_are_taken_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 3, 4, 7, 8, 9, 33, 500])
-def test_groups_are_neighbours_of_like_size(samples: int) -> None:
+def test_groups_are_neighbors_of_like_size(samples: int) -> None:
     x = torch.rand(samples)
     groups = groups_of(x)
     sizes = [len(group) for group in groups]

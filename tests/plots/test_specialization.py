@@ -4,18 +4,23 @@ import numpy as np
 import torch
 from matplotlib.colors import to_hex
 
-from moe_lora.ablation.specialization import PAIRS, Specialisation
-from moe_lora.plots import expert_colours, specialisation_matrix
+from moe_lora.ablation import Specialization
+from moe_lora.plots import expert_colors, specialization_matrix
 
 NAMES = ("removal_expert", "background_expert", "completion_expert")
 COMPONENTS = ("base", "boundary", "consistency", "detail")
 RISES = torch.tensor(
     [[0.01, 0.4, 0.0, -0.1], [0.02, 0.1, 0.0, 0.0], [-0.04, 0.0, 0.0, 0.2]], dtype=torch.float64
 )
+PAIRS = {
+    "removal_expert": "boundary",
+    "background_expert": "consistency",
+    "completion_expert": "detail",
+}
 
 
-def found(pairs: dict[str, str]) -> Specialisation:
-    return Specialisation(
+def found(pairs: dict[str, str]) -> Specialization:
+    return Specialization(
         expert_names=NAMES,
         component_names=COMPONENTS,
         rises=RISES,
@@ -26,8 +31,8 @@ def found(pairs: dict[str, str]) -> Specialisation:
     )
 
 
-def test_cells_hold_rises_and_colours_their_share_of_the_column() -> None:
-    figure = specialisation_matrix(found({}))
+def test_cells_hold_rises_and_colors_their_share_of_the_column() -> None:
+    figure = specialization_matrix(found({}))
     axes, bar = figure.axes
     shown = np.array(axes.images[0].get_array())
     np.testing.assert_allclose(shown[:, 0], [0.25, 0.5, -1.0])
@@ -43,12 +48,12 @@ def test_cells_hold_rises_and_colours_their_share_of_the_column() -> None:
     assert figure.get_suptitle() == ""
 
 
-def test_rows_are_experts_in_their_colours_and_columns_components_with_their_values() -> None:
-    axes = specialisation_matrix(found({})).axes[0]
+def test_rows_are_experts_in_their_colors_and_columns_components_with_their_values() -> None:
+    axes = specialization_matrix(found({})).axes[0]
     rows = axes.get_yticklabels()
     assert [label.get_text() for label in rows] == ["removal", "background", "completion"]
-    colours = expert_colours(NAMES)
-    assert [to_hex(label.get_color()) for label in rows] == [c.lower() for c in colours.values()]
+    colors = expert_colors(NAMES)
+    assert [to_hex(label.get_color()) for label in rows] == [c.lower() for c in colors.values()]
     assert [label.get_text() for label in axes.get_xticklabels()] == [
         "base\n1",
         "boundary\n0.5",
@@ -59,18 +64,18 @@ def test_rows_are_experts_in_their_colours_and_columns_components_with_their_val
 
 
 def test_pairs_are_framed_and_the_score_is_the_title() -> None:
-    figure = specialisation_matrix(found(PAIRS))
+    figure = specialization_matrix(found(PAIRS))
     frames = [patch.get_xy() for patch in figure.axes[0].patches]
     assert [(round(x + 0.47), round(y + 0.45)) for x, y in frames] == [(1, 0), (2, 1), (3, 2)]
     # 0.4 / 0.5 of boundary, nothing of consistency, all of detail.
-    assert figure.get_suptitle() == "diagonal share 0.60 (no specialisation: 0.33)"
-    assert specialisation_matrix(found(PAIRS), title="Mine").get_suptitle() == "Mine"
+    assert figure.get_suptitle() == "diagonal share 0.60 (no specialization: 0.33)"
+    assert specialization_matrix(found(PAIRS), title="Mine").get_suptitle() == "Mine"
 
 
 def test_many_components_make_it_wider() -> None:
-    small = specialisation_matrix(found({}))
+    small = specialization_matrix(found({}))
     names = tuple(f"c{i}" for i in range(12))
-    large = Specialisation(
+    large = Specialization(
         expert_names=NAMES,
         component_names=names,
         rises=RISES.repeat(1, 3),
@@ -80,4 +85,4 @@ def test_many_components_make_it_wider() -> None:
         pairs={},
     )
     assert small.get_figwidth() == 8
-    assert specialisation_matrix(large).get_figwidth() > 15
+    assert specialization_matrix(large).get_figwidth() > 15

@@ -31,9 +31,9 @@ def test_the_map_lies_over_the_picture_and_the_mask_is_outlined() -> None:
     assert first.get_title() == "picture"
     np.testing.assert_allclose(first.images[0].get_array(), image.permute(1, 2, 0), rtol=1e-6)
     for axes in panels:
-        grey, shown = axes.images
-        np.testing.assert_allclose(grey.get_array(), image.mean(0), rtol=1e-6)
-        assert grey.get_extent() == shown.get_extent() == [0, 48, 32, 0]
+        gray, shown = axes.images
+        np.testing.assert_allclose(gray.get_array(), image.mean(0), rtol=1e-6)
+        assert gray.get_extent() == shown.get_extent() == [0, 48, 32, 0]
         assert shown.get_alpha() < 1
     for axes in (first, *panels):
         corners = np.concatenate([path.vertices for path in axes.collections[0].get_paths()])

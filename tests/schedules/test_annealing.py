@@ -46,6 +46,6 @@ def test_cosine_is_the_default_and_half_way_in_the_middle():
         ((1.0, 2.0, 5, "sine"), "`course` to be one of"),
     ],
 )
-def test_what_cannot_be_honoured_raises(given, told):
+def test_what_cannot_be_honored_raises(given, told):
     with pytest.raises(ValueError, match=told):
         Annealing(*given)

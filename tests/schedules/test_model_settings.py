@@ -195,7 +195,7 @@ def test_every_adapter_with_a_router_gets_the_temperature():
     assert found == [3.0, 3.0, 1.0]
 
 
-def test_what_cannot_be_honoured_raises():
+def test_what_cannot_be_honored_raises():
     model = adapted()
     with pytest.raises(ValueError, match="`routing_temperature` to be > 0"):
         set_routing_temperature(model, 0.0)

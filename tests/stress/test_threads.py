@@ -91,18 +91,18 @@ def test_every_thread_finds_the_decision_of_its_own_last_pass():
 
 
 @pytest.mark.parametrize("renormalise", [True, False])
-def test_an_expert_is_left_out_in_the_thread_that_leaves_it_out(renormalise):
+def test_an_expert_is_left_out_in_the_thread_that_leaves_it_out(renormalize):
     toy, x = Toy(), latents(0)
     whole = decided(toy.model, x)
     without = whole * torch.tensor([0.0, 1.0, 1.0])
-    if renormalise:
+    if renormalize:
         without = without / without.sum(-1, keepdim=True)
     name = toy.model.peft_config["default"].expert_names[0]
     expected = [toy.expected(x, w) for w in (without, whole)]
     meet(2, *toy.model.blocks)
 
     def left_out() -> Tensor:
-        with moe_lora.knocked_out(toy.model, name, renormalise=renormalise):
+        with moe_lora.ablation.ablate_expert(toy.model, name, renormalize=renormalize):
             return toy.model(x)
 
     found = in_threads(left_out, lambda: toy.model(x))

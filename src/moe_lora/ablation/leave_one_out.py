@@ -1,4 +1,4 @@
-"""Run a model with one expert left out."""
+"""Evaluate a model without one of its experts."""
 
 from __future__ import annotations
 
@@ -18,32 +18,47 @@ Batch = TypeVar("Batch")
 Evaluate = Callable[[nn.Module, Batch], Mapping[str, float | Tensor]]
 
 Observations = dict[str, Tensor]
-"""By component: `(E + 1, n)`, float64, the whole mixture first."""
+"""By component: `(E + 1, n)`, float64; row 0 with all experts, row e + 1 without expert e."""
 
 
 @contextmanager
-def knocked_out(
-    model: nn.Module, expert: str, *, adapter_name: str = "default", renormalise: bool = False
+def ablate_expert(
+    model: nn.Module, expert: str, *, adapter_name: str = "default", renormalize: bool = False
 ) -> Iterator[None]:
-    """Leave an expert out inside the context: its weights are 0, whatever decides them.
+    """Set the routing weights of one expert to 0 inside the context.
 
-    Contexts nest: all that are named are left out. It acts in the thread, or asynchronous task,
-    that opened it.
+    This applies to weights from a router, from a routing mode and from `moe_lora.route`. Nested
+    contexts ablate all named experts. The context affects only the thread or asynchronous task that
+    entered it.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        expert: its name.
-        adapter_name: whose expert.
-        renormalise: divide the others' weights by their sum; rows without any other weight stay 0.
+        expert: name of the expert.
+        adapter_name: name of the adapter that the expert belongs to.
+        renormalize: divide the remaining weights by their sum; rows whose remaining weights are all
+            0 stay 0.
 
     Raises:
-        ValueError: for an unknown adapter or expert.
+        ValueError: if the adapter or the expert is unknown.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from moe_lora import MoELoraConfig
+        >>> config = MoELoraConfig(r=1, lora_alpha=1, target_modules=["0"], num_experts=2)
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(1, 2, bias=False)), config)
+        >>> _ = nn.init.zeros_(model.base_model.model[0].base_layer.weight)
+        >>> experts = model.base_model.model[0].moe_lora_experts["default"]
+        >>> _ = experts.lora_A.data.fill_(1)
+        >>> experts.lora_B.data = torch.eye(2).unsqueeze(-1)  # one output for each expert
+        >>> with torch.no_grad(), ablate_expert(model, "expert_0"):
+        ...     model(torch.ones(1, 1))
+        tensor([[0.0000, 0.5000]])
     """
     state = routing_state(model)
-    names = _experts_of(model, adapter_name)
+    names = _expert_names(model, adapter_name)
     if expert not in names:
         raise ValueError(f"Expected `expert` to be one of {list(names)}, but got {expert!r}.")
-    ablation = Ablation(adapter_name, names.index(expert), renormalise)
+    ablation = Ablation(adapter_name, names.index(expert), renormalize)
     with state.steered(ablations=(ablation,)):
         yield
 
@@ -54,36 +69,36 @@ def observe(
     evaluate: Evaluate[Batch],
     *,
     adapter_name: str,
-    renormalise: bool,
+    renormalize: bool,
     seed: int,
 ) -> Observations:
-    """Evaluate a batch with the whole mixture, and then without each expert.
+    """Evaluate a batch with the whole mixture, then without each of its experts.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        batch: what `evaluate` takes.
-        evaluate: returns losses and metrics by name.
-        adapter_name: whose experts.
-        renormalise: as in `knocked_out`.
-        seed: of torch's global random generators, the same for every run.
+        batch: second argument of `evaluate`.
+        evaluate: function that returns losses and metrics by name.
+        adapter_name: name of the adapter.
+        renormalize: see `ablate_expert`.
+        seed: seed of torch's global random generators, reset before every run.
 
     Returns:
-        The values of every component, without those that are NaN in all runs.
+        The values of every component, without entries that are NaN in all runs.
 
     Raises:
-        ValueError: when the runs return different components, or values that are not finite.
+        ValueError: if the runs return different components, or values that are not finite.
     """
-    experts = acting_experts(model, adapter_name)
+    experts = active_expert_names(model, adapter_name)
     torch.manual_seed(seed)
     runs = [_run(model, batch, evaluate)]
     for expert in experts:
         torch.manual_seed(seed)
-        with knocked_out(model, expert, adapter_name=adapter_name, renormalise=renormalise):
+        with ablate_expert(model, expert, adapter_name=adapter_name, renormalize=renormalize):
             runs.append(_run(model, batch, evaluate))
-    return _stacked(runs, experts)
+    return _stack_runs(runs, experts)
 
 
-def _experts_of(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
+def _expert_names(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
     known = routing_state(model).expert_names
     if adapter_name not in known:
         raise ValueError(
@@ -92,32 +107,39 @@ def _experts_of(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
     return known[adapter_name]
 
 
-def acting_experts(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
-    """Return the experts of an adapter.
+def active_expert_names(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
+    """Return the expert names of an adapter that contributes to the model's outputs.
 
     Raises:
-        ValueError: when the adapter does not exist or does not act.
+        ValueError: if the adapter is unknown, inactive, disabled or merged.
     """
-    names = _experts_of(model, adapter_name)
+    names = _expert_names(model, adapter_name)
     routers = getattr(routed_module(model), ROUTER_ATTRIBUTE)
     assert isinstance(routers, AdapterRouters)
-    idle = {
-        "it is not active": adapter_name not in routers.active_adapters,
-        "adapters are disabled": routers.disable_adapters,
-        "it is merged into the base weights": adapter_name in routers.merged_adapters,
-    }
-    for reason, holds in idle.items():
-        if holds:
-            raise ValueError(f"Expected adapter {adapter_name!r} to act, but {reason}.")
+    if adapter_name not in routers.active_adapters:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is not active. Activate it with "
+            f"model.set_adapter({adapter_name!r})."
+        )
+    if routers.disable_adapters:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is disabled. Enable adapters before the ablation."
+        )
+    if adapter_name in routers.merged_adapters:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is merged into the base weights. Unmerge it first with "
+            "moe_lora.unmerge(model)."
+        )
     return names
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Evaluate inside the context, and put back what that changes.
+def restored_state(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation inside the context, and restore the model's state afterwards.
 
-    Modes, routing mode, router inputs, statistics and the last decisions of the model, and torch's
-    global random generators.
+    The context disables gradients and sets `model.eval()`. At its end it restores the training
+    modes, routing mode, router inputs, statistics and last routing decisions of the model, and
+    torch's global random generators.
     """
     state = routing_state(model)
     training = {module: module.training for module in model.modules()}
@@ -142,7 +164,9 @@ def _run(model: nn.Module, batch: Batch, evaluate: Evaluate[Batch]) -> dict[str,
     state.in_thread.has_run = False
     values = evaluate(model, batch)
     if not state.in_thread.has_run:
-        raise ValueError("Expected `evaluate` to run the model that it is given, but it did not.")
+        raise ValueError(
+            "Expected `evaluate` to call its first argument, the model, but it did not."
+        )
     found = {}
     for name, value in values.items():
         tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
@@ -155,23 +179,23 @@ def _run(model: nn.Module, batch: Batch, evaluate: Evaluate[Batch]) -> dict[str,
     return found
 
 
-def _stacked(runs: list[dict[str, Tensor]], expert_names: tuple[str, ...]) -> Observations:
-    """Lay the runs of one batch side by side, without what is NaN in all."""
+def _stack_runs(runs: list[dict[str, Tensor]], expert_names: tuple[str, ...]) -> Observations:
+    """Stack the runs of one batch, without entries that are NaN in all of them."""
     whole, stacked = runs[0], {}
     for run, expert in zip(runs[1:], expert_names, strict=True):
-        told, expected = ({k: len(v) for k, v in r.items()} for r in (run, whole))
-        if told != expected:
+        found, expected = ({k: len(v) for k, v in r.items()} for r in (run, whole))
+        if found != expected:
             raise ValueError(
-                f"Expected `evaluate` to return the same components without {expert!r} as of the "
-                f"whole mixture, with as many values, {expected}, but got {told}."
+                f"Expected `evaluate` to return the same components and numbers of values without "
+                f"{expert!r} as with the whole mixture, {expected}, but got {found}."
             )
     for name in whole:
         values = torch.stack([run[name] for run in runs])
         values = values[:, ~values.isnan().all(0)]
         if not values.isfinite().all():
             raise ValueError(
-                f"Expected {name!r} to be finite, or NaN with and without every expert, but got "
-                f"{values.tolist()}: the whole mixture, then without {', '.join(expert_names)}."
+                f"Expected {name!r} to be finite, or NaN in all runs, but got "
+                f"{values.tolist()} with the whole mixture, then without {', '.join(expert_names)}."
             )
         stacked[name] = values
     return stacked

@@ -1,4 +1,4 @@
-"""Expert signals: every specialised loss trains its own expert, and the base loss all of them."""
+"""Expert-specific gradients: each specialized loss trains one expert, the base loss trains all."""
 
 from __future__ import annotations
 
@@ -9,41 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_lora.losses.expert_table import EXPERT_OF_LOSS
 from moe_lora.losses.reduction import at_least_float32
 from moe_lora.losses.removal import RemovalLoss, RemovalLossOutput
 
-EXPERT_OF = {
-    "boundary": "removal_expert",
-    "consistency": "background_expert",
-    "detail": "completion_expert",
-}
-"""Which expert a specialised loss trains, unless said otherwise."""
-
 
 class ExpertSignals(nn.Module):
-    """Give each sample one component of a removal loss, whose gradient reaches one expert only.
+    """Assign one component of a removal loss to each sample, and its gradient to one expert.
 
-    One backward pass cannot tell components apart that came through the same sample, so every
-    sample gets one of them: with probability `base_share` the base loss, which trains all experts,
-    else one of the specialised losses. Samples above `max_sigma`, which those leave out, get the
-    base loss. Each value is weighted by the inverse of its probability, so that the expected total
-    is that of the removal loss; its variance is larger, and fewer pictures are decoded.
+    A backward pass cannot separate the components of one sample. Therefore each sample contributes
+    to a single component: the base loss, which trains all experts, with probability `base_share`,
+    otherwise one of the specialized losses, which train one expert each. Samples above `max_sigma`
+    contribute to the base loss. Each value is divided by its probability, so that the expected
+    total equals that of the removal loss, with a larger variance and fewer decoded images.
 
     Args:
-        loss: the removal loss, with the base loss and at least one specialised one.
-        experts: which expert each specialised loss trains; `EXPERT_OF` by default.
-        expert_names: the model's experts, in order.
+        loss: removal loss with the base loss and at least one specialized loss.
+        experts: expert by specialized loss; the default of each is that of `EXPERT_OF_LOSS`.
+        expert_names: expert names of the model, in order.
         base_share: probability of the base loss, in (0, 1).
 
     Raises:
-        ValueError: for a loss without base or specialised components or with `specialised_every`
-            above 1, an expert that is not among the names, or a share outside (0, 1).
+        ValueError: if the loss lacks the base loss or a specialized loss, or has
+            `specialized_every` above 1; if an expert is not in `expert_names`; if `base_share` is
+            outside (0, 1).
 
     Example:
         >>> signals = ExpertSignals(RemovalLoss(detail=0))
         >>> signals.components
         ('base', 'boundary', 'consistency')
-        >>> signals.learners(torch.tensor([0, 2]))
+        >>> signals.expert_grad_mask(torch.tensor([0, 2]))
         tensor([[1., 1., 1.],
                 [0., 1., 0.]])
     """
@@ -53,48 +48,48 @@ class ExpertSignals(nn.Module):
         loss: RemovalLoss,
         *,
         experts: Mapping[str, str] | None = None,
-        expert_names: Sequence[str] = tuple(EXPERT_OF.values()),
+        expert_names: Sequence[str] = tuple(EXPERT_OF_LOSS.values()),
         base_share: float = 0.5,
     ) -> None:
         super().__init__()
-        if "base" not in loss.enabled or not loss.specialised:
+        if "base" not in loss.enabled or not loss.specialized:
             raise ValueError(
-                "Expected a loss with the base and at least one specialised component, but got "
+                "Expected `loss` to have the base loss and at least one specialized loss, but got "
                 f"{list(loss.enabled)}."
             )
-        if loss.specialised_every != 1:
+        if loss.specialized_every != 1:
             raise ValueError(
-                "Expected a loss whose specialised components are computed at every step, but got "
-                f"`specialised_every={loss.specialised_every}`."
+                "Expected `loss` to have `specialized_every=1`, but got "
+                f"`specialized_every={loss.specialized_every}`."
             )
         if not 0 < base_share < 1:
             raise ValueError(f"Expected `base_share` to be in (0, 1), but got {base_share}.")
         self.loss, self.base_share = loss, base_share
         self.components = loss.enabled
-        taught = {**EXPERT_OF, **(experts or {})}
+        expert_of = {**EXPERT_OF_LOSS, **(experts or {})}
         names = list(expert_names)
         for component in self.components[1:]:
-            if taught[component] not in names:
+            if expert_of[component] not in names:
                 raise ValueError(
-                    f"Expected the expert that {component!r} trains to be one of {names}, but got "
-                    f"{taught[component]!r}."
+                    f"Expected the expert of {component!r} to be one of {names}, but got "
+                    f"{expert_of[component]!r}."
                 )
         rows = [torch.ones(len(names))]
-        rows += [_one_hot(names.index(taught[c]), len(names)) for c in self.components[1:]]
-        self.register_buffer("_learners", torch.stack(rows), persistent=False)
+        rows += [_one_hot(names.index(expert_of[c]), len(names)) for c in self.components[1:]]
+        self.register_buffer("_grad_masks", torch.stack(rows), persistent=False)
 
     def assign(self, sigma: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw which component each sample gets.
+        """Sample the component of each sample.
 
-        The draws of a batch are spread evenly: its shares differ from the probabilities by less
-        than one sample.
+        Sampling is stratified: the counts in a batch differ from their expectation by less than one
+        sample.
 
         Args:
-            sigma: `(B,)`, in [0, 1].
-            generator: of the draw, on the CPU.
+            sigma: `(B,)`, noise levels in [0, 1].
+            generator: random generator on the CPU; `None` for the global one.
 
         Returns:
-            `(B,)`, integers: the place among `components`.
+            `(B,)`, int64, indices into `components`.
         """
         passed = (sigma <= self.loss.max_sigma).nonzero().flatten()
         count = len(passed)
@@ -107,16 +102,16 @@ class ExpertSignals(nn.Module):
         assignment[passed] = drawn.to(sigma.device)
         return assignment
 
-    def learners(self, assignment: Tensor) -> Tensor:
-        """Return which experts each sample trains, for `moe_lora.teach_experts`.
+    def expert_grad_mask(self, assignment: Tensor) -> Tensor:
+        """Return the mask of the experts that each sample trains.
 
         Args:
             assignment: `(B,)`, from `assign`.
 
         Returns:
-            `(B, E)`, 0 or 1.
+            `(B, E)`, float32, 0.0 or 1.0; the argument of `teach_experts`.
         """
-        table: Tensor = self.get_buffer("_learners")
+        table: Tensor = self.get_buffer("_grad_masks")
         return table.to(assignment.device)[assignment]
 
     def forward(
@@ -128,21 +123,22 @@ class ExpertSignals(nn.Module):
         sigma: Tensor,
         **inputs: Any,
     ) -> RemovalLossOutput:
-        """Compute every sample's component.
+        """Compute the assigned component of every sample.
 
         Args:
-            velocity: as `RemovalLoss.forward` takes it, like the other inputs.
-            target_velocity: likewise.
-            assignment: `(B,)`, from `assign`; the model was called inside
-                `moe_lora.teach_experts(model, signals.learners(assignment))`.
-            sigma: `(B,)`, in [0, 1].
-            inputs: `x_t`, `mask`, `target`, `height`, `width`.
+            velocity: see `RemovalLoss.forward`.
+            target_velocity: see `RemovalLoss.forward`.
+            assignment: `(B,)`, from `assign`. The model call must be inside
+                `teach_experts(model, signals.expert_grad_mask(assignment))`.
+            sigma: `(B,)`, noise levels in [0, 1].
+            inputs: `x_t`, `mask`, `target`, `height` and `width` of `RemovalLoss.forward`.
 
         Returns:
-            The total, and the components' means over the samples that got them.
+            The total, and the mean of each component over its samples.
 
         Raises:
-            ValueError: for an assignment of another shape, or as `RemovalLoss.forward` raises.
+            ValueError: if `assignment` has another shape than `sigma`, or an input is invalid for
+                `RemovalLoss.forward`.
         """
         if assignment.shape != sigma.shape:
             raise ValueError(
@@ -155,20 +151,20 @@ class ExpertSignals(nn.Module):
         for name, group, factor in self._groups(assignment, sigma <= self.loss.max_sigma):
             chosen = group.nonzero().flatten()
             if len(chosen) and name in self.loss.weights:
-                value = self._component(name, chosen, {**tensors, **inputs})
+                value = self._compute_component(name, chosen, {**tensors, **inputs})
                 total = total + self.loss.weights[name] * factor * len(chosen) * value
                 sums.setdefault(name, []).append((len(chosen), value))
         return RemovalLossOutput(total, {name: _mean(parts) for name, parts in sums.items()})
 
     def _groups(self, assignment: Tensor, passed: Tensor) -> Iterator[tuple[str, Tensor, float]]:
-        """Yield samples of one component, and what each of them counts in the total."""
+        """Yield, for each component, its samples and the weight of one sample in the total."""
         drawn = max(int(passed.sum()), 1)
         for place, (name, share) in enumerate(zip(self.components, self._shares(), strict=True)):
             whole = len(passed) if name == "base" else drawn
             yield name, (assignment == place) & passed, 1 / (share * whole)
         yield "base", ~passed, 1 / len(passed)
 
-    def _component(self, name: str, chosen: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    def _compute_component(self, name: str, chosen: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         part = copy.copy(self.loss)
         part.weights = {name: self.loss.weights[name]}
         some = {k: v[chosen] if isinstance(v, Tensor) else v for k, v in inputs.items()}

@@ -1,4 +1,4 @@
-"""The base loss: flow matching in latent space."""
+"""Base loss: flow matching in latent space."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ Weighting = Literal["none", "sigma_sqrt", "cosmap"]
 
 
 def check_weighting(weighting: str) -> None:
-    """Raise unless the scheme is known.
+    """Check that a weighting scheme is known.
+
+    Args:
+        weighting: name of the scheme.
 
     Raises:
-        ValueError: for a name that is not in `Weighting`.
+        ValueError: if the name is not in `Weighting`.
 
     Example:
         >>> check_weighting("cosmap")
@@ -30,23 +33,26 @@ def check_weighting(weighting: str) -> None:
 
 
 def sigma_weight(sigma: Tensor, weighting: Weighting = "none") -> Tensor:
-    """Weigh noise levels against each other.
+    """Compute loss weights by noise level.
 
-    `none`: 1. `sigma_sqrt`: sigma^-2. `cosmap`: 2 / (pi * (1 - 2 * sigma + 2 * sigma^2)).
+    none: 1
+    sigma_sqrt: sigma^-2
+    cosmap: 2 / (pi * (1 - 2 * sigma + 2 * sigma^2))
 
     Args:
-        sigma: `(B,)`, in [0, 1]; in (0, 1] for "sigma_sqrt".
+        sigma: `(B,)`, noise levels in [0, 1]; in (0, 1] for "sigma_sqrt".
         weighting: "none", "sigma_sqrt" or "cosmap".
 
     Returns:
         `(B,)`, > 0, in float32 or wider.
 
     Raises:
-        ValueError: for an unknown scheme, a sigma outside [0, 1], or a sigma of 0 with
-            "sigma_sqrt", whose weight would be infinite.
+        ValueError: if the scheme is unknown, a sigma is outside [0, 1], or a sigma is 0 with
+            "sigma_sqrt", where the weight is infinite.
 
-    Source: SD3, arXiv 2403.03206, section 3.1 (CosMap as a density over uniformly drawn timesteps),
-        with the names that SD3 training scripts use.
+    Source: Esser et al., "Scaling rectified flow transformers for high-resolution image synthesis",
+        2024, arXiv 2403.03206, section 3.1 (CosMap as a density over uniformly drawn timesteps);
+        names as in the SD3 training scripts of diffusers.
 
     Example:
         >>> sigma_weight(torch.tensor([0.5, 1.0]), "cosmap")
@@ -74,23 +80,23 @@ def base_loss(
     weighting: Weighting = "none",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Match the predicted velocity in latent space.
+    """Compute the flow-matching loss, a weighted mean squared error of velocities.
 
-    weight(sigma_b) * mean((velocity_b - target_velocity_b)²), averaged over the batch.
+    mean over b of weight(sigma_b) * mean((velocity_b - target_velocity_b)²)
 
     Args:
-        velocity: `(B, ...)`, predicted, packed or unpacked.
-        target_velocity: the shape of `velocity`; noise - x0.
-        sigma: `(B,)`, in [0, 1]; needed for every weighting but "none".
-        weighting: "none", "sigma_sqrt" or "cosmap", see `sigma_weight`.
+        velocity: `(B, ...)`, predicted velocity, packed or unpacked.
+        target_velocity: same shape as `velocity`; noise - x0.
+        sigma: `(B,)`, noise levels in [0, 1]; required unless `weighting` is "none".
+        weighting: "none", "sigma_sqrt" or "cosmap"; see `sigma_weight`.
         reduction: "mean" or "none".
 
     Returns:
         A scalar for "mean", `(B,)` for "none"; float32 or wider.
 
     Raises:
-        ValueError: when shapes do not fit, for an unknown scheme or reduction, or without the
-            `sigma` that a scheme needs.
+        ValueError: if shapes do not match, the scheme or reduction is unknown, or a required
+            `sigma` is missing.
 
     Example:
         >>> base_loss(torch.tensor([[3.0, 1.0]]), torch.zeros(1, 2))
@@ -113,7 +119,9 @@ def base_loss(
     per_sample = difference.square().flatten(1).mean(dim=1)
     if weighting != "none":
         if sigma is None:
-            raise ValueError(f"Expected `sigma` to be given with `weighting={weighting!r}`.")
+            raise ValueError(
+                f"Expected `sigma` to be a tensor for `weighting={weighting!r}`, but got None."
+            )
         if sigma.shape != per_sample.shape:
             raise ValueError(
                 f"Expected `sigma` to have shape (B,) = {tuple(per_sample.shape)}, "
@@ -124,7 +132,7 @@ def base_loss(
 
 
 class BaseLoss(nn.Module):
-    """Hold the settings of `base_loss`.
+    """Module form of `base_loss`.
 
     Args:
         weighting: "none", "sigma_sqrt" or "cosmap".

@@ -1,4 +1,4 @@
-"""The removal loss as one function with a flag for each component."""
+"""Removal loss as one function with a flag for each component."""
 
 from __future__ import annotations
 
@@ -32,42 +32,42 @@ def compute_removal_task_loss(
     boundary_width: int | None = None,
     effect_band: int = 0,
     window_margin: int | None = None,
-    specialised_every: int = 1,
+    specialized_every: int = 1,
     step: int | None = None,
 ) -> RemovalLossOutput:
-    """Compute the removal losses that the flags switch on, as `RemovalLoss` does.
+    """Compute the enabled losses and their weighted sum, without a `RemovalLoss` object.
 
     Args:
-        velocity: see `RemovalLoss.forward`, as for the other tensors and the latent sizes.
-        target_velocity: likewise.
-        x_t: likewise.
-        sigma: likewise.
-        mask: likewise.
-        target: likewise.
-        decoder: see `RemovalLoss`.
-        height: of the latents; required with packed ones.
-        width: of the latents, likewise.
-        enable_base_loss: latent MSE on or off.
-        enable_boundary_loss: gradient match in a band around the mask's edge on or off.
-        enable_consistency_loss: match outside the mask on or off.
-        enable_detail_loss: match of high frequencies inside the mask on or off.
-        base_loss_weight: >= 0; counts only where the flag is on, as do the next three.
-        boundary_loss_weight: likewise.
-        consistency_loss_weight: likewise.
-        detail_loss_weight: likewise.
-        weighting: see `RemovalLoss`, as for the next one.
-        max_sigma: likewise.
-        boundary_width: likewise, as for the next three.
-        effect_band: likewise.
-        window_margin: likewise.
-        specialised_every: likewise.
+        velocity: `(B, C, h, w)` or packed `(B, (h/2)*(w/2), 4C)`, predicted velocity.
+        target_velocity: same shape as `velocity`; noise - x0.
+        x_t: same shape as `velocity`, noisy latents.
+        sigma: `(B,)`, noise levels in [0, 1].
+        mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
+        target: `(B, 3, H, W)`, image in [0, 1].
+        decoder: function from latents to images in [0, 1]; required by the specialized losses.
+        height: height h of the latents; required for packed latents.
+        width: width w of the latents; required for packed latents.
+        enable_base_loss: whether to compute `base_loss`.
+        enable_boundary_loss: whether to compute `boundary_loss`.
+        enable_consistency_loss: whether to compute `consistency_loss`.
+        enable_detail_loss: whether to compute `detail_loss`.
+        base_loss_weight: weight of the base loss, >= 0.
+        boundary_loss_weight: weight of the boundary loss, >= 0.
+        consistency_loss_weight: weight of the consistency loss, >= 0.
+        detail_loss_weight: weight of the detail loss, >= 0.
+        weighting: see `RemovalLoss`.
+        max_sigma: see `RemovalLoss`.
+        boundary_width: see `RemovalLoss`.
+        effect_band: see `RemovalLoss`.
+        window_margin: see `RemovalLoss`.
+        specialized_every: see `RemovalLoss`.
         step: see `RemovalLoss.forward`.
 
     Returns:
         The total and the components before weighting, scalars.
 
     Raises:
-        ValueError: as `RemovalLoss` and its `forward` do.
+        ValueError: if an argument is invalid for `RemovalLoss` or `RemovalLoss.forward`.
 
     Example:
         >>> import torch
@@ -86,7 +86,7 @@ def compute_removal_task_loss(
         boundary_width=boundary_width,
         effect_band=effect_band,
         window_margin=window_margin,
-        specialised_every=specialised_every,
+        specialized_every=specialized_every,
     )
     output: RemovalLossOutput = loss(
         velocity,

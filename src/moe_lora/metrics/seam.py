@@ -13,7 +13,7 @@ from moe_lora.metrics.validation import check_pair
 def seam_error(result: Tensor, truth: Tensor, mask: Tensor) -> Measured:
     """Measure how far the slope across the mask's edge is off.
 
-    With `d = result - truth`: the mean over all pairs of neighbours `(p, q)`, horizontal or
+    With `d = result - truth`: the mean over all pairs of neighbors `(p, q)`, horizontal or
     vertical, of which `p` is inside the mask and `q` outside, and over the channels, of
     abs(d(p) - d(q)). A result that is too bright by `c` inside the mask and right outside has an
     error of exactly `c`; one that is too bright by `c` everywhere has no seam, and an error of 0.

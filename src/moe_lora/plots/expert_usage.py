@@ -10,7 +10,7 @@ from moe_lora.plots.figures import (
     add_legend,
     draw_phases,
     draw_uniform,
-    expert_colours,
+    expert_colors,
     line_styles,
     new_figure,
     one_per_sample,
@@ -58,14 +58,14 @@ def usage_over_training(
     y = weights_of_samples(weights, len(x), expert_names)
     figure = new_figure()
     axes = weight_axes(figure, "optimizer step")
-    colours, styles = expert_colours(expert_names), line_styles(expert_names)
+    colors, styles = expert_colors(expert_names), line_styles(expert_names)
     for index, name in enumerate(expert_names):
         # Uniform weights lie on top of each other: each line leaves the rims of those below.
         axes.plot(
             x.tolist(),
             y[:, index].tolist(),
             label=short(name),
-            color=colours[name],
+            color=colors[name],
             linestyle=styles[name],
             linewidth=2 + (len(expert_names) - 1 - index) * min(1.2, 4 / len(expert_names)),
             marker="o" if len(x) == 1 else "",

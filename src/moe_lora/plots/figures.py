@@ -1,4 +1,4 @@
-"""What the pictures have in common: figures, colours, and how numbers come in."""
+"""What the pictures have in common: figures, colors, and how numbers come in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind people tell apart, without yellow and black: yellow is
+# Okabe and Ito's colors, which color-blind people tell apart, without yellow and black: yellow is
 # hard to see on white, and black is for what is no expert.
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 KNOWN = {"removal": PALETTE[0], "background": PALETTE[1], "completion": PALETTE[2]}
@@ -59,34 +59,34 @@ def short(name: str) -> str:
     return name.removesuffix("_expert")
 
 
-def expert_colours(expert_names: Sequence[str]) -> dict[str, str]:
-    """Return the colour of every expert, the same in all pictures.
+def expert_colors(expert_names: Sequence[str]) -> dict[str, str]:
+    """Return the color of every expert, the same in all pictures.
 
-    The removal, background and completion expert have colours of their own, whatever their order;
-    others take the rest of seven colours in turn, which colour-blind people tell apart.
+    The removal, background and completion expert have colors of their own, whatever their order;
+    others take the rest of seven colors in turn, which color-blind people tell apart.
 
     Args:
         expert_names: of one adapter.
 
     Example:
-        >>> expert_colours(["other", "removal_expert"])
+        >>> expert_colors(["other", "removal_expert"])
         {'other': '#0072B2', 'removal_expert': '#D55E00'}
     """
     taken = [KNOWN[short(name)] for name in expert_names if short(name) in KNOWN]
-    free = [colour for colour in PALETTE if colour not in taken]
-    colours: dict[str, str] = {}
+    free = [color for color in PALETTE if color not in taken]
+    colors: dict[str, str] = {}
     others = 0
     for name in expert_names:
         if short(name) in KNOWN:
-            colours[name] = KNOWN[short(name)]
+            colors[name] = KNOWN[short(name)]
         else:
-            colours[name] = free[others % len(free)]
+            colors[name] = free[others % len(free)]
             others += 1
-    return colours
+    return colors
 
 
 def line_styles(expert_names: Sequence[str]) -> dict[str, str]:
-    """Return a line style for every expert: another one each time that the colours start anew."""
+    """Return a line style for every expert: another one each time that the colors start anew."""
     return {
         name: LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)]
         for index, name in enumerate(expert_names)
@@ -178,7 +178,7 @@ def draw_uniform(axes: Axes, experts: int) -> None:
 def draw_phases(axes: Axes, phases: Mapping[str, float]) -> None:
     """Draw where phases of a run begin; a name that would cover another is put above it."""
     for start in phases.values():
-        axes.axvline(start, color="grey", linewidth=1)
+        axes.axvline(start, color="gray", linewidth=1)
     low, high = axes.get_xlim()
     ends: list[float] = []
     for name, start in sorted(phases.items(), key=lambda item: item[1]):
@@ -191,6 +191,6 @@ def draw_phases(axes: Axes, phases: Mapping[str, float]) -> None:
             xycoords=("data", "axes fraction"),
             xytext=(0, 3 + 12 * level),
             textcoords="offset points",
-            color="dimgrey",
+            color="dimgray",
             fontsize=9,
         )

@@ -13,7 +13,7 @@ from moe_lora.plots.figures import (
     Numbers,
     add_legend,
     draw_uniform,
-    expert_colours,
+    expert_colors,
     line_styles,
     new_figure,
     one_per_sample,
@@ -41,7 +41,7 @@ def weights_by_area(
     band around it is one standard deviation in the group.
 
     Args:
-        area: `(N,)`, masked share of the picture in [0, 1]; or the analysed masks.
+        area: `(N,)`, masked share of the picture in [0, 1]; or the analyzed masks.
         weights: `(N, E)`, or `(N, T, E)`, whose mean over the tokens is drawn.
         expert_names: the experts, in the order of the weights.
         title: of the picture.
@@ -70,7 +70,7 @@ def weights_by_edge_complexity(
     """Draw samples' routing weights over how ragged their masks are.
 
     Args:
-        edge_complexity: `(N,)`, in [0, 1], 0 for a disk; or the analysed masks.
+        edge_complexity: `(N,)`, in [0, 1], 0 for a disk; or the analyzed masks.
         weights: as in `weights_by_area`, and so is what is drawn.
         expert_names: the experts, in the order of the weights.
         title: of the picture.
@@ -107,7 +107,7 @@ def weights_over_sigma(
 
 
 def groups_of(x: Tensor) -> list[Tensor]:
-    """Split samples into groups of neighbours, as equal in size as can be.
+    """Split samples into groups of neighbors, as equal in size as can be.
 
     Args:
         x: `(N,)`.
@@ -127,30 +127,28 @@ def _relation(
     figure = new_figure()
     axes = weight_axes(figure, xlabel)
     axes.set_ylabel("routing weight")
-    colours, styles = expert_colours(expert_names), line_styles(expert_names)
+    colors, styles = expert_colors(expert_names), line_styles(expert_names)
     groups = groups_of(x)
-    centres = [float(x[group].mean()) for group in groups]
+    centers = [float(x[group].mean()) for group in groups]
     for index, name in enumerate(expert_names):
-        column, colour = y[:, index], colours[name]
+        column, color = y[:, index], colors[name]
         # Many points are to look like a cloud, and few are to be seen.
         alpha = min(0.6, max(0.15, 40 / len(x)))
-        axes.scatter(
-            x.tolist(), column.tolist(), s=14, alpha=alpha, color=colour, edgecolors="none"
-        )
+        axes.scatter(x.tolist(), column.tolist(), s=14, alpha=alpha, color=color, edgecolors="none")
         means = torch.stack([column[group].mean() for group in groups])
         spread = torch.stack([column[group].std(correction=0) for group in groups])
         axes.fill_between(
-            centres,
+            centers,
             (means - spread).tolist(),
             (means + spread).tolist(),
-            color=colour,
+            color=color,
             alpha=0.12,
             linewidth=0,
         )
         axes.plot(
-            centres,
+            centers,
             means.tolist(),
-            color=colour,
+            color=color,
             linestyle=styles[name],
             linewidth=2,
             marker="o",

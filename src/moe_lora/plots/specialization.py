@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from moe_lora.ablation.specialization import Specialisation
-from moe_lora.plots.figures import WIDTH, expert_colours, new_figure, short
+from moe_lora.ablation.expert_specialization import Specialization
+from moe_lora.plots.figures import WIDTH, expert_colors, new_figure, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,10 +17,10 @@ DARK = 0.65
 """Beyond this share of the largest rise a cell is too dark for black letters."""
 
 
-def specialisation_matrix(found: Specialisation, *, title: str | None = None) -> Figure:
-    """Draw what `moe_lora.specialisation` found as a heat map.
+def specialization_matrix(found: Specialization, *, title: str | None = None) -> Figure:
+    """Draw what `moe_lora.ablation.specialization` found as a heat map.
 
-    A cell holds the rise of a component without an expert, ± its standard deviation. Its colour is
+    A cell holds the rise of a component without an expert, ± its standard deviation. Its color is
     the rise over the largest rise or fall of the component, since components differ in unit and
     size. A frame marks the component that an expert is meant for.
 
@@ -45,28 +45,28 @@ def specialisation_matrix(found: Specialisation, *, title: str | None = None) ->
         shown, ax=axes, label="rise / largest of the column", ticks=[-1, 0, 1], pad=0.02
     )
     if title is None and found.score is not None:
-        title = f"diagonal share {found.score:.2f} (no specialisation: {1 / experts:.2f})"
+        title = f"diagonal share {found.score:.2f} (no specialization: {1 / experts:.2f})"
     if title is not None:
         figure.suptitle(title)
     return figure
 
 
-def _label(axes: Axes, found: Specialisation) -> None:
+def _label(axes: Axes, found: Specialization) -> None:
     baseline = zip(found.component_names, found.baseline.tolist(), strict=True)
     axes.set_xticks(
         range(len(found.component_names)), [f"{name}\n{value:.4g}" for name, value in baseline]
     )
     axes.set_yticks(range(len(found.expert_names)), [short(name) for name in found.expert_names])
-    colours = expert_colours(found.expert_names)
+    colors = expert_colors(found.expert_names)
     for name, label in zip(found.expert_names, axes.get_yticklabels(), strict=True):
-        label.set_color(colours[name])
+        label.set_color(colors[name])
         label.set_fontweight("bold")
     axes.tick_params(length=0)
     axes.set(xlabel="component, and its value with all experts", ylabel="rise without")
     axes.spines[:].set_visible(False)
 
 
-def _write(axes: Axes, found: Specialisation, shade: Tensor, row: int, column: int) -> None:
+def _write(axes: Axes, found: Specialization, shade: Tensor, row: int, column: int) -> None:
     from matplotlib.patches import Rectangle
 
     rise, spread = float(found.rises[row, column]), float(found.spreads[row, column])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_lora.plots.figures import Numbers, expert_colours, new_figure, numbers, short
+from moe_lora.plots.figures import Numbers, expert_colors, new_figure, numbers, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,9 +34,9 @@ def token_weights(
         weights: `(T, E)` of the picture's tokens row by row, or `(rows, columns, E)`.
         expert_names: the experts, in the order of the weights.
         grid_size: `(rows, columns)` of the tokens; required with `(T, E)`.
-        image: `(3, H, W)`, in [0, 1], shown beside the maps and, in grey, under them.
+        image: `(3, H, W)`, in [0, 1], shown beside the maps and, in gray, under them.
         mask: `(1, H, W)` or `(H, W)`, in [0, 1]; its edge is drawn.
-        limits: the weights at the ends of the colour scale; `None` for the smallest and the largest
+        limits: the weights at the ends of the color scale; `None` for the smallest and the largest
             one, which shows how nearly equal weights differ.
         title: of the picture.
 
@@ -69,7 +69,7 @@ def token_weights(
         axes = spaces.pop(0)
         axes.imshow(picture.numpy(), extent=_extent(size))
         _finish(axes, "picture", edge)
-    colours = expert_colours(expert_names)
+    colors = expert_colors(expert_names)
     shown = None
     for index, name in enumerate(expert_names):
         axes = spaces.pop(0)
@@ -83,7 +83,7 @@ def token_weights(
             extent=_extent(size),
             alpha=1.0 if picture is None else 0.7,
         )
-        _finish(axes, short(name), edge, colour=colours[name])
+        _finish(axes, short(name), edge, color=colors[name])
     for axes in spaces:
         axes.set_axis_off()
     assert shown is not None
@@ -145,8 +145,8 @@ def _extent(size: tuple[int, int]) -> tuple[float, float, float, float]:
     return (0, size[1], size[0], 0)
 
 
-def _finish(axes: Axes, title: str, edge: Tensor | None, *, colour: str = "black") -> None:
-    axes.set_title(title, color=colour, fontsize=12)
+def _finish(axes: Axes, title: str, edge: Tensor | None, *, color: str = "black") -> None:
+    axes.set_title(title, color=color, fontsize=12)
     axes.set(xticks=[], yticks=[])
     if edge is None or edge.min() >= 0.5 or edge.max() < 0.5:
         return

@@ -31,7 +31,7 @@ class HasSpecialisedLosses(Protocol):
     """Describe a loss that knows whether any of its specialised components is on."""
 
     @property
-    def specialised(self) -> bool: ...
+    def specialized(self) -> bool: ...
 
 
 def routed_module(model: nn.Module) -> nn.Module:
@@ -157,7 +157,7 @@ def routing_mode_for(losses: HasSpecialisedLosses) -> RoutingMode:
     Args:
         losses: a `RemovalLoss`, or anything with a property `specialised`.
     """
-    return "routed" if losses.specialised else "uniform"
+    return "routed" if losses.specialized else "uniform"
 
 
 def set_router_inputs(

@@ -1,4 +1,4 @@
-"""What a schedule sets besides the routing mode: the temperature, and what is trained."""
+"""Settings of a model that a schedule changes: the routing temperature, trained parameters."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from moe_lora.routing.router import Router
 from moe_lora.schedules.phases import Trainable
 
 _FROZEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""The hook that drops the gradient of each frozen parameter."""
+"""The hook that discards the gradient, by frozen parameter."""
 
 
 def set_routing_temperature(model: nn.Module, temperature: float) -> None:
-    """Set what divides the logits of a model's routers, now and in checkpoints saved from now on.
+    """Set the temperature of a model's routers, and store it in the adapter configuration.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        temperature: > 0.
+        temperature: divisor of the router logits, > 0.
 
     Raises:
-        ValueError: for a temperature that is not positive, or a model without a router.
+        ValueError: if the temperature is not positive, or the model has no router.
     """
     check_gate("soft", temperature, None)
     configs = getattr(routed_module(model), ROUTER_ATTRIBUTE).configs
@@ -37,20 +37,20 @@ def set_routing_temperature(model: nn.Module, temperature: float) -> None:
 
 
 def set_trainable(model: nn.Module, train: Trainable) -> None:
-    """Train all, the experts alone or the router alone, from the next backward pass on.
+    """Train all parameters, the experts only or the router only, from the next backward pass on.
 
-    `requires_grad` stays as it is: optimizers and `DistributedDataParallel`, which look at it once,
-    may be built before or after. The gradient of a frozen parameter is computed and dropped: its
-    `grad` is `None` after the backward pass, so that an optimizer passes it by, weight decay and
-    moments included. A copy of the model starts with nothing frozen.
+    `requires_grad` does not change, since optimizers and `DistributedDataParallel` read it only at
+    construction. The gradient of a frozen parameter is computed and discarded: its `grad` is `None`
+    after the backward pass, so that the optimizer skips the parameter, including weight decay and
+    moments. A copy of the model has no frozen parameters.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        train: "all"; "experts" for everything but the routers; or "router".
+        train: "all"; "experts" for all parameters except the routers'; "router".
 
     Raises:
-        ValueError: for another `train`, a model without a router to train or freeze, or parameters
-            that FSDP2 has sharded, whose gradients cannot be dropped.
+        ValueError: if `train` is unknown, if the model has no router to train or to freeze, or if
+            FSDP2 has sharded the parameters, whose gradients cannot be discarded.
     """
     if train not in get_args(Trainable):
         raise ValueError(
@@ -74,7 +74,7 @@ def _routers(model: nn.Module, purpose: str) -> dict[str, Router]:
     found = dict(routing_state(model).routers.items())
     if not found:
         raise ValueError(
-            f"Expected a router for {purpose}, but the model has none. Name one with "
+            f"Expected the model to have a router for {purpose}, but it has none. Choose one with "
             "MoELoraConfig(router=...) or attach one with moe_lora.attach_router."
         )
     return cast(dict[str, Router], found)
@@ -83,21 +83,21 @@ def _routers(model: nn.Module, purpose: str) -> dict[str, Router]:
 def _freeze(parameter: nn.Parameter) -> RemovableHandle:
     if isinstance(parameter, DTensor):
         raise ValueError(
-            "Expected all parts to be trained under FSDP2, whose gradients reach sharded "
-            "parameters past every hook; freeze before sharding with requires_grad_(False), or "
-            "leave frozen parts out of the optimizer."
+            'Expected `train` to be "all" under FSDP2, since gradients of sharded parameters '
+            "bypass hooks. Freeze parameters with requires_grad_(False) before sharding, or "
+            "exclude them from the optimizer."
         )
     parameter.grad = None
-    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(_discard_gradient)
     return handle
 
 
-def _drop_gradient(parameter: Tensor) -> None:
-    def drop() -> None:
+def _discard_gradient(parameter: Tensor) -> None:
+    def discard() -> None:
         parameter.grad = None
 
-    drop()
-    # DistributedDataParallel takes a gradient that is missing for zeros, and puts the mean over the
-    # processes back. What is queued by a queued function runs after that.
+    discard()
+    # DistributedDataParallel treats a missing gradient as zeros and writes the mean over the
+    # processes back. A callback queued by a callback runs after that.
     queue = Variable._execution_engine.queue_callback
-    queue(lambda: queue(drop))
+    queue(lambda: queue(discard))

@@ -144,7 +144,7 @@ def test_the_vaes_own_checkpointing_works_where_nothing_is_converted() -> None:
 def test_the_vaes_own_checkpointing_with_conversion_is_refused() -> None:
     vae = tiny_vae().bfloat16()
     vae.enable_gradient_checkpointing()
-    with pytest.raises(ValueError, match="without gradient checkpointing of its own"):
+    with pytest.raises(ValueError, match="gradient checkpointing of the VAE to be disabled"):
         LatentDecoder(vae)(latents(1, 4, 4, 4))
 
 
@@ -207,7 +207,7 @@ def test_checkpointing_an_autoencoder_tiny_changes_no_gradient(own: bool) -> Non
         (SimpleNamespace(scaling_factor=1.0, latents_mean=[0.0]), "latents_mean"),
     ],
 )
-def test_a_vae_with_another_normalisation_is_refused(config: SimpleNamespace, message: str) -> None:
+def test_a_vae_with_another_normalization_is_refused(config: SimpleNamespace, message: str) -> None:
     vae = nn.Module()
     vae.config = config
     with pytest.raises(ValueError, match=message):

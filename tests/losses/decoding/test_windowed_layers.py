@@ -75,13 +75,13 @@ def test_a_windowed_norm_of_everything_passes_gradcheck() -> None:
     )
 
 
-def test_rows_of_tokens_are_normalised_as_pictures_are() -> None:
+def test_rows_of_tokens_are_normalized_as_pictures_are() -> None:
     x = random(1, 4, 12)
     part = WindowedGroupNorm.apply(x[..., 3:7], None, None, moments(x, 2, 1e-6))
     torch.testing.assert_close(part, F.group_norm(x, 2, None, None, 1e-6)[..., 3:7])
 
 
-def test_half_precision_is_normalised_in_float32() -> None:
+def test_half_precision_is_normalized_in_float32() -> None:
     x = (random(1, 4, 16, 16) + 20).bfloat16().requires_grad_()
     found = moments(x.detach(), 2, 1e-5)
     assert found.mean.dtype == torch.float32
@@ -90,4 +90,4 @@ def test_half_precision_is_normalised_in_float32() -> None:
     expected = F.group_norm(x.detach().float(), 2, None, None, 1e-5)
     assert part.dtype == x.grad.dtype == torch.bfloat16
     torch.testing.assert_close(part.float(), expected, rtol=0.01, atol=0.01)
-    assert x.grad.abs().max() < 1e-2  # a constant is normalised away
+    assert x.grad.abs().max() < 1e-2  # a constant is normalized away

@@ -16,7 +16,7 @@ SCORES = ("area_ratio", "edge_complexity", "boundary_smoothness", "detail_comple
 
 
 def odd_masks(height: int, width: int) -> Tensor:
-    """Stack empty, full, one-pixel, corner-pixel, one-row, grey and soft masks."""
+    """Stack empty, full, one-pixel, corner-pixel, one-row, gray and soft masks."""
     masks = torch.zeros(7, 1, height, width)
     masks[1] = 1
     masks[2, :, height // 2, width // 3] = 1
@@ -46,7 +46,7 @@ def test_odd_masks_stay_finite_and_in_range(size: tuple[int, int]) -> None:
     assert not info.has_occlusion[:6].any()
 
 
-def test_empty_full_and_grey_masks_have_no_contour() -> None:
+def test_empty_full_and_gray_masks_have_no_contour() -> None:
     info = analyze(odd_masks(200, 300)[[0, 1, 5]])
     assert info.edge_complexity.tolist() == [0, 0, 0]
     torch.testing.assert_close(info.boundary_smoothness, torch.ones(3), atol=1e-3, rtol=0)

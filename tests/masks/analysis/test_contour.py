@@ -136,8 +136,8 @@ def test_smoothness_of_equal_disks_has_its_closed_form(disk: Draw, radius: int) 
 
     The disks are drawn four times as large and averaged: no staircase of pixels.
     """
-    centres = [(4 * x, 4 * y) for x in (36, 92) for y in (36, 92)]
-    four = torch.stack([disk((512, 512), x, y, 4 * radius) for x, y in centres]).sum(0)
+    centers = [(4 * x, 4 * y) for x in (36, 92) for y in (36, 92)]
+    four = torch.stack([disk((512, 512), x, y, 4 * radius) for x, y in centers]).sum(0)
     turn = 2 * (2.5 / radius) ** 2
     expected = 1 + math.exp(-turn) - math.exp(-turn / 4)
     got = smoothness(torch.nn.functional.avg_pool2d(four[None], 4)[0])[0]

@@ -30,7 +30,7 @@ def test_flat_surroundings_have_no_detail() -> None:
 
 
 def test_checkerboard_has_its_closed_form() -> None:
-    """Each pixel differs by 1 from its 4 side neighbours: |Laplacian| = 4 / 16."""
+    """Each pixel differs by 1 from its 4 side neighbors: |Laplacian| = 4 / 16."""
     y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
     image = ((x + y) % 2).float().expand(1, 3, 64, 64)
     assert detail(square(64, 24, 40), image).item() == pytest.approx(0.25 / 0.258, abs=1e-3)

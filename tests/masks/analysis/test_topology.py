@@ -107,7 +107,7 @@ def test_parts_and_holes(disk: Callable[..., Tensor], comb: Callable[..., Tensor
         "one pixel": (disk(SIZE, 20.5, 20.5, 0.6), False),
         "empty": (torch.zeros(SIZE), False),
         "full": (torch.ones(SIZE), False),
-        "grey below a half": (torch.full(SIZE, 0.4), False),
+        "gray below a half": (torch.full(SIZE, 0.4), False),
         "frame": (1 - disk(SIZE, 48, 48, 30), True),
     }
     masks = torch.stack([mask for mask, _ in cases.values()])[:, None]

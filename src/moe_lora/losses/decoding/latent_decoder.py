@@ -1,4 +1,4 @@
-"""From latents to pixels, with gradient."""
+"""Decode latents into images with gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from moe_lora.losses.decoding.record_replay import Notes, Recording, Replaying
+from moe_lora.losses.decoding.record_replay import Recorder, Recording, Replayer
 from moe_lora.losses.decoding.windows import Window, check_agreement, check_windows
 from moe_lora.masks.validation import check_integer
 
@@ -21,23 +21,22 @@ class LatentDecoder:
 
     images = (vae.decode(latents / scaling_factor + shift_factor) + 1) / 2
 
-    Nothing is clamped: a clamp would give no gradient where the image overshoots, which is where it
-    must be pulled back. The VAE is frozen (`requires_grad_(False)`, `eval()`) but otherwise left as
-    it is: where its dtype is not `dtype`, each call decodes with a converted copy of the weights
-    that lives until the backward pass, and the VAE itself keeps its own. This object is not a
-    Module, so that the VAE's weights are in nobody's `state_dict`.
+    Images are not clamped, since a clamp would remove the gradient where they overshoot. The VAE is
+    frozen (`requires_grad_(False)`, `eval()`) but not converted: if its dtype differs from `dtype`,
+    each call decodes with a converted copy of the weights, which lives until the backward pass.
+    The decoder is not a Module, so that no `state_dict` contains the VAE.
 
     Args:
-        vae: an `AutoencoderKL` or anything like it: a Module with `decode(latents)`, which returns
-            a tensor, a tuple or an object with `.sample`, images in [-1, 1], and with
-            `config.scaling_factor` and, where there is one, `config.shift_factor`.
-        dtype: what to decode in, autocast switched off; `None` for the VAE's own dtype under
-            whatever autocast there is.
-        checkpoint: decode sample by sample and compute each again in the backward pass, so that the
-            activations of one sample are the most that is held.
+        vae: an `AutoencoderKL`, or a Module with `decode(latents)`, which returns images in [-1, 1]
+            as a tensor, a tuple or an object with `.sample`, with `config.scaling_factor` and
+            optionally `config.shift_factor`.
+        dtype: dtype of the decoding, with autocast disabled; `None` for the VAE's dtype and the
+            current autocast mode.
+        checkpoint: whether to decode sample by sample and to recompute each sample in the backward
+            pass, which limits memory to the activations of one sample.
 
     Raises:
-        ValueError: for a VAE with no `config.scaling_factor`, or one that normalises by
+        ValueError: if the VAE has no `config.scaling_factor`, or normalizes latents with
             `latents_mean` and `latents_std`.
 
     Example:
@@ -59,35 +58,33 @@ class LatentDecoder:
         config: Any = getattr(vae, "config", None)
         scaling_factor = getattr(config, "scaling_factor", None)
         if scaling_factor is None:
-            raise ValueError(
-                "Expected `vae.config.scaling_factor` to be a number, but got None or no such name."
-            )
+            raise ValueError("Expected `vae.config.scaling_factor` to be a number, but got none.")
         if getattr(config, "latents_mean", None) is not None:
             raise ValueError(
-                "Expected a VAE that scales latents by `scaling_factor` and `shift_factor` alone, "
-                "but got one with `latents_mean`. Hand over your own callable instead."
+                "Expected `vae` to scale latents by `scaling_factor` and `shift_factor` only, but "
+                "got a VAE with `latents_mean`. Use a function of your own as the decoder."
             )
         self.vae = vae.requires_grad_(False).eval()
         self.scaling_factor = float(scaling_factor)
         self.shift_factor = float(getattr(config, "shift_factor", None) or 0.0)
         self.dtype = dtype
         self.checkpoint = checkpoint
-        self._forward = _Decode(vae)
+        self._forward = _DecodeModule(vae)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Decode.
+        """Decode latents.
 
         Args:
-            latents: `(B, C, h, w)`, scaled as the transformer sees them, not packed.
+            latents: `(B, C, h, w)`, scaled as the transformer's input, not packed.
 
         Returns:
-            `(B, 3, H, W)`, images around [0, 1], in the dtype of the decoding.
+            `(B, 3, H, W)`, images in [0, 1] up to overshoot, in the dtype of the decoding.
 
         Raises:
-            ValueError: for latents of another rank, or where the VAE's weights need conversion
-                while its own gradient checkpointing is on.
+            ValueError: if the latents have another rank, or the VAE's weights need conversion while
+                its own gradient checkpointing is enabled.
         """
-        self._check(latents)
+        self._check_rank(latents)
         if not (self.checkpoint and torch.is_grad_enabled() and latents.requires_grad):
             return self._decode(latents)
         samples = [
@@ -98,32 +95,33 @@ class LatentDecoder:
     def in_windows(
         self, latents: Tensor, windows: Sequence[Sequence[int]], *, context: int = 1
     ) -> Tensor:
-        """Decode, with gradient from the pixels of a window of each sample only.
+        """Decode latents, with gradient from the pixels of one window per sample.
 
-        All is decoded without gradient, one sample after the other. Then each window is decoded
-        with gradient, while its surroundings stand still: convolutions see the pixels around the
-        window, normalisations the statistics of the whole picture, and attention the keys and
-        values of all positions. So the values are those of the whole picture up to rounding, which
-        is checked, and only the activations of the windows are held.
+        Each sample is decoded without gradient, then its window is decoded with gradient. In the
+        second pass, values outside the window are constants from the first pass: convolutions read
+        the pixels around the window, normalizations use the statistics of the whole image, and
+        attention uses the keys and values of all positions. The images therefore equal those of
+        `__call__` up to rounding, which is checked, and memory holds the activations of windows
+        only.
 
-        The gradient is that of the whole picture without what leaves the window and comes back:
-        paths through pixels outside, and through the share that these have in statistics, keys and
-        values. Pixels at a window's side would lose most, hence the context.
+        The gradient omits paths that leave the window and return to it, through pixels outside and
+        through their share in statistics, keys and values. The error is largest at the sides of the
+        window, hence `context`.
 
         Args:
-            latents: `(B, C, h, w)`, scaled as the transformer sees them, not packed.
-            windows: for each sample `(x0, y0, x1, y1)` in latent pixels, the ends exclusive, as
-                `latent_windows` finds them. All zeros: no gradient for this sample.
-            context: latent pixels on each side of a window that are decoded with gradient, too, an
-                integer >= 0. They get gradients; their own pixels give none.
+            latents: `(B, C, h, w)`, scaled as the transformer's input, not packed.
+            windows: `(x0, y0, x1, y1)` per sample, in latent pixels, end exclusive, such as from
+                `latent_windows`. A window of zeros means no gradient for the sample.
+            context: latent pixels on each side of a window that also receive gradients, an
+                integer >= 0; the pixels decoded from them pass no gradient.
 
         Returns:
-            `(B, 3, H, W)`, images around [0, 1], in the dtype of the decoding.
+            `(B, 3, H, W)`, images in [0, 1] up to overshoot, in the dtype of the decoding.
 
         Raises:
-            ValueError: for latents of another rank, windows that are not inside them, a VAE that
-                tiles or checkpoints by itself, or one whose layers see beyond a window in another
-                way than told above.
+            ValueError: if the latents have another rank, a window is not inside them, the VAE uses
+                tiling or gradient checkpointing of its own, or its layers depend on pixels outside
+                a window in an unsupported way.
 
         Example:
             >>> from types import SimpleNamespace
@@ -134,57 +132,58 @@ class LatentDecoder:
             >>> latents.grad.ne(0).sum(), latents.grad[..., :3, :4].ne(0).sum()
             (tensor(12), tensor(12))
         """
-        self._check(latents)
-        places = check_windows(windows, latents)
+        self._check_rank(latents)
+        checked = check_windows(windows, latents)
         check_integer(context, "context", 0)
         if getattr(self.vae, "is_gradient_checkpointing", False):
             raise ValueError(
-                "Expected a VAE without gradient checkpointing of its own with windows, but it is "
-                "on. Use `LatentDecoder(..., checkpoint=True)`."
+                "Expected gradient checkpointing of the VAE to be disabled for windows, but it is "
+                "enabled. Use `LatentDecoder(..., checkpoint=True)` instead."
             )
-        weights = self._converted()
-        samples = zip(torch.split(latents, 1), places, strict=True)
-        return torch.cat([self._in_window(one, place, context, weights) for one, place in samples])
+        weights = self._converted_weights()
+        samples = zip(torch.split(latents, 1), checked, strict=True)
+        images = [self._decode_window(one, window, context, weights) for one, window in samples]
+        return torch.cat(images)
 
-    def _in_window(
+    def _decode_window(
         self, latents: Tensor, window: Window, context: int, weights: dict[str, Tensor]
     ) -> Tensor:
         size = (latents.shape[2], latents.shape[3])
         if window == (0, 0, size[1], size[0]):
             return self(latents)
         around = window.enlarged(context, size)
-        notes = Notes(size, around)
-        with torch.no_grad(), nullcontext() if window.empty else Recording(notes):
+        recording = Recording(size, around)
+        with torch.no_grad(), nullcontext() if window.empty else Recorder(recording):
             whole = self._run(latents, weights)
         if window.empty or not (torch.is_grad_enabled() and latents.requires_grad):
             return whole + latents[:0].sum().to(whole.dtype)
 
         def replay(inside: Tensor) -> Tensor:
-            with Replaying(notes):
+            with Replayer(recording):
                 return self._run(inside, weights)
 
         inside = around.of(latents)
         part = (
             checkpoint(replay, inside, use_reentrant=False) if self.checkpoint else replay(inside)
         )
-        scale = notes.scale_of(*whole.shape[2:])
+        scale = recording.scale_of(*whole.shape[2:])
         check_agreement(cast(Tensor, part).detach(), around.times(scale).of(whole))
-        # Nothing of `whole` is in a graph yet, so that it may be written to.
+        # `whole` has no graph yet, so that in-place writes are allowed.
         own = window.within(around).times(scale).of(cast(Tensor, part))
         window.times(scale).of(whole).copy_(own)
         return whole
 
-    def _check(self, latents: Tensor) -> None:
+    def _check_rank(self, latents: Tensor) -> None:
         if latents.ndim != 4:
             raise ValueError(
                 f"Expected `latents` to have shape (B, C, h, w), but got {tuple(latents.shape)}."
             )
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self._run(latents, self._converted())
+        return self._run(latents, self._converted_weights())
 
-    def _converted(self) -> dict[str, Tensor]:
-        """Return the weights that are not in the dtype of the decoding, in that dtype."""
+    def _converted_weights(self) -> dict[str, Tensor]:
+        """Return converted copies of the weights whose dtype differs from that of the decoding."""
         if self.dtype is None:
             return {}
         converted = {
@@ -194,27 +193,27 @@ class LatentDecoder:
         }
         if converted and getattr(self.vae, "is_gradient_checkpointing", False):
             raise ValueError(
-                "Expected a VAE without gradient checkpointing of its own where its weights are "
-                f"converted to {self.dtype} for the call, since its backward pass would meet the "
-                "unconverted ones. Use `checkpoint=True`, `dtype=None`, or convert the VAE."
+                "Expected gradient checkpointing of the VAE to be disabled, since its weights are "
+                f"converted to {self.dtype} for the forward pass only, but it is enabled. Use "
+                "`checkpoint=True`, `dtype=None`, or convert the VAE."
             )
         return converted
 
     def _run(self, latents: Tensor, weights: dict[str, Tensor]) -> Tensor:
         if self.dtype is None:
             own = next((p.dtype for p in self.vae.parameters()), latents.dtype)
-            return self._scaled(latents.to(own), weights)
+            return self._run_vae(latents.to(own), weights)
         with torch.autocast(latents.device.type, enabled=False):
-            return self._scaled(latents.to(self.dtype), weights)
+            return self._run_vae(latents.to(self.dtype), weights)
 
-    def _scaled(self, latents: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def _run_vae(self, latents: Tensor, weights: dict[str, Tensor]) -> Tensor:
         latents = latents / self.scaling_factor + self.shift_factor
         images = functional_call(self._forward, weights, (latents,))
         return cast(Tensor, (images + 1) / 2)
 
 
-class _Decode(nn.Module):
-    """Make `vae.decode` a `forward`, which `functional_call` can run with other weights."""
+class _DecodeModule(nn.Module):
+    """Expose `vae.decode` as `forward`, so that `functional_call` can replace the weights."""
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Run a decoder on a window of the latents as if all of them were there.
+"""Decode a window of the latents with the values that it has in the whole decoding.
 
-A window alone is not decoded as the whole is: convolutions reach over its sides, group
-normalisation takes its statistics, and attention its keys and values, from everywhere. `Recording`
-notes what comes from outside while the whole is decoded, and `Replaying` puts it in place while the
-window is. Both watch calls of torch functions, so that they know nothing of the decoder's modules.
+Convolutions read pixels beyond the sides of a window, group normalization takes statistics over all
+pixels, and attention takes keys and values from all positions. `Recorder` records these values
+while all latents are decoded; `Replayer` inserts them while the window is decoded. Both intercept
+torch functions, so that they do not depend on the modules of the decoder.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from moe_lora.losses.decoding.windowed_layers import (
 )
 from moe_lora.losses.decoding.windows import Window
 
-# Neither torch's overloads nor its untyped functions let these be called otherwise.
+# Typed aliases: torch's overloads and untyped functions reject these calls.
 _CONV2D: Callable[..., Tensor] = F.conv2d
 _FRAMED_CONV: Callable[..., Tensor] = FramedConv.apply
 _WINDOWED_NORM: Callable[..., Tensor] = WindowedGroupNorm.apply
 
 
 class ConvCall(NamedTuple):
-    """The arguments of `torch.conv2d`."""
+    """Arguments of `torch.conv2d`."""
 
     input: Tensor
     weight: Tensor
@@ -46,13 +46,13 @@ class ConvCall(NamedTuple):
     groups: int = 1
 
     def reach(self) -> Pair:
-        """Return how far the kernel sees over a window's sides, in rows and columns."""
+        """Return the reach of the kernel beyond a window's sides, in rows and columns."""
         kernel, dilation = tuple(self.weight.shape[2:]), _pair(self.dilation)
         spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         same = (spans[0] // 2, spans[1] // 2)
         padding = {"same": same, "valid": (0, 0)}.get(str(self.padding)) or _pair(self.padding)
         if _pair(self.stride) != (1, 1) or padding != same or any(span % 2 for span in spans):
-            raise _no_windows(
+            raise _unsupported(
                 f"a convolution of kernel {kernel}, stride {self.stride}, "
                 f"padding {self.padding}, dilation {self.dilation}"
             )
@@ -60,7 +60,7 @@ class ConvCall(NamedTuple):
 
 
 class NormCall(NamedTuple):
-    """The arguments of `torch.nn.functional.group_norm`."""
+    """Arguments of `torch.nn.functional.group_norm`."""
 
     input: Tensor
     num_groups: int
@@ -70,7 +70,7 @@ class NormCall(NamedTuple):
 
 
 class AttentionCall(NamedTuple):
-    """The arguments of `torch.nn.functional.scaled_dot_product_attention`."""
+    """Arguments of `torch.nn.functional.scaled_dot_product_attention`."""
 
     query: Tensor
     key: Tensor
@@ -82,55 +82,55 @@ class AttentionCall(NamedTuple):
     enable_gqa: bool = False
 
 
-class ConvNote(NamedTuple):
-    """What a convolution needs to know of the outside, and the dtype it computed in."""
+class RecordedConv(NamedTuple):
+    """Frame of a window in the input of a convolution, and the dtype of the output."""
 
     frame: Border | None
     dilation: Pair
     dtype: torch.dtype
 
 
-class NormNote(NamedTuple):
-    """What a group normalisation needs to know of the outside, and the dtype of its result."""
+class RecordedNorm(NamedTuple):
+    """Statistics of a group normalization, and the dtype of the output."""
 
     moments: Moments
     dtype: torch.dtype
 
 
-class AttentionNote(NamedTuple):
-    """Keys and values of all positions, and which of these are in the window."""
+class RecordedAttention(NamedTuple):
+    """Keys and values of all positions, and the indices of those inside the window."""
 
     key: Tensor
     value: Tensor
     inside: Tensor
 
 
-class Notes:
-    """Collect what comes from outside a window, call by call.
+class Recording:
+    """Values from outside a window, one entry per intercepted call.
 
     Args:
         size: `(h, w)` of the latents.
-        window: within them.
+        window: window within the latents.
     """
 
     def __init__(self, size: Pair, window: Window) -> None:
         self.size, self.window = size, window
-        self.calls: list[ConvNote | NormNote | AttentionNote] = []
+        self.calls: list[RecordedConv | RecordedNorm | RecordedAttention] = []
 
     def scale_of(self, height: int, width: int) -> int:
-        """Return how many times larger than the latents a feature map is."""
+        """Return the integer ratio of a feature map's size to that of the latents."""
         scale = height // self.size[0]
         if scale < 1 or (scale * self.size[0], scale * self.size[1]) != (height, width):
-            raise _no_windows(
+            raise _unsupported(
                 f"a feature map of {height}x{width} for latents of {self.size[0]}x{self.size[1]}"
             )
         return scale
 
 
-class _Watching(TorchFunctionMode, ABC):
-    def __init__(self, notes: Notes) -> None:
+class _CallInterceptor(TorchFunctionMode, ABC):
+    def __init__(self, recording: Recording) -> None:
         super().__init__()
-        self.notes = notes
+        self.recording = recording
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
@@ -154,85 +154,85 @@ class _Watching(TorchFunctionMode, ABC):
     def attention(self, call: AttentionCall) -> Tensor: ...
 
 
-class Recording(_Watching):
-    """Watch the decoding of one sample's latents, and note what its window will not have."""
+class Recorder(_CallInterceptor):
+    """Record, while all latents of a sample are decoded, the values that its window lacks."""
 
     def conv2d(self, call: ConvCall) -> Tensor:
-        """Convolve, and note the frame that the kernel sees around the window."""
-        scale = self.notes.scale_of(*call.input.shape[2:])
-        window, reach = self.notes.window.times(scale), call.reach()
+        """Convolve, and record the frame of the window."""
+        scale = self.recording.scale_of(*call.input.shape[2:])
+        window, reach = self.recording.window.times(scale), call.reach()
         frame = _frame(call.input, window, reach) if any(reach) else None
         result = _CONV2D(*call)
-        self.notes.calls.append(ConvNote(frame, _pair(call.dilation), result.dtype))
+        self.recording.calls.append(RecordedConv(frame, _pair(call.dilation), result.dtype))
         return result
 
     def group_norm(self, call: NormCall) -> Tensor:
-        """Normalise, and note the statistics."""
+        """Normalize, and record the statistics."""
         result = F.group_norm(*call)
         found = moments(call.input, call.num_groups, call.eps)
-        self.notes.calls.append(NormNote(found, result.dtype))
+        self.recording.calls.append(RecordedNorm(found, result.dtype))
         return result
 
     def attention(self, call: AttentionCall) -> Tensor:
-        """Attend, and note keys and values."""
-        height, width = self.notes.size
+        """Attend, and record keys and values."""
+        height, width = self.recording.size
         positions = call.key.shape[-2]
         scale = math.isqrt(positions // (height * width))
         everywhere = call.query.shape[-2] == scale**2 * height * width == positions
         if not everywhere or call.attn_mask is not None or call.is_causal:
-            raise _no_windows(f"attention of another kind, over {positions} positions")
+            raise _unsupported(f"masked, causal or partial attention over {positions} positions")
         places = torch.arange(positions, device=call.key.device).view(scale * height, -1)
-        inside = self.notes.window.times(scale).of(places).flatten()
-        self.notes.calls.append(AttentionNote(call.key, call.value, inside))
+        inside = self.recording.window.times(scale).of(places).flatten()
+        self.recording.calls.append(RecordedAttention(call.key, call.value, inside))
         return _attend(call)
 
 
-class Replaying(_Watching):
-    """Watch the decoding of a window, and put in place what comes from outside it."""
+class Replayer(_CallInterceptor):
+    """Insert recorded values during the decoding of a window."""
 
-    def __init__(self, notes: Notes) -> None:
-        super().__init__(notes)
-        self.remaining = iter(notes.calls)
+    def __init__(self, recording: Recording) -> None:
+        super().__init__(recording)
+        self.remaining = iter(recording.calls)
 
     def __exit__(self, exc_type: Any, *rest: Any) -> None:
         super().__exit__(exc_type, *rest)  # type: ignore[no-untyped-call]
         if exc_type is None and next(self.remaining, None) is not None:
-            raise _no_windows("other layers for a window than for the whole")
+            raise _unsupported("different layers for a window than for all latents")
 
     def conv2d(self, call: ConvCall) -> Tensor:
-        """Convolve with what was around the window."""
-        note: ConvNote = self._next(ConvNote)
-        tensors = (None if t is None else t.to(note.dtype) for t in call[:3])
-        return _FRAMED_CONV(*tensors, note.frame, note.dilation, call.groups)
+        """Convolve with the recorded frame."""
+        recorded: RecordedConv = self._next(RecordedConv)
+        tensors = (None if t is None else t.to(recorded.dtype) for t in call[:3])
+        return _FRAMED_CONV(*tensors, recorded.frame, recorded.dilation, call.groups)
 
     def group_norm(self, call: NormCall) -> Tensor:
-        """Normalise by the statistics of the whole."""
-        note: NormNote = self._next(NormNote)
-        result = _WINDOWED_NORM(call.input, call.weight, call.bias, note.moments)
-        return result.to(note.dtype)
+        """Normalize with the recorded statistics."""
+        recorded: RecordedNorm = self._next(RecordedNorm)
+        result = _WINDOWED_NORM(call.input, call.weight, call.bias, recorded.moments)
+        return result.to(recorded.dtype)
 
     def attention(self, call: AttentionCall) -> Tensor:
-        """Attend from the window to everything."""
-        note: AttentionNote = self._next(AttentionNote)
-        key = note.key.index_copy(-2, note.inside, call.key.to(note.key.dtype))
-        value = note.value.index_copy(-2, note.inside, call.value.to(note.value.dtype))
+        """Attend from the window to all positions."""
+        recorded: RecordedAttention = self._next(RecordedAttention)
+        key = recorded.key.index_copy(-2, recorded.inside, call.key.to(recorded.key.dtype))
+        value = recorded.value.index_copy(-2, recorded.inside, call.value.to(recorded.value.dtype))
         return _attend(call._replace(key=key, value=value))
 
     def _next(self, kind: type[Any]) -> Any:
-        note = next(self.remaining, None)
-        if not isinstance(note, kind):
-            raise _no_windows("other layers for a window than for the whole")
-        return note
+        recorded = next(self.remaining, None)
+        if not isinstance(recorded, kind):
+            raise _unsupported("different layers for a window than for all latents")
+        return recorded
 
 
 def _attend(call: AttentionCall) -> Tensor:
     return F.scaled_dot_product_attention(*call[:6], scale=call.scale, enable_gqa=call.enable_gqa)
 
 
-def _no_windows(found: str) -> ValueError:
+def _unsupported(found: str) -> ValueError:
     return ValueError(
-        "Expected a decoder that can be run on a window (same-size convolutions of stride 1, "
-        "group normalisation, attention over all positions, enlargement by whole numbers), "
+        "Expected the decoder to consist of same-size convolutions of stride 1, group "
+        "normalization, attention over all positions and upsampling by integers, "
         f"but got {found}. Decode without windows."
     )
 
@@ -252,20 +252,20 @@ def _frame(features: Tensor, window: Window, reach: Pair) -> Border:
     )
 
 
-def _patch(features: Tensor, place: Window) -> Tensor:
-    """Copy a place that may lie partly outside, where there are zeros."""
+def _patch(features: Tensor, window: Window) -> Tensor:
+    """Copy a window that may lie partly outside the features, where values are zeros."""
     height, width = features.shape[2:]
     clipped = Window(
-        min(max(place.x0, 0), width),
-        min(max(place.y0, 0), height),
-        min(max(place.x1, 0), width),
-        min(max(place.y1, 0), height),
+        min(max(window.x0, 0), width),
+        min(max(window.y0, 0), height),
+        min(max(window.x1, 0), width),
+        min(max(window.y1, 0), height),
     )
     missing = (
-        clipped.x0 - place.x0,
-        place.x1 - clipped.x1,
-        clipped.y0 - place.y0,
-        place.y1 - clipped.y1,
+        clipped.x0 - window.x0,
+        window.x1 - clipped.x1,
+        clipped.y0 - window.y0,
+        window.y1 - clipped.y1,
     )
     patch = clipped.of(features)
     return F.pad(patch, missing) if any(missing) else patch.clone()

@@ -1,6 +1,6 @@
-"""Convolution and group normalisation of a window, as they are in the whole feature map.
+"""Convolution and group normalization of a window with values from the whole feature map.
 
-Both belong to a frozen decoder: gradients go to the input alone, and only what these need is saved.
+Weights are frozen: only the input has a gradient, and only the tensors that it needs are saved.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Pair = tuple[int, int]
 
 
 class Border(NamedTuple):
-    """Hold the frame around a window of a feature map, without the window itself.
+    """Frame around a window of a feature map, without the window itself.
 
     Attributes:
-        top: `(1, C, p, width + 2q)`, with the corners.
-        bottom: likewise.
+        top: `(1, C, p, width + 2q)`, including corners.
+        bottom: `(1, C, p, width + 2q)`, including corners.
         left: `(1, C, height, q)`.
-        right: likewise.
+        right: `(1, C, height, q)`.
     """
 
     top: Tensor
@@ -32,7 +32,7 @@ class Border(NamedTuple):
     right: Tensor
 
     def around(self, inside: Tensor) -> Tensor:
-        """Put the frame around `(1, C, height, width)`.
+        """Concatenate the frame and the window, `(1, C, height, width)`.
 
         Example:
             >>> zero, one = torch.zeros(1, 1, 1, 3), torch.zeros(1, 1, 1, 1)
@@ -46,9 +46,9 @@ class Border(NamedTuple):
 
 
 class FramedConv(Function):
-    """Convolve a window whose frame is known, so that no zeros are padded where there are pixels.
+    """Convolve a window with its recorded frame in place of zero padding.
 
-    Only the weight is saved: for a frozen convolution the input is not needed in the backward pass.
+    Only the weight is saved: the backward pass of a frozen convolution does not need the input.
     """
 
     @staticmethod
@@ -61,7 +61,7 @@ class FramedConv(Function):
         dilation: Pair,
         groups: int,
     ) -> Tensor:
-        """Convolve with stride 1; without a frame nothing is padded."""
+        """Convolve with stride 1, and without padding if there is no frame."""
         whole = inside if frame is None else frame.around(inside)
         ctx.save_for_backward(weight)
         ctx.shape, ctx.dilation, ctx.groups = whole.shape, dilation, groups
@@ -71,7 +71,7 @@ class FramedConv(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the window; the frame is a constant."""
+        """Return the gradient of the window; the frame is constant."""
         (weight,) = ctx.saved_tensors
         whole = conv2d_input(ctx.shape, weight, grads[0], dilation=ctx.dilation, groups=ctx.groups)
         p, q = ctx.pad
@@ -80,12 +80,12 @@ class FramedConv(Function):
 
 
 class Moments(NamedTuple):
-    """Hold the statistics of a group normalisation.
+    """Statistics of a group normalization.
 
     Attributes:
         mean: `(B, groups)`, float32 or wider.
         rstd: `(B, groups)`, 1 / sqrt(variance + eps).
-        size: the number of elements that they were taken over.
+        size: number of elements per group.
     """
 
     mean: Tensor
@@ -94,15 +94,15 @@ class Moments(NamedTuple):
 
 
 def moments(features: Tensor, num_groups: int, eps: float) -> Moments:
-    """Take the statistics of a group normalisation in float32 or wider.
+    """Compute the statistics of a group normalization in float32 or wider.
 
     Args:
         features: `(B, C, ...)`.
-        num_groups: divides C.
-        eps: added to the variance.
+        num_groups: number of groups, a divisor of C.
+        eps: constant added to the variance.
 
     Returns:
-        Mean and reciprocal deviation of each sample and group.
+        Mean and reciprocal standard deviation per sample and group.
 
     Example:
         >>> moments(torch.tensor([[[1.0, 3.0]]]), 1, 0.0)
@@ -115,13 +115,13 @@ def moments(features: Tensor, num_groups: int, eps: float) -> Moments:
 
 
 class WindowedGroupNorm(Function):
-    """Normalise a window by the statistics of the whole feature map.
+    """Normalize a window with the statistics of the whole feature map.
 
     y = (x - mean) * rstd * weight + bias
 
-    The gradient is that of the whole map's normalisation where the loss has no gradient outside
-    the window, that is, the statistics count as functions of the window's elements, of which each
-    has a share of 1 / size in them:
+    The gradient equals that of the normalization of the whole map if the loss has no gradient
+    outside the window: the statistics are functions of the window's elements, each with a share of
+    1 / size.
 
     dx = rstd * (g - sum(g) / size - x̂ * sum(g * x̂) / size), with g = weight * dy
     """
@@ -134,7 +134,7 @@ class WindowedGroupNorm(Function):
         bias: Tensor | None,
         found: Moments,
     ) -> Tensor:
-        """Normalise; the result has the dtype of `inside`."""
+        """Normalize; the output has the dtype of `inside`."""
         groups = found.mean.shape[1]
         channels = inside.shape[1] // groups
         scale = found.rstd.repeat_interleave(channels, dim=1)
@@ -154,7 +154,7 @@ class WindowedGroupNorm(Function):
         batch, groups = mean.shape
         channels = inside.shape[1] // groups
         given = grads[0].to(scale.dtype)
-        # Per channel, and times rstd: what multiplies the gradient in the two sums.
+        # Per channel and multiplied by rstd: the two sums of the formula.
         sums = given.flatten(2).sum(dim=2) * scale
         products = torch.linalg.vecdot(given.flatten(2), inside.to(scale.dtype).flatten(2)) * scale
         first = sums.view(batch, groups, channels).sum(dim=2)
@@ -163,15 +163,15 @@ class WindowedGroupNorm(Function):
         offset = -first / ctx.size - mean * slope
         per_channel = (t.repeat_interleave(channels, dim=1) for t in (slope, offset))
         result = _affine(inside.to(scale.dtype), *per_channel)
-        result.addcmul_(given, _like(scale, given))
+        result.addcmul_(given, _expand_like(scale, given))
         return (result.to(inside.dtype), None, None, None)
 
 
-def _like(per_channel: Tensor, features: Tensor) -> Tensor:
+def _expand_like(per_channel: Tensor, features: Tensor) -> Tensor:
     return per_channel.view(*per_channel.shape, *(1 for _ in features.shape[2:]))
 
 
 def _affine(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     wide = features.to(scale.dtype)
-    result = torch.addcmul(_like(shift, features), wide, _like(scale, features))
+    result = torch.addcmul(_expand_like(shift, features), wide, _expand_like(scale, features))
     return result.to(features.dtype)

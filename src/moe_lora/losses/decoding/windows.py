@@ -1,4 +1,4 @@
-"""Windows of latents: where a loss needs a gradient."""
+"""Windows of latents within which a loss has a gradient."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from moe_lora.masks.validation import check_integer, check_size
 
 _VISIBLE = 0.05
 AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
-"""How far a window's pixels may be from the whole picture's; float32 convolutions of CUDA devices
-round to ten bits. Half precision has 0.1, as its rounding differs between sizes."""
+"""Tolerance between the pixels of a window and of the whole image. float32 convolutions on CUDA
+devices round to ten bits (TF32). The tolerance of half precision is 0.1."""
 
 
 class Window(NamedTuple):
-    """Place a window in latents, in latent pixels; the ends are exclusive."""
+    """Rectangle `(x0, y0, x1, y1)` in latent pixels; the end is exclusive."""
 
     x0: int
     y0: int
@@ -28,15 +28,15 @@ class Window(NamedTuple):
 
     @property
     def empty(self) -> bool:
-        """Tell whether nothing is inside."""
+        """Whether the window contains no pixel."""
         return self.x1 <= self.x0 or self.y1 <= self.y0
 
     def times(self, scale: int) -> Window:
-        """Place the same window in a map of `scale` times the size."""
-        return Window(*(scale * place for place in self))
+        """Scale the window to a map of `scale` times the size."""
+        return Window(*(scale * edge for edge in self))
 
     def enlarged(self, by: int, size: tuple[int, int]) -> Window:
-        """Place a window that is larger by so much on each side, within `(h, w)`."""
+        """Enlarge the window by `by` pixels on each side, within `(h, w)`."""
         height, width = size
         return Window(
             max(self.x0 - by, 0),
@@ -46,33 +46,32 @@ class Window(NamedTuple):
         )
 
     def within(self, larger: Window) -> Window:
-        """Place the same window in what another one cuts out."""
+        """Return the window in the coordinates of a larger window."""
         x, y = larger.x0, larger.y0
         return Window(self.x0 - x, self.y0 - y, self.x1 - x, self.y1 - y)
 
     def of(self, features: Tensor) -> Tensor:
-        """Cut the window out of `(..., H, W)`."""
+        """Crop `(..., H, W)` to the window."""
         return features[..., self.y0 : self.y1, self.x0 : self.x1]
 
 
 def latent_windows(mask: Tensor, latent_size: tuple[int, int], margin: int) -> list[Window]:
-    """Find the latents that a mask and its surroundings are decoded from.
+    """Compute the window of latents around each mask.
 
-    The bounding box of all values of at least 0.05, enlarged to whole latent pixels, and then by
-    the margin as far as there are latents. On CUDA this waits for the device once.
+    The window is the bounding box of all mask values of at least 0.05, rounded outwards to latent
+    pixels and enlarged by `margin` within the latents. On CUDA the call synchronizes once.
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        latent_size: `(h, w)`.
+        latent_size: `(h, w)` of the latents.
         margin: latent pixels on each side, an integer >= 0.
 
     Returns:
-        For each sample `(x0, y0, x1, y1)` in latent pixels, the ends exclusive; zeros for an empty
-        mask.
+        `(x0, y0, x1, y1)` per sample, in latent pixels, end exclusive; zeros for an empty mask.
 
     Raises:
-        TypeError, ValueError: for a mask that `moe_lora.masks.check_mask` refuses.
-        ValueError: `latent_size` is not two integers >= 1, or `margin` not an integer >= 0.
+        TypeError, ValueError: if `mask` is invalid, see `moe_lora.masks.check_mask`.
+        ValueError: if `latent_size` is not two integers >= 1, or `margin` not an integer >= 0.
 
     Example:
         >>> mask = torch.zeros(1, 1, 64, 96)
@@ -97,17 +96,17 @@ def latent_windows(mask: Tensor, latent_size: tuple[int, int], margin: int) -> l
 
 
 def check_windows(windows: Sequence[Sequence[int]], latents: Tensor) -> list[Window]:
-    """Check that there is a window for every sample, and that it lies in the latents.
+    """Check that every sample has a window within the latents.
 
     Args:
-        windows: `(x0, y0, x1, y1)` each, integers.
+        windows: `(x0, y0, x1, y1)` per sample, integers.
         latents: `(B, C, h, w)`.
 
     Returns:
         The windows.
 
     Raises:
-        ValueError: for another number of windows, or one that is not in the latents.
+        ValueError: if the number of windows is not B, or a window is not within the latents.
 
     Example:
         >>> check_windows([(0, 0, 2, 1)], torch.zeros(1, 4, 8, 8))
@@ -119,25 +118,25 @@ def check_windows(windows: Sequence[Sequence[int]], latents: Tensor) -> list[Win
             f"but got {len(windows)}."
         )
     height, width = latents.shape[2:]
-    places = [Window(*(int(place) for place in window)) for window in windows]
-    for x0, y0, x1, y1 in places:
+    checked = [Window(*(int(edge) for edge in window)) for window in windows]
+    for x0, y0, x1, y1 in checked:
         if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
             raise ValueError(
                 f"Expected a window (x0, y0, x1, y1) within {width} columns and {height} rows, "
                 f"but got {(x0, y0, x1, y1)}."
             )
-    return places
+    return checked
 
 
 def check_agreement(part: Tensor, whole: Tensor) -> None:
-    """Raise unless a window was decoded to what it is in the whole picture.
+    """Check that a decoded window equals the same region of the whole decoded image.
 
     Args:
-        part: `(1, 3, H, W)`, the window by itself, images around [0, 1].
-        whole: the same place of the whole picture.
+        part: `(1, 3, H, W)`, decoded window, around [0, 1].
+        whole: `(1, 3, H, W)`, the same region of the whole decoded image.
 
     Raises:
-        ValueError: for another shape, or values further from each other than rounding explains.
+        ValueError: if shapes differ, or values differ by more than rounding.
 
     Example:
         >>> check_agreement(torch.ones(1, 3, 2, 2), torch.ones(1, 3, 2, 2))
@@ -146,9 +145,8 @@ def check_agreement(part: Tensor, whole: Tensor) -> None:
     same = part.shape == whole.shape
     if same and torch.isclose(part, whole, tolerance, tolerance, equal_nan=True).all():
         return
-    off = f"{(part - whole).abs().max().item():.2g}" if same else f"{tuple(part.shape)} pixels"
+    off = f"a difference of {(part - whole).abs().max():.2g}" if same else f"{tuple(part.shape)}"
     raise ValueError(
-        f"Expected a window to be decoded to what it is in the whole picture within {tolerance}, "
-        f"but got {off}: this VAE has layers that see further than those that are known. Decode "
-        "without windows."
+        f"Expected a decoded window to equal the whole decoded image within {tolerance}, but got "
+        f"{off}: the VAE has layers of an unsupported kind. Decode without windows."
     )

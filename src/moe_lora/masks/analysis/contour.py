@@ -63,7 +63,7 @@ def edge_complexity(mask: Tensor, gradient: Tensor, window: Window, bbox: Tensor
 
 
 def boundary_smoothness(mask: Tensor, gradient: Tensor, window: Window) -> Tensor:
-    """Measure how well neighbouring pieces of the contour agree in direction.
+    """Measure how well neighboring pieces of the contour agree in direction.
 
     `s = C - C_disk + 1`, clamped to [0, 1], with the coherence `C = sum(l1 - l2) / sum(l1 + l2)`
     of the eigenvalues of the structure tensor `G * (grad m grad m^T)`, `G` a Gaussian of 2.5

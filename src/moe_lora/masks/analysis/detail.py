@@ -47,7 +47,7 @@ def detail_complexity(mask: Tensor, image: Tensor) -> Tensor:
 
 
 def _grow(mask: Tensor) -> Tensor:
-    """Return the greatest value of each 3 x 3 neighbourhood, faster than pooling on a CPU."""
+    """Return the greatest value of each 3 x 3 neighborhood, faster than pooling on a CPU."""
     padded = F.pad(mask, (1, 1, 1, 1))
     for dim in (2, 3):
         size = mask.shape[dim]

@@ -51,7 +51,7 @@ def has_occlusion(inside: Tensor, window: Window) -> Tensor:
 def connected_labels(occupied: Tensor) -> Tensor:
     """Label the connected parts of a mask and of its complement.
 
-    Each cell repeatedly takes the least label it can see: among its neighbours' roots, through
+    Each cell repeatedly takes the least label it can see: among its neighbors' roots, through
     its own root, and by pointer jumping. So the rounds needed grow with the logarithm of
     the number of cells and are fixed in advance at twice its bit length. That is ample, not
     proven: on 66 x 66 cells 26 rounds are made; random masks, spirals, serpentines and mazes
@@ -75,14 +75,14 @@ def connected_labels(occupied: Tensor) -> Tensor:
     parent = torch.arange(count, device=occupied.device).expand(batch, count).contiguous()
     grandparent = parent
     for _ in range(2 * count.bit_length()):
-        seen = _least_neighbour(grandparent.view(batch, height, width), occupied).flatten(1)
+        seen = _least_neighbor(grandparent.view(batch, height, width), occupied).flatten(1)
         hooked = parent.scatter_reduce(1, parent, seen, "amin")
         parent = torch.minimum(torch.minimum(hooked, seen), grandparent)
         grandparent = parent.gather(1, parent)
     return grandparent
 
 
-def _least_neighbour(labels: Tensor, occupied: Tensor) -> Tensor:
+def _least_neighbor(labels: Tensor, occupied: Tensor) -> Tensor:
     none = labels.shape[1] * labels.shape[2]
     part = F.pad(torch.where(occupied, labels, none), (1, 1, 1, 1), value=none)
     part = _least_of_three(_least_of_three(part, 1), 2)

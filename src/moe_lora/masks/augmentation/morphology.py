@@ -14,7 +14,7 @@ def dilate(mask: Tensor, radius: float | Tensor) -> Tensor:
     """Enlarge masks by a disk.
 
     1 where a masked pixel is at most `radius` away, between the middles of pixels. It is done by
-    distances, since a neighbourhood of each pixel, as in `kornia.morphology.dilation`, takes
+    distances, since a neighborhood of each pixel, as in `kornia.morphology.dilation`, takes
     (2 * radius + 1)² times the memory and one radius for all.
 
     Args:

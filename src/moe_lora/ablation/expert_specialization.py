@@ -1,4 +1,4 @@
-"""What each expert is for: leave one out, and see which losses rise."""
+"""Specialization of experts: the rise of each loss when one expert is ablated."""
 
 from __future__ import annotations
 
@@ -13,54 +13,48 @@ from moe_lora.ablation.leave_one_out import (
     Batch,
     Evaluate,
     Observations,
-    acting_experts,
-    left_as_it_was,
+    active_expert_names,
     observe,
+    restored_state,
 )
-
-PAIRS = {
-    "removal_expert": "boundary",
-    "background_expert": "consistency",
-    "completion_expert": "detail",
-}
-"""The component that each expert is meant for, unless `specialisation` is told otherwise."""
+from moe_lora.losses import EXPERT_OF_LOSS
 
 
 @dataclass(frozen=True, eq=False)
-class Specialisation:
-    """Hold how much worse every component gets without each expert; see `specialisation`.
+class Specialization:
+    """Rise of every component under the ablation of each expert; see `specialization`.
 
     Args:
-        expert_names: the `E` experts, in the order of the weights.
-        component_names: the `C` losses and metrics, in the order of `evaluate`.
+        expert_names: names of the `E` experts, in the order of the routing weights.
+        component_names: names of the `C` losses and metrics, in the order of `evaluate`.
         rises: `(E, C)`, float64, in the component's unit, mean over the observations; > 0 where the
             component is worse without the expert.
-        spreads: `(E, C)`, float64, the standard deviations of the rises over the observations (with
-            a divisor of their number); 0 for a single one.
-        baseline: `(C,)`, float64, the components of the whole mixture, mean over the observations.
-        counts: `(C,)`, int64, the observations of every component.
-        pairs: the component of each expert that has one.
+        spreads: `(E, C)`, float64, population standard deviations of the rises over the
+            observations; 0 for a single observation.
+        baseline: `(C,)`, float64, components of the whole mixture, mean over the observations.
+        counts: `(C,)`, int64, number of observations of every component.
+        pairs: component by expert, for the experts with a component of their own.
 
     Example:
-        >>> found = Specialisation(
+        >>> found = Specialization(
         ...     expert_names=("a", "b"),
-        ...     component_names=("edge", "colour"),
+        ...     component_names=("edge", "color"),
         ...     rises=torch.tensor([[0.75, -0.1], [0.25, 0.2]], dtype=torch.float64),
         ...     spreads=torch.zeros(2, 2, dtype=torch.float64),
         ...     baseline=torch.tensor([0.5, 0.25], dtype=torch.float64),
         ...     counts=torch.tensor([8, 8]),
-        ...     pairs={"a": "edge", "b": "colour"},
+        ...     pairs={"a": "edge", "b": "color"},
         ... )
         >>> found.shares
         {'a': 0.75, 'b': 1.0}
         >>> found.score
         0.875
         >>> print(found)
-        rise without            edge      colour
+        rise without            edge      color
         (whole mixture)          0.5        0.25
         a                     *+0.75        -0.1
         b                      +0.25       *+0.2
-        diagonal share (*) 0.875, without specialisation 0.500
+        diagonal share (*) 0.875, without specialization 0.500
     """
 
     expert_names: tuple[str, ...]
@@ -73,9 +67,10 @@ class Specialisation:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Return for every paired expert the share of its component's rises that is its own.
+        """Share of each paired expert in the rises of its component.
 
-        max(rise of its own, 0) / sum over the experts of max(rise, 0), and 0 where nothing rises.
+        share(e) = max(rise(e, c), 0) / sum over the experts e' of max(rise(e', c), 0), c being the
+        component of e; 0 where no rise is positive.
         """
         positive = self.rises.clamp_min(0)
         found = {}
@@ -87,15 +82,16 @@ class Specialisation:
 
     @property
     def score(self) -> float | None:
-        """Return the diagonal share, the mean of `shares`; `None` without pairs.
+        """Diagonal share, the mean of `shares`; `None` without pairs.
 
-        1 when every component depends on its own expert alone, 1/E when it depends on all alike.
+        1 if every component depends on its own expert only, 1/E if it depends on all experts
+        equally.
         """
         shares = self.shares
         return sum(shares.values()) / len(shares) if shares else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain numbers by name, for JSON.
+        """Convert to plain numbers by name, ready for JSON.
 
         Returns:
             `rises` and `spreads` by expert and component, `baseline` and `counts` by component,
@@ -133,57 +129,57 @@ class Specialisation:
         if self.score is not None:
             chance = 1 / len(self.expert_names)
             lines.append(
-                f"diagonal share (*) {self.score:.3f}, without specialisation {chance:.3f}"
+                f"diagonal share (*) {self.score:.3f}, without specialization {chance:.3f}"
             )
         return "\n".join(lines)
 
 
-def specialisation(
+def specialization(
     model: nn.Module,
     batches: Iterable[Batch],
     evaluate: Evaluate[Batch],
     *,
     higher_is_better: Collection[str] = (),
     pairs: Mapping[str, str] | None = None,
-    renormalise: bool = False,
+    renormalize: bool = False,
     adapter_name: str = "default",
     seed: int = 0,
-) -> Specialisation:
-    """Measure what each expert is for, by leaving one out at a time.
+) -> Specialization:
+    """Measure the specialization of experts by ablating one expert at a time.
 
     rise(expert, component) = component without the expert − component of the whole mixture
 
-    (the other way round for metrics where higher is better), the mean over all observations.
-    Without an expert, routing weights are as router, mode or `moe_lora.route` decide them, but that
-    expert's are 0; the others are *not* renormalised, so that they do what they did before and
-    nothing else. It works for any router, strategy and shape of weights.
+    averaged over all observations; the sign is reversed for metrics in `higher_is_better`. An
+    ablated expert has routing weight 0. The other weights keep the values from the router, the
+    routing mode or `moe_lora.route`, and are *not* renormalized by default, so that the other
+    experts contribute exactly as before. Any router, routing strategy and weight shape works.
 
-    A batch is evaluated E + 1 times in a row, in eval mode, without gradient and with the same
-    random numbers of torch's global generators. Afterwards the model is as it was: modes, routing
-    mode, router inputs and statistics, and so are the generators.
+    Each batch is evaluated E + 1 times in eval mode, without gradient and with the same random
+    numbers from torch's global generators. Afterwards the training modes, routing mode, router
+    inputs and statistics of the model and the generators are restored.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        batches: whatever `evaluate` takes, one after the other; it is gone through once.
-        evaluate: called as `evaluate(model, batch)`; runs the model and returns losses and metrics
-            by name: a number for the batch, which is one observation, or `(B,)` with one for each
-            sample. NaN in all E + 1 runs (a region that is empty) is left out.
-        higher_is_better: names of metrics such as PSNR, whose rise is their fall.
-        pairs: the component that each expert is meant for, `{expert: component}`; of `PAIRS` those
-            that occur, by default.
-        renormalise: divide the other experts' weights by their sum. An image or token that went to
-            the left-out expert alone is then left to the base model, as it is without this.
-        adapter_name: whose experts.
-        seed: of the random numbers; a batch's depend on it and on the batch's place.
+        batches: batches for `evaluate`; iterated once.
+        evaluate: function called as `evaluate(model, batch)` that runs the model and returns losses
+            and metrics by name: a scalar per batch (one observation), or `(B,)` (one observation
+            per sample). Entries that are NaN in all E + 1 runs, such as those of an empty region,
+            are ignored.
+        higher_is_better: names of metrics such as PSNR.
+        pairs: component by expert, `{expert: component}`; by default the pairs of
+            `moe_lora.losses.EXPERT_OF_LOSS` whose expert and component both occur.
+        renormalize: divide the remaining weights by their sum. A sample or token with no remaining
+            weight gets no adapter output in either case.
+        adapter_name: name of the adapter.
+        seed: seed of the random numbers; those of a batch depend on it and on the batch's index.
 
     Returns:
-        The matrix of rises, the baseline and the diagonal share.
+        The matrix of rises, with the baseline and the diagonal share.
 
     Raises:
-        ValueError: for a model without that adapter or with an adapter that does not act (disabled,
-            not active or merged), no batches, an `evaluate` that does not run the model, returns no
-            or other components than before or a value that is not finite, and for unknown names
-            in `pairs` and `higher_is_better`.
+        ValueError: if the adapter is unknown, inactive, disabled or merged; if `batches` is empty;
+            if `evaluate` does not call the model, or returns no component, different components or
+            non-finite values; if `pairs` or `higher_is_better` contains an unknown name.
 
     Example:
         >>> from peft import get_peft_model
@@ -196,38 +192,38 @@ def specialisation(
         >>> _ = experts.lora_A.data.fill_(1)
         >>> experts.lora_B.data = torch.eye(2).unsqueeze(-1)  # one output for each expert
         >>> def evaluate(model, batch):
-        ...     wanted = torch.tensor([0.5, 0.5])  # what the whole mixture makes of 1
-        ...     error = (model(batch) - wanted).square().mean(0)
+        ...     target = torch.tensor([0.5, 0.5])  # the output of the whole mixture
+        ...     error = (model(batch) - target).square().mean(0)
         ...     return {"x": error[0], "y": error[1]}
         >>> pairs = {"expert_0": "x", "expert_1": "y"}
-        >>> found = specialisation(model, [torch.ones(4, 1)], evaluate, pairs=pairs)
+        >>> found = specialization(model, [torch.ones(4, 1)], evaluate, pairs=pairs)
         >>> found.rises.tolist(), found.score
         ([[0.25, 0.0], [0.0, 0.25]], 1.0)
     """
-    experts = acting_experts(model, adapter_name)
-    with left_as_it_was(model):
+    experts = active_expert_names(model, adapter_name)
+    with restored_state(model):
         observed = [
             observe(
                 model,
                 batch,
                 evaluate,
                 adapter_name=adapter_name,
-                renormalise=renormalise,
+                renormalize=renormalize,
                 seed=seed * 1_000_003 + index,
             )
             for index, batch in enumerate(batches)
         ]
     if not observed:
-        raise ValueError("Expected at least one batch to evaluate, but `batches` holds none.")
-    return _summary(observed, experts, higher_is_better, pairs)
+        raise ValueError("Expected at least one batch to evaluate, but got no batch.")
+    return _summarize(observed, experts, higher_is_better, pairs)
 
 
-def _summary(
+def _summarize(
     observed: list[Observations],
     expert_names: tuple[str, ...],
     higher_is_better: Collection[str],
     pairs: Mapping[str, str] | None,
-) -> Specialisation:
+) -> Specialization:
     names = tuple(observed[0])
     for later in observed:
         if set(later) != set(names):
@@ -237,7 +233,7 @@ def _summary(
             )
     if isinstance(higher_is_better, str) or not set(higher_is_better) <= set(names):
         raise ValueError(
-            f"Expected `higher_is_better` to hold names of {list(names)}, but got "
+            f"Expected `higher_is_better` to contain names of {list(names)}, but got "
             f"{higher_is_better!r}."
         )
     columns = []
@@ -249,22 +245,22 @@ def _summary(
         columns.append((rises.mean(1), rises.std(1, correction=0), values[0].mean(), rises[0]))
     if not columns:
         raise ValueError("Expected `evaluate` to return at least one component, but got none.")
-    return Specialisation(
+    return Specialization(
         expert_names=expert_names,
         component_names=names,
         rises=torch.stack([column[0] for column in columns], dim=1),
         spreads=torch.stack([column[1] for column in columns], dim=1),
         baseline=torch.stack([column[2] for column in columns]),
         counts=torch.tensor([len(column[3]) for column in columns]),
-        pairs=_checked_pairs(pairs, expert_names, names),
+        pairs=_resolve_pairs(pairs, expert_names, names),
     )
 
 
-def _checked_pairs(
+def _resolve_pairs(
     pairs: Mapping[str, str] | None, expert_names: tuple[str, ...], names: tuple[str, ...]
 ) -> dict[str, str]:
     if pairs is None:
-        return {e: c for e, c in PAIRS.items() if e in expert_names and c in names}
+        return {e: c for c, e in EXPERT_OF_LOSS.items() if e in expert_names and c in names}
     for expert, component in pairs.items():
         if expert not in expert_names or component not in names:
             raise ValueError(
