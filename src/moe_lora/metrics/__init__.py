@@ -25,7 +25,7 @@ Example:
 from __future__ import annotations
 
 from moe_lora.metrics.image import psnr, ssim, ssim_map
-from moe_lora.metrics.measured import Measured, join
+from moe_lora.metrics.metric_values import Measured, join
 from moe_lora.metrics.perceptual import load_lpips, lpips
 from moe_lora.metrics.regions import mask_sizes, regions
 from moe_lora.metrics.removal import measure

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lora.metrics.measured import Measured
+from moe_lora.metrics.metric_values import Measured
 from moe_lora.metrics.validation import check_pair, check_region
 
 MOST_PSNR = 100.0

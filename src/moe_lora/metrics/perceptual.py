@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lora.metrics.image import region_average
-from moe_lora.metrics.measured import Measured
+from moe_lora.metrics.metric_values import Measured
 from moe_lora.metrics.validation import check_pair
 
 Network = Literal["alex", "vgg", "squeeze"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moe_lora.metrics.image import psnr, region_average, ssim_map
-from moe_lora.metrics.measured import Measured
+from moe_lora.metrics.metric_values import Measured
 from moe_lora.metrics.perceptual import lpips
 from moe_lora.metrics.regions import EFFECT_THRESHOLD, regions
 from moe_lora.metrics.seam import seam_error

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_lora.masks import check_mask
-from moe_lora.metrics.measured import Measured
+from moe_lora.metrics.metric_values import Measured
 from moe_lora.metrics.validation import check_pair
 
 
