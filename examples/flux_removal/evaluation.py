@@ -14,7 +14,7 @@ from batches import BucketBatches, picture_sizes
 from dataset import RemovalDataset
 from models import Conditioner, guidance_for
 from moe_lora import MoELoraConfig, current_routing, metrics
-from moe_lora.metrics import Measured
+from moe_lora.metrics import MetricValues
 
 REGIONS = {
     "whole": "whole",
@@ -163,7 +163,7 @@ def cut(mask: Tensor) -> Tensor:
     return (mask >= 0.5).float()
 
 
-def measure_samples(images: list[Tensor], dataset: RemovalDataset) -> dict[str, Measured]:
+def measure_samples(images: list[Tensor], dataset: RemovalDataset) -> dict[str, MetricValues]:
     """Measure every sample by all metrics of `moe_lora.metrics.measure`, in the order of the data.
 
     Args:
@@ -173,7 +173,7 @@ def measure_samples(images: list[Tensor], dataset: RemovalDataset) -> dict[str, 
     return metrics.join(measure_one(image, dataset[i]) for i, image in enumerate(images))
 
 
-def measure_one(image: Tensor, item: dict[str, Tensor]) -> dict[str, Measured]:
+def measure_one(image: Tensor, item: dict[str, Tensor]) -> dict[str, MetricValues]:
     """Measure one picture `(3, H, W)` against its sample."""
     picture, truth, source = (value[None] for value in (image, item["result"], item["src"]))
     return metrics.measure(picture, truth, cut(item["mask"])[None], source)

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from moe_lora.metrics import Measured, join
+from moe_lora.metrics import MetricValues, join
 
 
-def found() -> Measured:
-    return Measured(
+def found() -> MetricValues:
+    return MetricValues(
         torch.tensor([20.0, 0.0, 30.0, 40.0], dtype=torch.float64), torch.tensor([64, 0, 8, 16])
     )
 
@@ -27,7 +27,7 @@ def test_small_regions_can_be_left_out() -> None:
 
 
 def test_where_all_are_missing_there_is_no_mean() -> None:
-    nothing = Measured(torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    nothing = MetricValues(torch.zeros(2), torch.zeros(2, dtype=torch.int64))
     assert nothing.mean() is None
     assert nothing.tolist() == [None, None]
 
@@ -40,12 +40,12 @@ def test_groups_are_means_of_their_own() -> None:
 
 
 def test_groups_need_a_label_each() -> None:
-    with pytest.raises(ValueError, match="each of the 4 samples, but got 1"):
+    with pytest.raises(ValueError, match="each of 4 samples, but got 1"):
         found().mean_by(["box"])
 
 
 def test_batches_are_joined_in_order() -> None:
-    other = Measured(torch.tensor([7.0], dtype=torch.float64), torch.tensor([3]))
+    other = MetricValues(torch.tensor([7.0], dtype=torch.float64), torch.tensor([3]))
     joined = join([{"a": found()}, {"a": other}])["a"]
     assert joined.tolist() == [20.0, None, 30.0, 40.0, 7.0]
     assert joined.pixels.tolist() == [64, 0, 8, 16, 3]
