@@ -70,7 +70,7 @@ def test_a_title_stands_above_the_legend() -> None:
     assert title.get_window_extent().y0 >= legend.get_texts()[0].get_window_extent().y1
 
 
-def test_a_picture_is_800_pixels_wide_and_one_entry_is_seen() -> None:
+def test_a_figure_is_800_pixels_wide_and_one_entry_is_seen() -> None:
     figure = usage_over_training([5], [[0.2, 0.8]], ["a", "b"])
     assert figure.axes[0].lines[0].get_marker() == "o"
     file = io.BytesIO()
@@ -81,5 +81,5 @@ def test_a_picture_is_800_pixels_wide_and_one_entry_is_seen() -> None:
 def test_what_does_not_fit_raises() -> None:
     with pytest.raises(ValueError, match=r"shape \(N=2, E=3\)"):
         usage_over_training(STEPS[:2], WEIGHTS, NAMES)
-    with pytest.raises(ValueError, match="each of the 3 `steps`, but got 2"):
+    with pytest.raises(ValueError, match="each of 3 steps, but got 2"):
         usage_over_training(STEPS, WEIGHTS, NAMES, entropy=[1.0, 1.0])

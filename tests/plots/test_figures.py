@@ -26,7 +26,7 @@ def run(code: str) -> str:
     ).stdout.strip()
 
 
-def test_matplotlib_comes_with_the_first_picture_and_pyplot_never() -> None:
+def test_matplotlib_comes_with_the_first_figure_and_pyplot_never() -> None:
     code = (
         "import sys, moe_lora.plots as p;"
         "print('matplotlib' in sys.modules);"

@@ -62,9 +62,9 @@ def test_a_band_is_one_standard_deviation_wide() -> None:
 def test_axes_say_what_they_are_and_in_which_unit() -> None:
     labels = [plot([0.25], [[0.5, 0.5]], ["a", "b"]).axes[0].get_xlabel() for plot in PLOTS]
     assert labels == [
-        "masked share of the picture, %",
+        "masked share of the image, %",
         "edge complexity of the mask (0 = disk, 1 = ragged)",
-        "noise level σ (0 = picture, 1 = pure noise)",
+        "noise level σ (0 = image, 1 = pure noise)",
     ]
     assert weights_by_area([0.25], [[0.5, 0.5]], "ab").axes[0].get_ylabel() == "routing weight"
 

@@ -23,12 +23,12 @@ def test_every_expert_has_its_map(flat: bool) -> None:
     assert figure.axes[-1].get_ylabel() == "routing weight"
 
 
-def test_the_map_lies_over_the_picture_and_the_mask_is_outlined() -> None:
+def test_the_map_lies_over_the_image_and_the_mask_is_outlined() -> None:
     image, mask = torch.rand(3, 32, 48), torch.zeros(1, 32, 48)
     mask[:, 8:24, 12:36] = 1
     figure = token_weights(MAPS, NAMES, image=image, mask=mask)
     first, *panels = figure.axes[:4]
-    assert first.get_title() == "picture"
+    assert first.get_title() == "image"
     np.testing.assert_allclose(first.images[0].get_array(), image.permute(1, 2, 0), rtol=1e-6)
     for axes in panels:
         gray, shown = axes.images

@@ -74,9 +74,7 @@ def regions(
     }
     if (source is None) != (target is None):
         given, missing = ("target", "source") if source is None else ("source", "target")
-        raise ValueError(
-            f"Expected `{missing}` to be a tensor together with `{given}`, but got None."
-        )
+        raise ValueError(f"Expected `{missing}` to be given with `{given}`, but got None.")
     if source is None or target is None:
         return found
     if not 0 <= effect_threshold < 1:

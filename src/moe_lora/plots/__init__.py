@@ -1,10 +1,10 @@
-"""Pictures of what router and experts do, as matplotlib figures.
+"""Figures of routing weights and expert specialization, drawn with matplotlib.
 
-Every function takes tensors, arrays or lists and returns a `matplotlib.figure.Figure` of 800 pixels
-width or more that belongs to nobody: no `pyplot`, no global state, no window, nothing to close.
-`figure.savefig("weights.png")` writes it, `SummaryWriter.add_figure` logs it, a notebook shows it.
-An expert has the same color in all pictures. matplotlib is imported by the first call; the extra
-`moe-lora[plots]` installs it.
+Functions take tensors, arrays or lists and return a `matplotlib.figure.Figure` at least 800 pixels
+wide. They do not use `pyplot`, so that there is no global state and no figure to close. Save a
+figure with `figure.savefig("weights.png")`, or log it with `SummaryWriter.add_figure`. Each expert
+has the same color in all figures. matplotlib is imported on the first call; install it with
+`pip install 'moe-lora[plots]'`.
 """
 
 from moe_lora.plots.expert_usage import usage_over_training

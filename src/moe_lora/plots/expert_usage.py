@@ -1,4 +1,4 @@
-"""How a run went."""
+"""Expert usage during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_lora.plots.figures import (
     line_styles,
     new_figure,
     one_per_sample,
-    short,
+    short_name,
     weight_axes,
     weights_of_samples,
 )
@@ -32,22 +32,22 @@ def usage_over_training(
     phases: Mapping[str, float] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw how much every expert was used in the course of a run.
+    """Plot the mean routing weight of every expert during training.
 
     Args:
-        steps: `(N,)`, optimizer steps of the log entries.
-        weights: `(N, E)`, mean routing weights at each (`RoutingStats.mean_weights`).
-        expert_names: the experts, in the order of the weights.
-        entropy: `(N,)`, in [0, 1] (`RoutingStats.entropy`), drawn dotted.
-        phases: the step at which each named phase began, drawn as a vertical line.
-        title: of the picture.
+        steps: `(N,)`, optimizer steps.
+        weights: `(N, E)`, mean routing weights at each step (`RoutingStats.mean_weights`).
+        expert_names: expert names, in the order of the weights.
+        entropy: `(N,)`, in [0, 1] (`RoutingStats.entropy`), drawn as a dotted line.
+        phases: start step by name of phase, drawn as vertical lines.
+        title: title of the figure.
 
     Returns:
-        One line for every expert; a fine dotted one marks 1/E.
+        The figure, one line per expert; a thin dotted line marks 1/E.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
-        ValueError: for shapes that do not fit, or values that are not finite.
+        ModuleNotFoundError: if matplotlib is not installed.
+        ValueError: if shapes do not match, or a value is not finite.
 
     Example:
         >>> figure = usage_over_training([10, 20], [[0.5, 0.5], [0.7, 0.3]], ["a", "b"])
@@ -60,11 +60,11 @@ def usage_over_training(
     axes = weight_axes(figure, "optimizer step")
     colors, styles = expert_colors(expert_names), line_styles(expert_names)
     for index, name in enumerate(expert_names):
-        # Uniform weights lie on top of each other: each line leaves the rims of those below.
+        # Uniform weights coincide: decreasing line widths keep every line visible.
         axes.plot(
             x.tolist(),
             y[:, index].tolist(),
-            label=short(name),
+            label=short_name(name),
             color=colors[name],
             linestyle=styles[name],
             linewidth=2 + (len(expert_names) - 1 - index) * min(1.2, 4 / len(expert_names)),
@@ -74,7 +74,7 @@ def usage_over_training(
         values = one_per_sample(entropy, "entropy")
         if len(values) != len(x):
             raise ValueError(
-                f"Expected `entropy` to have one value for each of the {len(x)} `steps`, but got "
+                f"Expected `entropy` to have one entry for each of {len(x)} steps, but got "
                 f"{len(values)}."
             )
         axes.plot(x.tolist(), values.tolist(), "k:", label="entropy / log E")

@@ -1,4 +1,4 @@
-"""What the pictures have in common: figures, colors, and how numbers come in."""
+"""Figures, colors and input conversion shared by all plots."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colors, which color-blind people tell apart, without yellow and black: yellow is
-# hard to see on white, and black is for what is no expert.
+# The colors of Okabe and Ito, safe for color-blind readers, without yellow, which is hard to see on
+# white, and black, which marks everything except experts.
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 KNOWN = {"removal": PALETTE[0], "background": PALETTE[1], "completion": PALETTE[2]}
 LINE_STYLES = ("-", "--", "-.", ":")
 
 WIDTH, HEIGHT, DPI = 8.0, 4.5, 100
-"""Inches, and pixels per inch: 800 × 450 pixels."""
+"""Default size in inches, and pixels per inch: 800 × 450 pixels."""
 
 
 class SupportsArray(Protocol):
-    """Describe tensors and arrays."""
+    """Tensors and arrays."""
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -32,14 +32,17 @@ Numbers = Sequence[Any] | SupportsArray
 
 
 def new_figure(width: float = WIDTH, height: float = HEIGHT) -> Figure:
-    """Make a figure that belongs to nobody.
+    """Create a figure outside `pyplot`.
 
     Args:
-        width: in inches of 100 pixels.
-        height: likewise.
+        width: width in inches of 100 pixels.
+        height: height in inches of 100 pixels.
+
+    Returns:
+        An empty figure.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -54,31 +57,34 @@ def new_figure(width: float = WIDTH, height: float = HEIGHT) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
-def short(name: str) -> str:
+def short_name(name: str) -> str:
     """Return an expert's name without `_expert`."""
     return name.removesuffix("_expert")
 
 
 def expert_colors(expert_names: Sequence[str]) -> dict[str, str]:
-    """Return the color of every expert, the same in all pictures.
+    """Return the color of every expert, the same in all figures.
 
-    The removal, background and completion expert have colors of their own, whatever their order;
-    others take the rest of seven colors in turn, which color-blind people tell apart.
+    The removal, background and completion experts have fixed colors. Other experts cycle through
+    the remaining colors of a palette of seven that is safe for color-blind readers.
 
     Args:
-        expert_names: of one adapter.
+        expert_names: expert names of one adapter.
+
+    Returns:
+        Hexadecimal color by expert name.
 
     Example:
         >>> expert_colors(["other", "removal_expert"])
         {'other': '#0072B2', 'removal_expert': '#D55E00'}
     """
-    taken = [KNOWN[short(name)] for name in expert_names if short(name) in KNOWN]
+    taken = [KNOWN[short_name(name)] for name in expert_names if short_name(name) in KNOWN]
     free = [color for color in PALETTE if color not in taken]
     colors: dict[str, str] = {}
     others = 0
     for name in expert_names:
-        if short(name) in KNOWN:
-            colors[name] = KNOWN[short(name)]
+        if short_name(name) in KNOWN:
+            colors[name] = KNOWN[short_name(name)]
         else:
             colors[name] = free[others % len(free)]
             others += 1
@@ -86,7 +92,7 @@ def expert_colors(expert_names: Sequence[str]) -> dict[str, str]:
 
 
 def line_styles(expert_names: Sequence[str]) -> dict[str, str]:
-    """Return a line style for every expert: another one each time that the colors start anew."""
+    """Return the line style of every expert; it changes when the colors repeat."""
     return {
         name: LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)]
         for index, name in enumerate(expert_names)
@@ -94,28 +100,31 @@ def line_styles(expert_names: Sequence[str]) -> dict[str, str]:
 
 
 def numbers(values: Numbers, name: str) -> Tensor:
-    """Return values as a float64 tensor on the CPU.
+    """Convert values to a float64 tensor on the CPU.
 
     Args:
-        values: a tensor, an array, or a list of numbers, of lists or of tensors of one shape.
-        name: of the argument, for errors.
+        values: a tensor, an array, or a list of numbers, lists or tensors of one shape.
+        name: name of the argument for error messages.
+
+    Returns:
+        The values, detached.
 
     Raises:
-        ValueError: for values that are not finite.
+        ValueError: if a value is not finite.
     """
     if isinstance(values, Sequence) and values and isinstance(values[0], Tensor):
         values = torch.stack(list(values))
     tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     if not tensor.isfinite().all():
-        raise ValueError(f"Expected `{name}` to be finite, but got NaN or inf in it.")
+        raise ValueError(f"Expected `{name}` to be finite, but got NaN or infinite values.")
     return tensor
 
 
 def one_per_sample(values: Numbers, name: str) -> Tensor:
-    """Return values as `(N,)`, N > 0.
+    """Convert values to `(N,)`, N > 0.
 
     Raises:
-        ValueError: for another shape, or no values.
+        ValueError: if the shape is not (N,), or N is 0.
     """
     tensor = numbers(values, name)
     if tensor.ndim != 1 or len(tensor) == 0:
@@ -126,15 +135,15 @@ def one_per_sample(values: Numbers, name: str) -> Tensor:
 
 
 def weights_of_samples(weights: Numbers, samples: int, expert_names: Sequence[str]) -> Tensor:
-    """Return routing weights as `(N, E)`; token weights become their mean over the tokens.
+    """Convert routing weights to `(N, E)`, averaging token-level weights over the tokens.
 
     Args:
         weights: `(N, E)` or `(N, T, E)`.
-        samples: N.
-        expert_names: the E experts.
+        samples: number of samples N.
+        expert_names: names of the E experts.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: if the shape is another.
     """
     tensor, experts = numbers(weights, "weights"), len(expert_names)
     if tensor.ndim == 3:
@@ -148,7 +157,7 @@ def weights_of_samples(weights: Numbers, samples: int, expert_names: Sequence[st
 
 
 def weight_axes(figure: Figure, xlabel: str) -> Axes:
-    """Add axes whose height is a routing weight in [0, 1]."""
+    """Add axes with routing weights in [0, 1] on the y axis."""
     axes = figure.add_subplot()
     axes.set(xlabel=xlabel, ylabel="mean routing weight", ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
@@ -157,7 +166,7 @@ def weight_axes(figure: Figure, xlabel: str) -> Axes:
 
 
 def add_legend(figure: Figure, axes: Axes, title: str | None) -> None:
-    """Put title and legend above the axes, where they cover no data."""
+    """Add a title and a legend above the axes."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles,
@@ -171,12 +180,12 @@ def add_legend(figure: Figure, axes: Axes, title: str | None) -> None:
 
 
 def draw_uniform(axes: Axes, experts: int) -> None:
-    """Draw where all weights would lie if no expert were preferred."""
+    """Draw a line at the uniform weight 1/E."""
     axes.axhline(1 / experts, color="black", linewidth=0.8, alpha=0.5, linestyle=(0, (1, 3)))
 
 
 def draw_phases(axes: Axes, phases: Mapping[str, float]) -> None:
-    """Draw where phases of a run begin; a name that would cover another is put above it."""
+    """Draw a line at the start of each phase, with names in rows that do not overlap."""
     for start in phases.values():
         axes.axvline(start, color="gray", linewidth=1)
     low, high = axes.get_xlim()

@@ -1,4 +1,4 @@
-"""Routing weights over what the router may have read."""
+"""Scatter plots of routing weights against mask properties and noise level."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_lora.plots.figures import (
     line_styles,
     new_figure,
     one_per_sample,
-    short,
+    short_name,
     weight_axes,
     weights_of_samples,
 )
@@ -35,29 +35,32 @@ def weights_by_area(
     *,
     title: str | None = None,
 ) -> Figure:
-    """Draw samples' routing weights over the area of their masks.
+    """Plot routing weights against the area of the mask.
 
-    A point is a sample; a line goes through the means of groups of equally many samples, and the
-    band around it is one standard deviation in the group.
+    Points are samples. Lines connect the means of groups with equal numbers of samples; bands show
+    one standard deviation within a group.
 
     Args:
-        area: `(N,)`, masked share of the picture in [0, 1]; or the analyzed masks.
-        weights: `(N, E)`, or `(N, T, E)`, whose mean over the tokens is drawn.
-        expert_names: the experts, in the order of the weights.
-        title: of the picture.
+        area: `(N,)`, masked share of the image in [0, 1]; or the `MaskInfo`.
+        weights: `(N, E)`, routing weights in [0, 1]; or `(N, T, E)`, averaged over the tokens.
+        expert_names: expert names, in the order of the weights.
+        title: title of the figure.
+
+    Returns:
+        The figure.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
-        ValueError: for shapes that do not fit, or values that are not finite.
+        ModuleNotFoundError: if matplotlib is not installed.
+        ValueError: if shapes do not match, or a value is not finite.
 
     Example:
         >>> figure = weights_by_area([0.1, 0.3], [[0.9, 0.1], [0.2, 0.8]], ["a", "b"])
         >>> figure.axes[0].get_xlabel()
-        'masked share of the picture, %'
+        'masked share of the image, %'
     """
     values = area.area_ratio if isinstance(area, MaskInfo) else area
     x = 100 * one_per_sample(values, "area")
-    return _relation(x, weights, expert_names, "masked share of the picture, %", title)
+    return _scatter(x, weights, expert_names, "masked share of the image, %", title)
 
 
 def weights_by_edge_complexity(
@@ -67,60 +70,66 @@ def weights_by_edge_complexity(
     *,
     title: str | None = None,
 ) -> Figure:
-    """Draw samples' routing weights over how ragged their masks are.
+    """Plot routing weights against the edge complexity of the mask.
 
     Args:
-        edge_complexity: `(N,)`, in [0, 1], 0 for a disk; or the analyzed masks.
-        weights: as in `weights_by_area`, and so is what is drawn.
-        expert_names: the experts, in the order of the weights.
-        title: of the picture.
+        edge_complexity: `(N,)`, in [0, 1], 0 for a disk; or the `MaskInfo`.
+        weights: see `weights_by_area`.
+        expert_names: expert names, in the order of the weights.
+        title: title of the figure.
+
+    Returns:
+        The figure; see `weights_by_area`.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
-        ValueError: for shapes that do not fit, or values that are not finite.
+        ModuleNotFoundError: if matplotlib is not installed.
+        ValueError: if shapes do not match, or a value is not finite.
     """
     if isinstance(edge_complexity, MaskInfo):
         edge_complexity = edge_complexity.edge_complexity
     x = one_per_sample(edge_complexity, "edge_complexity")
     label = "edge complexity of the mask (0 = disk, 1 = ragged)"
-    return _relation(x, weights, expert_names, label, title)
+    return _scatter(x, weights, expert_names, label, title)
 
 
 def weights_over_sigma(
     sigma: Numbers, weights: Numbers, expert_names: Sequence[str], *, title: str | None = None
 ) -> Figure:
-    """Draw routing weights over the noise level at which they were decided.
+    """Plot routing weights against the noise level.
 
     Args:
-        sigma: `(N,)`, in [0, 1]; 1 is pure noise.
-        weights: as in `weights_by_area`, and so is what is drawn.
-        expert_names: the experts, in the order of the weights.
-        title: of the picture.
+        sigma: `(N,)`, noise levels in [0, 1]; 1 is pure noise.
+        weights: see `weights_by_area`.
+        expert_names: expert names, in the order of the weights.
+        title: title of the figure.
+
+    Returns:
+        The figure; see `weights_by_area`.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
-        ValueError: for shapes that do not fit, or values that are not finite.
+        ModuleNotFoundError: if matplotlib is not installed.
+        ValueError: if shapes do not match, or a value is not finite.
     """
     x = one_per_sample(sigma, "sigma")
-    label = "noise level σ (0 = picture, 1 = pure noise)"
-    return _relation(x, weights, expert_names, label, title)
+    label = "noise level σ (0 = image, 1 = pure noise)"
+    return _scatter(x, weights, expert_names, label, title)
 
 
 def groups_of(x: Tensor) -> list[Tensor]:
-    """Split samples into groups of neighbors, as equal in size as can be.
+    """Split samples into groups of similar x and nearly equal size.
 
     Args:
         x: `(N,)`.
 
     Returns:
-        Indices of every group, in the order of `x`; at most `MOST_GROUPS` groups, none of fewer
-        than `SMALLEST_GROUP` samples unless there is only one.
+        Indices of every group, by increasing `x`; at most `MOST_GROUPS` groups, none of fewer
+        than `SMALLEST_GROUP` samples, unless there is a single group.
     """
     count = max(1, min(MOST_GROUPS, len(x) // SMALLEST_GROUP))
     return list(torch.tensor_split(x.argsort(stable=True), count))
 
 
-def _relation(
+def _scatter(
     x: Tensor, weights: Numbers, expert_names: Sequence[str], xlabel: str, title: str | None
 ) -> Figure:
     y = weights_of_samples(weights, len(x), expert_names)
@@ -132,7 +141,7 @@ def _relation(
     centers = [float(x[group].mean()) for group in groups]
     for index, name in enumerate(expert_names):
         column, color = y[:, index], colors[name]
-        # Many points are to look like a cloud, and few are to be seen.
+        # Opacity decreases with the number of points, so that density stays visible.
         alpha = min(0.6, max(0.15, 40 / len(x)))
         axes.scatter(x.tolist(), column.tolist(), s=14, alpha=alpha, color=color, edgecolors="none")
         means = torch.stack([column[group].mean() for group in groups])
@@ -153,7 +162,7 @@ def _relation(
             linewidth=2,
             marker="o",
             markersize=4,
-            label=short(name),
+            label=short_name(name),
         )
     draw_uniform(axes, len(expert_names))
     add_legend(figure, axes, title)

@@ -1,4 +1,4 @@
-"""What each expert is for."""
+"""Heat map of expert specialization."""
 
 from __future__ import annotations
 
@@ -6,30 +6,34 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from moe_lora.ablation.expert_specialization import Specialization
-from moe_lora.plots.figures import WIDTH, expert_colors, new_figure, short
+from moe_lora.plots.figures import WIDTH, expert_colors, new_figure, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from moe_lora.ablation import Specialization
+
 DARK = 0.65
-"""Beyond this share of the largest rise a cell is too dark for black letters."""
+"""Share of the largest rise above which a cell needs white text."""
 
 
 def specialization_matrix(found: Specialization, *, title: str | None = None) -> Figure:
-    """Draw what `moe_lora.ablation.specialization` found as a heat map.
+    """Draw the result of `moe_lora.ablation.specialization` as a heat map.
 
-    A cell holds the rise of a component without an expert, ± its standard deviation. Its color is
-    the rise over the largest rise or fall of the component, since components differ in unit and
-    size. A frame marks the component that an expert is meant for.
+    Each cell shows the rise of a component without an expert ± its standard deviation. Colors are
+    normalized by the largest absolute rise of each component, since components have different
+    units. A frame marks the component of each expert.
 
     Args:
-        found: rises of experts and components.
-        title: of the picture; the diagonal share by default, where there is one.
+        found: specialization of the experts.
+        title: title of the figure; the diagonal share by default, if there is one.
+
+    Returns:
+        The figure.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
     experts, components = found.rises.shape
     figure = new_figure(max(WIDTH, 2.6 + 1.1 * components), 1.7 + 0.75 * experts)
@@ -56,7 +60,9 @@ def _label(axes: Axes, found: Specialization) -> None:
     axes.set_xticks(
         range(len(found.component_names)), [f"{name}\n{value:.4g}" for name, value in baseline]
     )
-    axes.set_yticks(range(len(found.expert_names)), [short(name) for name in found.expert_names])
+    axes.set_yticks(
+        range(len(found.expert_names)), [short_name(name) for name in found.expert_names]
+    )
     colors = expert_colors(found.expert_names)
     for name, label in zip(found.expert_names, axes.get_yticklabels(), strict=True):
         label.set_color(colors[name])
