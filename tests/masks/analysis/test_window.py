@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_lora.masks.analysis.window import bounding_box, window_around
+from moe_lora.masks.analysis.window import window_around
 
 
 def test_resampling_is_the_area_average() -> None:
@@ -34,8 +34,3 @@ def test_cells_outside_the_image_are_known() -> None:
     in_image = window.in_image[0, 0]
     assert in_image.shape == (12, 12)
     assert in_image.sum() == 32
-
-
-def test_box_of_nothing_is_zero() -> None:
-    nothing = torch.zeros(1, 6)
-    assert bounding_box(nothing, nothing, 0.5).tolist() == [[0, 0, 0, 0]]

@@ -117,9 +117,9 @@ def test_no_gradient_and_float32_out_of_half_precision() -> None:
     ("arguments", "message"),
     [
         ({"probabilities": {"smear": 0.5}}, r"but got \['smear'\]"),
-        ({"probabilities": {"box": -0.1}}, "to be >= 0 and of a sum <= 1"),
+        ({"probabilities": {"box": -0.1}}, "to be >= 0 with a sum <= 1"),
         ({"probabilities": {"box": 0.7, "erode": 0.7}}, r"but got \[0.7, 0.7\]"),
-        ({"probabilities": {"box": float("nan")}}, "of a sum <= 1"),
+        ({"probabilities": {"box": float("nan")}}, "with a sum <= 1"),
         ({"max_area": 0.0}, "Expected `max_area`"),
         ({"max_area": 70}, "Expected `max_area`"),
     ],

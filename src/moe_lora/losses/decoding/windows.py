@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lora.masks import check_mask
-from moe_lora.masks.analysis.window import bounding_box
+from moe_lora.masks.analysis.area import bounding_box
 from moe_lora.masks.validation import check_integer, check_size
 
 _VISIBLE = 0.05

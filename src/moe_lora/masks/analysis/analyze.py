@@ -1,4 +1,4 @@
-"""Everything the router and the losses want to know about a batch of masks."""
+"""Analysis of a batch of masks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lora.masks.analysis import contour, topology
+from moe_lora.masks.analysis.area import area_ratio, bounding_box
 from moe_lora.masks.analysis.detail import detail_complexity
 from moe_lora.masks.analysis.info import MaskInfo
-from moe_lora.masks.analysis.window import bounding_box, window_around
+from moe_lora.masks.analysis.window import window_around
 from moe_lora.masks.validation import check_image, check_mask, check_size, mark_checked
 
 _LATENT = 8
@@ -20,29 +21,29 @@ _VISIBLE = 0.05
 def analyze(
     mask: Tensor, image: Tensor | None = None, *, latent_size: tuple[int, int] | None = None
 ) -> MaskInfo:
-    """Describe a batch of masks by numbers.
+    """Compute the area, contour, topology and surroundings of each mask.
 
-    All samples are handled at once and independently, in float32, without autocast. The numbers
-    that depend on shape are taken in a square window around each mask, so that they stay the
-    same when it moves, turns by 90 degrees or is scaled; detail finer than 1/112 of the mask's
-    longer side is averaged out. The window holds all values of at least 0.05 (the whole image if
-    there are none). Gradients flow from every float result but `bbox` to `mask` and `image`, and
-    are finite; where a score is clamped (the edge complexity of a disk) they are zero.
+    Samples are batched but independent, computed in float32 without autocast. Shape properties are
+    computed in a square window around each mask, so that they are invariant to translation,
+    rotation by 90 degrees and scale; detail finer than 1/112 of the mask's longer side is averaged
+    out. The window contains all values of at least 0.05, or the whole image if there is none.
+    All float fields have finite gradients to `mask` and `image`; the gradient of a clamped value,
+    such as the edge complexity of a disk, is zero.
 
     Args:
-        mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove. Soft values are used as they
-            are, except that `bbox` and `has_occlusion` see `mask >= 0.5`.
-        image: `(B, 3, H, W)`, in [0, 1]; without it there is no `detail_complexity`.
-        latent_size: `(h, w)` of `mask_latent`; `(H / 8, W / 8)` rounded up by default.
+        mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove. `bbox` and `has_occlusion`
+            threshold soft values at 0.5.
+        image: `(B, 3, H, W)`, in [0, 1]; required for `detail_complexity`.
+        latent_size: `(h, w)` of `mask_latent`; `(H / 8, W / 8)`, rounded up, by default.
 
     Returns:
-        The `MaskInfo`. The rules of `edge_complexity`, `boundary_smoothness`, `has_occlusion`
-        and `detail_complexity` are stated at `moe_lora.masks.analysis.contour.edge_complexity`,
-        `contour.boundary_smoothness`, `topology.has_occlusion` and `detail.detail_complexity`.
+        The `MaskInfo`. For definitions see `moe_lora.masks.analysis.contour.edge_complexity` and
+        `boundary_smoothness`, `moe_lora.masks.analysis.topology.has_occlusion` and
+        `moe_lora.masks.analysis.detail.detail_complexity`.
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, see `check_mask`; `image` does not fit it, or
-            `latent_size` is not two integers >= 1.
+        TypeError, ValueError: if `mask` is invalid, see `check_mask`, `image` has another
+            size, or `latent_size` is not two integers >= 1.
 
     Example:
         >>> y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
@@ -55,7 +56,7 @@ def analyze(
         >>> info.has_occlusion.tolist()
         [False, False, True]
     """
-    # A copy: a later change of the caller's mask must not reach a part of what is known about it.
+    # A copy: in-place changes of the caller's mask must not make the fields inconsistent.
     mask = mark_checked(check_mask(mask).clone())
     height, width = mask.shape[2:]
     default_size = (-(-height // _LATENT), -(-width // _LATENT))
@@ -75,7 +76,7 @@ def analyze(
         return MaskInfo(
             mask=mask,
             mask_latent=F.adaptive_avg_pool2d(mask, size),
-            area_ratio=mask.mean((1, 2, 3)).clamp(0, 1),
+            area_ratio=area_ratio(mask),
             edge_complexity=contour.edge_complexity(mask, gradient, window, visible),
             boundary_smoothness=contour.boundary_smoothness(mask, gradient, window),
             has_occlusion=topology.has_occlusion(inside, coarse),

@@ -1,4 +1,4 @@
-"""The shape of a mask's contour: how long it is for its area, and how quickly it turns."""
+"""Contour of a mask: edge complexity and boundary smoothness."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _TINY = 1e-4
 
 
 def contour_gradient(mask: Tensor, window: Window) -> Tensor:
-    """Take the Sobel gradient of the lightly blurred mask, per cell of the window.
+    """Compute the Sobel gradient of the slightly blurred mask, per cell of the window.
 
     Args:
         mask: `(B, 1, H, W)`, float32, in [0, 1].
-        window: around the mask.
+        window: window around the mask.
 
     Returns:
-        `(B, 2, cells, cells)`, the derivatives in x and y per cell; zero outside the image, whose
-        border is no contour.
+        `(B, 2, cells, cells)`, derivatives in x and y per cell; zero outside the image, whose
+        border is not part of the contour.
     """
     cells = gaussian_blur2d(window.resample(mask), (3, 3), (_ANTIALIAS, _ANTIALIAS), "replicate")
     gradient: Tensor = spatial_gradient(cells, mode="sobel")[:, 0]
@@ -34,22 +34,23 @@ def contour_gradient(mask: Tensor, window: Window) -> Tensor:
 
 
 def edge_complexity(mask: Tensor, gradient: Tensor, window: Window, bbox: Tensor) -> Tensor:
-    """Measure how much longer a contour is than it need be.
+    """Compute the edge complexity, the excess length of the contour.
 
-    `c = 1 - max(sqrt(4 pi A / k) / P, |integral of grad m| / P)`, clamped to [0, 1], with the
-    area `A` and the length of the contour `P = integral of |grad m|`. The first term is the
-    isoperimetric ratio, 1 for a disk. `k` continues a mask that is cut by the image's border as
-    a mirror would: `k = k_x * k_y`, where `k_x = 1 + |left - right|` with the shares of the
-    mask's height that lie on the left and right border, and so for `k_y`; a half disk on the
-    border and a quarter disk in a corner are disks. The second term is chord over length of a
-    contour from border to border, 1 where it is straight, and 0 for closed contours. A mask of
-    one or a few pixels has no shape and gives 0.
+    c = 1 - max(sqrt(4 pi A / k) / P, |integral of grad m| / P), clamped to [0, 1], with the area A
+    and the contour length P = integral of |grad m|
+
+    The first term is the isoperimetric ratio, 1 for a disk. The factor k = k_x * k_y mirrors masks
+    that are cut by the image's border: k_x = 1 + |left - right|, with the shares of the mask's
+    height on the left and right border, and k_y correspondingly. A half disk at the border and a
+    quarter disk in a corner therefore count as disks. The second term is the chord-to-length ratio
+    of a contour from border to border, 1 for a straight line and 0 for closed contours. Masks of
+    a few pixels give 0.
 
     Args:
         mask: `(B, 1, H, W)`, float32, in [0, 1].
         gradient: `(B, 2, cells, cells)`, from `contour_gradient`.
-        window: around the mask.
-        bbox: `(B, 4)`, `(x0, y0, x1, y1)` in pixels, non-empty.
+        window: window around the mask.
+        bbox: `(B, 4)`, `(x0, y0, x1, y1)` in pixels, not empty.
 
     Returns:
         `(B,)`, float32 in [0, 1].
@@ -63,20 +64,21 @@ def edge_complexity(mask: Tensor, gradient: Tensor, window: Window, bbox: Tensor
 
 
 def boundary_smoothness(mask: Tensor, gradient: Tensor, window: Window) -> Tensor:
-    """Measure how well neighboring pieces of the contour agree in direction.
+    """Compute the boundary smoothness, the directional coherence of the contour.
 
-    `s = C - C_disk + 1`, clamped to [0, 1], with the coherence `C = sum(l1 - l2) / sum(l1 + l2)`
-    of the eigenvalues of the structure tensor `G * (grad m grad m^T)`, `G` a Gaussian of 2.5
-    cells, about 2 % of the mask's longer side (never less than 2.5 pixels). `C` is 1 where the
-    contour is straight within `G`. `C_disk = exp(-2 * 2.5^2 / r^2)` is what a disk of the same
-    area has, `r` its radius in cells: a small mask is not rough for turning once around. A long
-    smooth shape has a high `edge_complexity` and a high smoothness. A mask without contour
+    s = C - C_disk + 1, clamped to [0, 1], with the coherence C = sum(l1 - l2) / sum(l1 + l2) of the
+    eigenvalues l1, l2 of the structure tensor G * (grad m grad m^T)
+
+    G is a Gaussian of 2.5 cells, about 2 % of the mask's longer side and at least 2.5 pixels. C is
+    1 for a contour that is straight within G. C_disk = exp(-2 * 2.5^2 / r^2) is the coherence of a
+    disk of the same area with radius r in cells, and corrects for the curvature of small masks. A
+    long smooth shape has a high edge complexity and a high smoothness. A mask without a contour
     gives 1.
 
     Args:
         mask: `(B, 1, H, W)`, float32, in [0, 1].
         gradient: `(B, 2, cells, cells)`, from `contour_gradient`.
-        window: around the mask.
+        window: window around the mask.
 
     Returns:
         `(B,)`, float32 in [0, 1].

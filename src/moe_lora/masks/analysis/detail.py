@@ -1,4 +1,4 @@
-"""How much fine detail surrounds a mask."""
+"""Detail complexity of the surroundings of a mask."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _TINY = 1e-6
 
 
 def detail_complexity(mask: Tensor, image: Tensor) -> Tensor:
-    """Measure the fine detail of the image around a mask.
+    """Compute the fine detail of the image around a mask.
 
-    `d = e / (e + 0.008)`, where `e` is the mean of `|Laplacian(luma)|` (3 x 3, weights summing to
-    1 in absolute value) over the surroundings: the pixels outside the mask whose Laplacian reads
-    none of it, in the blocks of 1/32 of the image's longer side that are at most two blocks away
-    from a masked one. What lies under the mask, the object to remove, has no influence. 0.008 is
-    the mean of `e` over photographs of 128 to 512 pixels, so that an ordinary surrounding gives
-    about 0.5. An empty mask, and one without surroundings, gives 0.
+    d = e / (e + 0.008), e = mean over the surroundings of |Laplacian(luma)|
+
+    The 3 x 3 Laplacian is normalized to a sum of absolute weights of 1. The surroundings are the
+    pixels whose Laplacian reads no masked pixel, in blocks of 1/32 of the image's longer side at
+    most two blocks away from a masked block. The object under the mask has no influence. 0.008 is
+    the mean of e over photographs of 128 to 512 pixels, so that typical surroundings give about
+    0.5. Masks that are empty or have no surroundings give 0.
 
     Args:
         mask: `(B, 1, H, W)`, float32, in [0, 1]; 1 = remove.
@@ -33,7 +34,7 @@ def detail_complexity(mask: Tensor, image: Tensor) -> Tensor:
     """
     luma = torch.einsum("bchw,c->bhw", image, image.new_tensor(_LUMA))[:, None]
     energy = laplacian(luma, 3, border_type="replicate").abs()
-    weight = (1 - _grow(mask)).clamp(0, 1)
+    weight = (1 - _dilate_3x3(mask)).clamp(0, 1)
     height, width = mask.shape[2:]
     block = max(1, max(height, width) // _GRID)
     blocks = (-(-height // block), -(-width // block))
@@ -46,8 +47,8 @@ def detail_complexity(mask: Tensor, image: Tensor) -> Tensor:
     return mean / (mean + _TYPICAL)
 
 
-def _grow(mask: Tensor) -> Tensor:
-    """Return the greatest value of each 3 x 3 neighborhood, faster than pooling on a CPU."""
+def _dilate_3x3(mask: Tensor) -> Tensor:
+    """Return the maximum of each 3 x 3 neighborhood; faster than max pooling on CPUs."""
     padded = F.pad(mask, (1, 1, 1, 1))
     for dim in (2, 3):
         size = mask.shape[dim]

@@ -1,4 +1,4 @@
-"""What is known about a batch of masks."""
+"""Result of the mask analysis."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from moe_lora.masks.validation import is_checked, mark_checked
 
 @dataclass(frozen=True, eq=False)
 class MaskInfo:
-    """Hold the results of `analyze`, one entry per sample.
+    """Properties of a batch of masks, the output of `analyze`.
 
     Args:
         mask: `(B, 1, H, W)`, float32 in [0, 1], pixel space; 1 = remove.
-        mask_latent: `(B, 1, h, w)`, float32 in [0, 1], the mask's area average per latent pixel.
-        area_ratio: `(B,)`, float32 in [0, 1], the masked share of the image.
-        edge_complexity: `(B,)`, float32 in [0, 1]; 0 for a disk, towards 1 for ragged contours.
-        boundary_smoothness: `(B,)`, float32 in [0, 1]; 1 for contours that turn slowly.
-        has_occlusion: `(B,)`, bool; holes or several parts.
-        bbox: `(B, 4)`, int64, `(x0, y0, x1, y1)` in pixels, the end exclusive; zeros if empty.
-        detail_complexity: `(B,)`, float32 in [0, 1], or None where no image was given.
+        mask_latent: `(B, 1, h, w)`, float32 in [0, 1], the mean of the mask over each latent pixel.
+        area_ratio: `(B,)`, float32 in [0, 1], masked share of the image.
+        edge_complexity: `(B,)`, float32 in [0, 1]; 0 for a disk, close to 1 for ragged contours.
+        boundary_smoothness: `(B,)`, float32 in [0, 1]; 1 for smooth contours.
+        has_occlusion: `(B,)`, bool; whether the mask has holes or several parts.
+        bbox: `(B, 4)`, int64, `(x0, y0, x1, y1)` in pixels, end exclusive; zeros if empty.
+        detail_complexity: `(B,)`, float32 in [0, 1], or None without an image.
 
     Example:
         >>> from moe_lora.masks import analyze
@@ -46,14 +46,14 @@ class MaskInfo:
     detail_complexity: Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MaskInfo:
-        """Copy every tensor to a device.
+        """Move every tensor to a device.
 
         Args:
-            device: where to.
-            non_blocking: as for `torch.Tensor.to`.
+            device: target device.
+            non_blocking: see `torch.Tensor.to`.
 
         Returns:
-            A new `MaskInfo`; tensors already on `device` are shared with this one.
+            A new `MaskInfo`; tensors that are already on `device` are shared.
 
         Example:
             >>> from moe_lora.masks import analyze
@@ -63,7 +63,7 @@ class MaskInfo:
         return self._map(lambda value: value.to(device, non_blocking=non_blocking))
 
     def select(self, index: Tensor) -> MaskInfo:
-        """Select samples, in any order and number.
+        """Select samples by index, with repetition.
 
         Args:
             index: `(N,)`, integers in [0, B).
@@ -80,15 +80,15 @@ class MaskInfo:
         return self._map(lambda value: value[index.to(value.device)])
 
     def copy(self) -> MaskInfo:
-        """Copy every tensor; gradients reach the originals."""
+        """Clone every tensor, with gradient to the originals."""
         return self._map(torch.clone)
 
     def features(self) -> Tensor:
-        """Stack the numbers that a router reads.
+        """Stack the properties that routers use as features.
 
         Returns:
             `(B, 5)`, float32 in [0, 1]: area_ratio, edge_complexity, boundary_smoothness,
-            has_occlusion as 0.0/1.0, and detail_complexity, 0.0 where no image was given.
+            has_occlusion as 0.0/1.0, and detail_complexity, 0.0 without an image.
 
         Example:
             >>> from moe_lora.masks import analyze
@@ -105,12 +105,12 @@ class MaskInfo:
         )
         return torch.stack([number.float() for number in numbers], dim=1)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> MaskInfo:
-        """Apply a function that keeps values to every tensor."""
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MaskInfo:
+        """Apply a function that preserves values to every tensor."""
         changed: dict[str, Tensor | None] = {}
         for field in fields(self):
             value: Tensor | None = getattr(self, field.name)
-            changed[field.name] = None if value is None else change(value)
+            changed[field.name] = None if value is None else function(value)
         info = MaskInfo(**changed)  # type: ignore[arg-type]
         if is_checked(self.mask):
             mark_checked(info.mask)

@@ -1,8 +1,8 @@
-"""Masks as users draw them: too tight, too loose, boxes, ovals and brush strokes.
+"""Mask augmentations: morphology, convex hulls, boxes, ellipses and brush strokes.
 
-All functions are batched and without gradient, see `mask >= 0.5`, return zeros and ones, and leave
-an empty mask empty. They draw nothing at random: their parameters may be one number, or one for
-each sample. `augment` draws what is done and how much.
+All functions are batched, threshold masks at 0.5, return zeros and ones without gradient, and keep
+empty masks empty. They are deterministic; parameters are scalars or one value per sample. `augment`
+samples an augmentation and its parameters at random.
 """
 
 from __future__ import annotations

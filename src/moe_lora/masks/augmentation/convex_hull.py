@@ -1,4 +1,4 @@
-"""The convex hull of a mask."""
+"""Convex hull of a mask."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ _ROUNDING = 1e-6
 def convex_hull(mask: Tensor) -> Tensor:
     """Fill the convex hull of each mask.
 
-    The pixels whose middles are in the convex hull of the middles of the masked pixels, exactly.
-    In each row only the first and the last masked pixel count; the hull's sides are the convex
-    envelope of the first ones and the concave one of the last ones. Takes memory for
-    B * H² numbers.
+    A pixel is inside if its center is in the convex hull of the centers of the masked pixels. The
+    left side of the hull is the convex envelope of the first masked pixel of each row, the right
+    side the concave envelope of the last one. Memory is proportional to B * H².
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
@@ -25,7 +24,7 @@ def convex_hull(mask: Tensor) -> Tensor:
         `(B, 1, H, W)`, float32, 0.0 or 1.0.
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, see `check_mask`.
+        TypeError, ValueError: if `mask` is invalid, see `moe_lora.masks.check_mask`.
 
     Example:
         >>> corners = torch.zeros(1, 1, 3, 3)
@@ -37,25 +36,25 @@ def convex_hull(mask: Tensor) -> Tensor:
     """
     inside = binary(mask)[:, 0] > 0
     width = inside.shape[2]
-    place = torch.arange(width, device=inside.device, dtype=torch.float64)
+    position = torch.arange(width, device=inside.device, dtype=torch.float64)
     occupied = inside.any(2)
-    first = torch.where(inside, place, torch.inf).amin(2)
-    last = torch.where(inside, place, -torch.inf).amax(2)
+    first = torch.where(inside, position, torch.inf).amin(2)
+    last = torch.where(inside, position, -torch.inf).amax(2)
     left = _convex_envelope(first, occupied)[..., None]
     right = -_convex_envelope(-last, occupied)[..., None]
-    filled = (place >= left - _ROUNDING) & (place <= right + _ROUNDING)
+    filled = (position >= left - _ROUNDING) & (position <= right + _ROUNDING)
     return filled.float()[:, None]
 
 
 def _convex_envelope(values: Tensor, known: Tensor) -> Tensor:
-    """Return the greatest convex function of the row that is nowhere above the known values.
+    """Compute the convex envelope, the largest convex function of the row below all known values.
 
     Args:
-        values: `(B, H)`, float64, one a row.
-        known: `(B, H)`, bool, where they count.
+        values: `(B, H)`, float64, one value per row.
+        known: `(B, H)`, bool, rows with a value.
 
     Returns:
-        `(B, H)`, float64; infinite in rows before the first and after the last known one.
+        `(B, H)`, float64; infinite before the first and after the last known row.
     """
     height = values.shape[1]
     row = torch.arange(height, device=values.device)
@@ -63,7 +62,7 @@ def _convex_envelope(values: Tensor, known: Tensor) -> Tensor:
     start = known.int().argmax(1, keepdim=True)
     corner = torch.zeros_like(known).scatter_(1, start, known.gather(1, start))
     jump = after
-    for _ in range(height.bit_length()):  # every round doubles the corners that are found
+    for _ in range(height.bit_length()):  # every round doubles the number of corners
         corner = corner | _marked(jump, corner)
         jump = jump.gather(1, jump)
     before = torch.where(corner, row, -1).cummax(1).values
@@ -77,14 +76,14 @@ def _convex_envelope(values: Tensor, known: Tensor) -> Tensor:
 
 
 def _next_corner(values: Tensor, known: Tensor) -> Tensor:
-    """Return for every row the later known one to which the line is least steep, or itself."""
+    """Return, for every row, the later known row with the smallest slope, or the row itself."""
     height = values.shape[1]
     row = torch.arange(height, device=values.device)
     distance = (row[None, :] - row[:, None]).clamp(min=1)
     later = (row[None, :] > row[:, None]) & known[:, None, :] & known[:, :, None]
     rise = values[:, None, :] - values[:, :, None]
     slope = torch.where(later, rise / distance, torch.inf)
-    # Among equal slopes the farthest, so that no corner lies on a side.
+    # The farthest row of equal slopes, so that no corner lies on a side.
     least = slope.amin(2, keepdim=True)
     best = later & (slope <= least + _ROUNDING * 1e-3)
     farthest = torch.where(best, row, -1).amax(2)
@@ -92,6 +91,6 @@ def _next_corner(values: Tensor, known: Tensor) -> Tensor:
 
 
 def _marked(target: Tensor, flags: Tensor) -> Tensor:
-    """Mark the targets of the flagged rows."""
+    """Return flags at the targets of flagged rows."""
     marks = torch.zeros(flags.shape, dtype=torch.int64, device=flags.device)
     return marks.scatter_reduce(1, target, flags.long(), "amax") > 0

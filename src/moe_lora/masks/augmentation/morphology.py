@@ -1,4 +1,4 @@
-"""Masks that are too loose or too tight."""
+"""Dilation and erosion of masks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from moe_lora.masks.distance import distance_to_mask
 
 
 def dilate(mask: Tensor, radius: float | Tensor) -> Tensor:
-    """Enlarge masks by a disk.
+    """Dilate masks by a disk.
 
-    1 where a masked pixel is at most `radius` away, between the middles of pixels. It is done by
-    distances, since a neighborhood of each pixel, as in `kornia.morphology.dilation`, takes
-    (2 * radius + 1)² times the memory and one radius for all.
+    out = [distance to the nearest masked pixel <= radius], between pixel centers
+
+    Distances replace the structuring element of `kornia.morphology.dilation`, which needs
+    (2 * radius + 1)² times the memory and one radius for the batch.
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        radius: pixels, >= 0; a number or `(B,)`.
+        radius: radius of the disk in pixels, >= 0; a scalar or `(B,)`.
 
     Returns:
         `(B, 1, H, W)`, float32, 0.0 or 1.0.
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, or `radius` is negative or of another shape.
+        TypeError, ValueError: if `mask` is invalid, or `radius` is negative or of another shape.
 
     Example:
         >>> import torch
@@ -40,19 +41,21 @@ def dilate(mask: Tensor, radius: float | Tensor) -> Tensor:
 
 
 def erode(mask: Tensor, radius: float | Tensor) -> Tensor:
-    """Shrink masks by a disk.
+    """Erode masks by a disk.
 
-    1 where no pixel outside the mask is at most `radius` away. The border of the image is no edge.
+    out = [distance to the nearest pixel outside the mask > radius], between pixel centers
+
+    The border of the image is not an edge.
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        radius: pixels, >= 0; a number or `(B,)`.
+        radius: radius of the disk in pixels, >= 0; a scalar or `(B,)`.
 
     Returns:
-        `(B, 1, H, W)`, float32, 0.0 or 1.0; empty where the mask is too thin.
+        `(B, 1, H, W)`, float32, 0.0 or 1.0; empty if the mask is too thin.
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, or `radius` is negative or of another shape.
+        TypeError, ValueError: if `mask` is invalid, or `radius` is negative or of another shape.
 
     Example:
         >>> import torch
@@ -67,5 +70,5 @@ def erode(mask: Tensor, radius: float | Tensor) -> Tensor:
 
 
 def _limit(reach: Tensor) -> int:
-    """Return a limit that tells `<= reach` from more."""
+    """Return a distance limit above every radius."""
     return math.floor(reach.max().item()) + 1

@@ -1,4 +1,4 @@
-"""Draw an augmentation for every mask of a batch."""
+"""Random augmentation of every mask of a batch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from moe_lora.masks.augmentation.strokes import strokes
 from moe_lora.masks.validation import check_mask
 
 _NUMBERS = 9
-"""Random numbers for each sample: what is done, and eight for how it is done."""
+"""Random numbers per sample: one for the augmentation, eight for its parameters."""
 
 Apply = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From masks `(B, 1, H, W)`, the shorter side of their boxes `(B,)`, and numbers `(B, 8)`."""
+"""Function of masks `(B, 1, H, W)`, shorter sides of their boxes `(B,)` and numbers `(B, 8)`."""
 
 _APPLY: dict[str, Apply] = {
     "dilate": lambda mask, side, u: dilate(mask, (side * _between(u[:, 0], 0.03, 0.2)).clamp(1)),
@@ -34,7 +34,7 @@ _APPLY: dict[str, Apply] = {
 }
 
 AUGMENTATIONS: Mapping[str, float] = MappingProxyType(dict.fromkeys(_APPLY, 1 / 8))
-"""The names of all augmentations, and how probable each is by default."""
+"""Default probability of every augmentation, by name."""
 
 
 def augment(
@@ -44,35 +44,34 @@ def augment(
     probabilities: Mapping[str, float] = AUGMENTATIONS,
     max_area: float = 0.7,
 ) -> Tensor:
-    """Draw masks anew as someone might have drawn them.
+    """Apply a random augmentation to each mask, to simulate masks drawn by users.
 
-    For every sample one augmentation is drawn, or none, and its parameters: with s the shorter side
-    of the mask's bounding box,
+    Parameter ranges, with s the shorter side of the mask's bounding box:
 
-    - `dilate` by 0.03 s to 0.2 s, `erode` by 0.02 s to 0.15 s, but at least by one pixel;
+    - `dilate` by 0.03 s to 0.2 s, `erode` by 0.02 s to 0.15 s, both by at least one pixel;
     - `convex_hull`;
-    - `box`, with a margin of up to 0.15 s; `ellipse`, 1 to 1.42 times as large as the box;
-    - `strokes`, through seven pixels of the mask with a brush radius of 0.05 s to 0.2 s;
-    - `bezier_box`, with control points from 0.15 s inside to 0.3 s outside the box.
+    - `box` with a margin of up to 0.15 s; `ellipse` with a scale of 1 to 1.42;
+    - `strokes` through seven pixels of the mask with a brush radius of 0.05 s to 0.2 s;
+    - `bezier_box` with control points from 0.15 s inside to 0.3 s outside the box.
 
-    A result that is empty or covers more than `max_area` of the image is dropped, and the sample's
-    mask stays as it is, soft values included. Each sample takes nine numbers from the generator,
-    whatever is done with them, and is drawn from its own numbers alone.
+    If the augmented mask is empty or covers more than `max_area` of the image, the sample keeps its
+    mask, including soft values. Each sample always consumes nine random numbers, so that its
+    augmentation does not depend on the other samples.
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        generator: of random numbers, on any device; `None` for the global one of the CPU.
-        probabilities: by name, each >= 0, of a sum <= 1; what is missing to 1 leaves the mask as it
-            is. 1/8 for each of the seven by default.
-        max_area: the most of the image that a result may cover, in (0, 1].
+        generator: random generator on any device; `None` for the global generator of the CPU.
+        probabilities: probability by name of augmentation, each >= 0, with a sum <= 1; the rest is
+            the probability of no augmentation. By default 1/8 for each of the seven.
+        max_area: largest share of the image for an augmented mask, in (0, 1].
 
     Returns:
         `(B, 1, H, W)`, float32 in [0, 1], without gradient.
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, see `check_mask`.
-        ValueError: for an unknown name, probabilities that are negative or of a sum above 1, or
-            `max_area` out of range.
+        TypeError, ValueError: if `mask` is invalid, see `moe_lora.masks.check_mask`.
+        ValueError: if a name is unknown, a probability is negative, their sum exceeds 1, or
+            `max_area` is out of range.
 
     Example:
         >>> mask = torch.zeros(4, 1, 64, 64)
@@ -105,12 +104,12 @@ def _cumulative(probabilities: Mapping[str, float]) -> Tensor:
     unknown = [name for name in probabilities if name not in _APPLY]
     if unknown:
         raise ValueError(
-            f"Expected `probabilities` to name augmentations of {list(_APPLY)}, but got {unknown}."
+            f"Expected `probabilities` to have keys of {list(_APPLY)}, but got {unknown}."
         )
     values = torch.tensor(list(probabilities.values()), dtype=torch.float64)
     if not bool((values >= 0).all()) or not values.sum() <= 1 + 1e-6:
         raise ValueError(
-            "Expected `probabilities` to be >= 0 and of a sum <= 1, "
+            "Expected `probabilities` to be >= 0 with a sum <= 1, "
             f"but got {list(probabilities.values())}."
         )
     return values.cumsum(0)

@@ -1,4 +1,4 @@
-"""Masks drawn as a shape around the object: box, ellipse, box with curved sides."""
+"""Shapes around the object: boxes, ellipses, and boxes with curved sides."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from moe_lora.masks.augmentation.parameters import binary, extent, middles, per_sample
+from moe_lora.masks.augmentation.parameters import binary, extent, per_sample, pixel_centers
 
 AROUND_THE_BOX = math.sqrt(2)
-"""The scale of the least ellipse that holds all of the box."""
+"""Scale of the smallest ellipse that contains the box."""
 
 
 def box(mask: Tensor, margin: float | Tensor = 0.0) -> Tensor:
@@ -18,13 +18,13 @@ def box(mask: Tensor, margin: float | Tensor = 0.0) -> Tensor:
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        margin: pixels added on each side, >= 0; a number or `(B,)`.
+        margin: pixels added on each side, >= 0; a scalar or `(B,)`.
 
     Returns:
         `(B, 1, H, W)`, float32, 0.0 or 1.0.
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, or `margin` is negative or of another shape.
+        TypeError, ValueError: if `mask` is invalid, or `margin` is negative or of another shape.
 
     Example:
         >>> box(torch.eye(3)[None, None]).mean()
@@ -32,25 +32,25 @@ def box(mask: Tensor, margin: float | Tensor = 0.0) -> Tensor:
     """
     inside = binary(mask)
     more = per_sample(margin, inside, "margin", 0)
-    x, y = middles(inside)
+    x, y = pixel_centers(inside)
     x0, y0, x1, y1 = extent(inside)
     filled = (x > x0 - more) & (x < x1 + more) & (y > y0 - more) & (y < y1 + more)
     return filled.float() * _any(inside)
 
 
 def ellipse(mask: Tensor, scale: float | Tensor = AROUND_THE_BOX) -> Tensor:
-    """Fill an upright ellipse in the middle of each mask's bounding box.
+    """Fill an axis-aligned ellipse around the center of each mask's bounding box.
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        scale: the ellipse's axes as a multiple of the box's sides, > 0; 1 fits into the box, and
-            sqrt(2), the least that holds all of it, is the default. A number or `(B,)`.
+        scale: ratio of the ellipse's axes to the box's sides, > 0; a scalar or `(B,)`. An ellipse
+            of scale 1 is inscribed; sqrt(2), the default, is the smallest that contains the box.
 
     Returns:
         `(B, 1, H, W)`, float32, 0.0 or 1.0.
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, or `scale` is out of range or of another shape.
+        TypeError, ValueError: if `mask` is invalid, or `scale` is out of range or of another shape.
 
     Example:
         >>> mask = torch.zeros(1, 1, 64, 64)
@@ -60,7 +60,7 @@ def ellipse(mask: Tensor, scale: float | Tensor = AROUND_THE_BOX) -> Tensor:
     """
     inside = binary(mask)
     factor = per_sample(scale, inside, "scale", torch.finfo(torch.float32).tiny)
-    x, y = middles(inside)
+    x, y = pixel_centers(inside)
     x0, y0, x1, y1 = extent(inside)
     across = (2 * x - x0 - x1) / (factor * (x1 - x0).clamp(min=1))
     down = (2 * y - y0 - y1) / (factor * (y1 - y0).clamp(min=1))
@@ -68,22 +68,23 @@ def ellipse(mask: Tensor, scale: float | Tensor = AROUND_THE_BOX) -> Tensor:
 
 
 def bezier_box(mask: Tensor, bulge: Tensor) -> Tensor:
-    """Fill the bounding box of each mask, with Bézier curves for sides.
+    """Fill the bounding box of each mask, with Bézier curves as sides.
 
-    A side is a cubic Bézier curve between two corners of the box, whose two inner control points
-    divide the side into thirds and are moved away from it: along the side, with t from 0 to 1, the
-    curve lies 3 (1 - t)² t b_1 + 3 (1 - t) t² b_2 outside it.
+    offset(t) = 3 (1 - t)² t b_1 + 3 (1 - t) t² b_2, t in [0, 1] along the side
+
+    A side is a cubic Bézier curve between two corners of the box. Its inner control points divide
+    the side into thirds and are displaced outwards by b_1 and b_2.
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        bulge: `(B, 4, 2)`, b_1 and b_2 of the top, bottom, left and right side, from left to right
-            and from top to bottom, in pixels; negative values cut into the box.
+        bulge: `(B, 4, 2)`, b_1 and b_2 of the top, bottom, left and right side in pixels, ordered
+            from left to right and from top to bottom; negative values are inside the box.
 
     Returns:
         `(B, 1, H, W)`, float32, 0.0 or 1.0.
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, or `bulge` has another shape.
+        TypeError, ValueError: if `mask` is invalid, or `bulge` has another shape.
 
     Example:
         >>> mask = torch.zeros(1, 1, 64, 64)
@@ -99,7 +100,7 @@ def bezier_box(mask: Tensor, bulge: Tensor) -> Tensor:
             f"Expected `bulge` to have shape ({len(inside)}, 4, 2), but got {tuple(bulge.shape)}."
         )
     moved = bulge.to(inside.device, torch.float32).view(-1, 4, 2, 1, 1, 1)
-    x, y = middles(inside)
+    x, y = pixel_centers(inside)
     x0, y0, x1, y1 = extent(inside)
     along_x = ((x - x0) / (x1 - x0).clamp(min=1)).clamp(0, 1)
     along_y = ((y - y0) / (y1 - y0).clamp(min=1)).clamp(0, 1)
