@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = sorted(EXAMPLES.rglob("*.py"))
 OPEN_MODULES = {
     "moe_lora": moe_lora,
+    "moe_lora.ablation": moe_lora.ablation,
     "moe_lora.flow": moe_lora.flow,
     "moe_lora.losses": moe_lora.losses,
     "moe_lora.masks": moe_lora.masks,

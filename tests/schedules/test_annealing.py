@@ -43,7 +43,7 @@ def test_cosine_is_the_default_and_half_way_in_the_middle():
         ((1.0, -1.0, 5), "`end` to be finite and > 0"),
         ((1.0, math.inf, 5), "`end` to be finite"),
         ((1.0, 2.0, 0), "`steps` to be >= 1"),
-        ((1.0, 2.0, 5, "sine"), "`course` to be one of"),
+        ((1.0, 2.0, 5, "sine"), "`curve` to be one of"),
     ],
 )
 def test_what_cannot_be_honored_raises(given, told):

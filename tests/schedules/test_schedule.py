@@ -186,7 +186,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_interrupted():
     [
         ([], "at least one phase"),
         ([Phase(), Phase()], "only the last phase"),
-        ([Phase(mode="uniform", train="router")], "no router is asked"),
+        ([Phase(mode="uniform", train="router")], "does not use the router"),
         ([Phase(steps=1, losses={"base": 1.0}), Phase(train="router")], "in phase 1"),
     ],
 )

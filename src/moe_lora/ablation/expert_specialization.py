@@ -50,7 +50,7 @@ class Specialization:
         >>> found.score
         0.875
         >>> print(found)
-        rise without            edge      color
+        rise without            edge       color
         (whole mixture)          0.5        0.25
         a                     *+0.75        -0.1
         b                      +0.25       *+0.2

@@ -74,7 +74,7 @@ def _routers(model: nn.Module, purpose: str) -> dict[str, Router]:
     found = dict(routing_state(model).routers.items())
     if not found:
         raise ValueError(
-            f"Expected the model to have a router for {purpose}, but it has none. Choose one with "
+            f"Expected a router for {purpose}, but the model has none. Choose one with "
             "MoELoraConfig(router=...) or attach one with moe_lora.attach_router."
         )
     return cast(dict[str, Router], found)
