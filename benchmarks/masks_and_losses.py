@@ -128,7 +128,7 @@ class SignalStep(LossStep):
     def forward(self) -> Tensor:
         signals = ExpertSignals(self.loss)
         assignment = signals.assign(self.sigma)
-        with teach_experts(self.model, signals.learners(assignment)):
+        with teach_experts(self.model, signals.expert_grad_mask(assignment)):
             velocity = self.model(**self.inputs, return_dict=False)[0]
         return self.total(velocity, partial(signals, assignment=assignment))
 

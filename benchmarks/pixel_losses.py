@@ -21,7 +21,7 @@ from moe_lora.losses import (
     detail_loss,
     latent_windows,
 )
-from moe_lora.losses.windows import Window
+from moe_lora.losses.decoding.windows import Window
 
 WHOLE = "whole"
 TRAINED_VAE = Path(__file__).parents[1] / "examples" / "tiny_flux_fill" / "model" / "vae"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from removal_rows import ROWS
 from removal_sheet import draw_sheet
 
-from moe_lora.specialising import PAIRS
+from moe_lora.losses import EXPERT_OF_LOSS
 
 KINDS, SIZES = ("blob", "stroke", "box"), ("small", "medium", "large")
 NONE = "–"
@@ -160,7 +160,7 @@ def table_of_specialization(runs: Runs) -> str:
             pairs = found[0]["pairs"]
             own = [spread([entry["shares"][expert] for entry in found], 2) for expert in pairs]
             rows.append([title_of(variant), *own, spread([entry["score"] for entry in found], 2)])
-    heads = [f"{expert.removesuffix('_expert')}: {of}" for expert, of in PAIRS.items()]
+    heads = [f"{expert.removesuffix('_expert')}: {of}" for of, expert in EXPERT_OF_LOSS.items()]
     return markdown(["row", *heads, "score"], rows)
 
 

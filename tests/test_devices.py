@@ -109,8 +109,10 @@ def routed_step(router: str, make_flux, make_inputs, targets, signals: bool = Fa
             for name, value in make_inputs(rows=ROWS, columns=COLUMNS).items()
         } | {"timestep": SIGMA.to(device, dtype)}
         if signals:
-            learners = ExpertSignals(RemovalLoss()).learners(torch.tensor([0, 2], device=device))
-            with moe_lora.routing.teach_experts(model, learners):
+            expert_grad_mask = ExpertSignals(RemovalLoss()).expert_grad_mask(
+                torch.tensor([0, 2], device=device)
+            )
+            with moe_lora.routing.teach_experts(model, expert_grad_mask):
                 output = model(**inputs, return_dict=False)[0]
         else:
             output = model(**inputs, return_dict=False)[0]

@@ -20,6 +20,7 @@ COMMAND_LINE = {"main", "parse_options"}
 
 OPEN_MODULES = {
     "moe_lora": moe_lora,
+    "moe_lora.ablation": moe_lora.ablation,
     "moe_lora.flow": moe_lora.flow,
     "moe_lora.losses": moe_lora.losses,
     "moe_lora.masks": moe_lora.masks,
@@ -72,7 +73,7 @@ def test_examples_use_public_names_only(file: Path) -> None:
         ("import moe_lora.routing.state", {"moe_lora.routing.state"}),
         ("from moe_lora.tuner.layer import MoELoraLinear", {"moe_lora.tuner.layer.MoELoraLinear"}),
         ("from moe_lora import routing", {"moe_lora.routing"}),
-        ("from moe_lora.losses import combined", {"moe_lora.losses.combined"}),
+        ("from moe_lora.losses import removal", {"moe_lora.losses.removal"}),
         ("from moe_lora import *", {"moe_lora.*"}),
         ("import moe_lora\nmoe_lora.routing.gate(1)", {"moe_lora.routing"}),
         ("import moe_lora\nmoe_lora.masks.analysis", {"moe_lora.masks.analysis"}),

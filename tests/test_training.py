@@ -127,7 +127,7 @@ def test_expert_signals_let_each_loss_train_its_own_expert(
     for place, component in enumerate(signals.components):
         assignment = torch.full((2,), place)
         model.zero_grad()
-        with moe_lora.routing.teach_experts(model, signals.learners(assignment)):
+        with moe_lora.routing.teach_experts(model, signals.expert_grad_mask(assignment)):
             velocity = model(**inputs)[0]
         total, components = signals(
             velocity,
@@ -143,7 +143,7 @@ def test_expert_signals_let_each_loss_train_its_own_expert(
         assert set(components) == {component}
         total.backward()
         wanted = [
-            component == "base" or name == moe_lora.losses.EXPERT_OF.get(component)
+            component == "base" or name == moe_lora.losses.EXPERT_OF_LOSS.get(component)
             for name in names
         ]
         for name, parameter in model.named_parameters():

@@ -29,7 +29,8 @@ from evaluation.measuring import Results, measure, regions, run_pipeline, table
 from evaluation.specialization import measure_specialization
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
 from make_data import make_data
-from moe_lora import Specialisation, masks, plots
+from moe_lora import masks, plots
+from moe_lora.ablation import Specialization
 from options.train_options import TrainOptions, parse_options
 from removal_data.dataset import RemovalDataset
 from reporting.routing_figures import usage_over_training
@@ -75,7 +76,7 @@ def evaluate(
 
 
 def draw_routing(
-    output: Path, dataset: RemovalDataset, weights: list[Tensor], found: Specialisation
+    output: Path, dataset: RemovalDataset, weights: list[Tensor], found: Specialization
 ) -> dict[str, Figure]:
     """Return the figures of routing by the names of their files."""
     figures = {
@@ -109,7 +110,7 @@ def write_metrics(
     options: TrainOptions,
     dataset: RemovalDataset,
     results: dict[str, dict[str, float]],
-    found: Specialisation,
+    found: Specialization,
     seconds: dict[str, float],
 ) -> None:
     """Write `metrics.json`."""

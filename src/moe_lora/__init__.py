@@ -5,6 +5,7 @@ are those of most training scripts; all others are public in their submodule.
 """
 
 from moe_lora import (
+    ablation,
     export,
     families,
     flow,
@@ -19,7 +20,6 @@ from moe_lora import (
 from moe_lora._version import __version__ as __version__
 from moe_lora.adapter_files import load_adapter, save_adapter
 from moe_lora.export import export_lora, from_loras, load_experts, save_experts
-from moe_lora.knockout import knocked_out
 from moe_lora.losses import RemovalLoss, compute_removal_task_loss
 from moe_lora.masks import extract_mask_info_from_batch
 from moe_lora.routing import (
@@ -36,7 +36,6 @@ from moe_lora.routing import (
     set_router_inputs,
     set_routing_mode,
 )
-from moe_lora.specialising import Specialisation, specialisation
 from moe_lora.tuner import (
     MoELoraConfig,
     MoELoraLinear,
@@ -54,8 +53,8 @@ __all__ = [
     "RemovalLoss",
     "Router",
     "RouterInputs",
-    "Specialisation",
     "ThreeExpertRemovalRouter",
+    "ablation",
     "attach_router",
     "compute_removal_task_loss",
     "current_routing",
@@ -65,7 +64,6 @@ __all__ = [
     "families",
     "flow",
     "from_loras",
-    "knocked_out",
     "load_adapter",
     "load_experts",
     "losses",
@@ -83,7 +81,6 @@ __all__ = [
     "schedules",
     "set_router_inputs",
     "set_routing_mode",
-    "specialisation",
     "tuner",
     "unmerge",
 ]

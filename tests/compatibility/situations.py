@@ -31,7 +31,7 @@ CALLS = [
         "stress/test_threads.py::test_threads_with_inputs_of_their_own",
     ),
     Situation(
-        "moe_lora.route, teach_experts, knocked_out in threads",
+        "moe_lora.route, teach_experts, ablate_expert in threads",
         "yes",
         "A context acts in the thread that opened it.",
         "stress/test_threads.py::test_threads_with_weights_of_their_own_beside_one_that_gives_none",
@@ -247,7 +247,7 @@ PROCESSES = [
         "test_replicas_in_threads_compute_and_learn_what_the_model_does",
     ),
     Situation(
-        "moe_lora.route, teach_experts, knocked_out around DataParallel",
+        "moe_lora.route, teach_experts, ablate_expert around DataParallel",
         "raises",
         "They do not reach its threads. Use DistributedDataParallel.",
         "stress/test_nested_calls.py::test_contexts_around_replicas_raise_in_their_threads",

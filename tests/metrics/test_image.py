@@ -11,45 +11,45 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from moe_lora.metrics import psnr, regions, ssim, ssim_map
 
 
-def test_psnr_is_that_of_scikit_image(pictures: Any) -> None:
-    found = psnr(pictures.result, pictures.truth)
+def test_psnr_is_that_of_scikit_image(images: Any) -> None:
+    found = psnr(images.prediction, images.target)
     for index, value in enumerate(found.tolist()):
-        truth, result = pictures.truth[index].double(), pictures.result[index].double()
-        expected = peak_signal_noise_ratio(truth.numpy(), result.numpy(), data_range=1)
+        target, prediction = images.target[index].double(), images.prediction[index].double()
+        expected = peak_signal_noise_ratio(target.numpy(), prediction.numpy(), data_range=1)
         assert value == pytest.approx(expected, rel=1e-9)
     assert found.pixels.tolist() == [40 * 56] * 3
 
 
-def test_psnr_of_a_region_is_that_of_its_pixels(pictures: Any) -> None:
-    where = regions(pictures.mask, pictures.source, pictures.truth)
+def test_psnr_of_a_region_is_that_of_its_pixels(images: Any) -> None:
+    where = regions(images.mask, images.source, images.target)
     for region in where.values():
-        found = psnr(pictures.result, pictures.truth, region).tolist()
+        found = psnr(images.prediction, images.target, region).tolist()
         for index, value in enumerate(found):
             chosen = region[index, 0].numpy()
             if not chosen.any():
                 assert value is None
                 continue
             expected = peak_signal_noise_ratio(
-                pictures.truth[index].double().numpy()[:, chosen],
-                pictures.result[index].double().numpy()[:, chosen],
+                images.target[index].double().numpy()[:, chosen],
+                images.prediction[index].double().numpy()[:, chosen],
                 data_range=1,
             )
             assert value == pytest.approx(expected, rel=1e-9)
 
 
-def test_one_pixel_is_a_region(pictures: Any) -> None:
-    region = torch.zeros_like(pictures.mask, dtype=torch.bool)
+def test_one_pixel_is_a_region(images: Any) -> None:
+    region = torch.zeros_like(images.mask, dtype=torch.bool)
     region[:, :, 7, 9] = True
-    squares = (pictures.result - pictures.truth)[:, :, 7, 9].double().square().mean(1)
-    found = psnr(pictures.result, pictures.truth, region)
+    squares = (images.prediction - images.target)[:, :, 7, 9].double().square().mean(1)
+    found = psnr(images.prediction, images.target, region)
     torch.testing.assert_close(found.values, -10 * squares.log10(), rtol=1e-9, atol=0)
-    similar = ssim_map(pictures.result, pictures.truth)[:, 0, 7, 9]
-    torch.testing.assert_close(ssim(pictures.result, pictures.truth, region).values, similar)
+    similar = ssim_map(images.prediction, images.target)[:, 0, 7, 9]
+    torch.testing.assert_close(ssim(images.prediction, images.target, region).values, similar)
 
 
-def test_equal_pictures_have_a_finite_psnr_and_a_similarity_of_one(pictures: Any) -> None:
-    assert psnr(pictures.truth, pictures.truth).tolist() == [100.0] * 3
-    assert ssim(pictures.truth, pictures.truth).tolist() == pytest.approx([1.0] * 3, abs=1e-12)
+def test_equal_pictures_have_a_finite_psnr_and_a_similarity_of_one(images: Any) -> None:
+    assert psnr(images.target, images.target).tolist() == [100.0] * 3
+    assert ssim(images.target, images.target).tolist() == pytest.approx([1.0] * 3, abs=1e-12)
 
 
 def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -66,20 +66,20 @@ def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return full.mean(0)
 
 
-def test_the_similarity_map_is_that_of_scikit_image_up_to_the_border(pictures: Any) -> None:
-    found = ssim_map(pictures.result, pictures.truth)
+def test_the_similarity_map_is_that_of_scikit_image_up_to_the_border(images: Any) -> None:
+    found = ssim_map(images.prediction, images.target)
     assert found.shape == (3, 1, 40, 56)
     for index in range(3):
-        expected = similarity(pictures.result[index].numpy(), pictures.truth[index].numpy())
+        expected = similarity(images.prediction[index].numpy(), images.target[index].numpy())
         np.testing.assert_allclose(found[index, 0].numpy(), expected, rtol=1e-9, atol=1e-10)
 
 
-def test_similarity_of_a_region_is_the_mean_of_the_map(pictures: Any) -> None:
-    for region in regions(pictures.mask, pictures.source, pictures.truth).values():
-        found = ssim(pictures.result, pictures.truth, region).tolist()
+def test_similarity_of_a_region_is_the_mean_of_the_map(images: Any) -> None:
+    for region in regions(images.mask, images.source, images.target).values():
+        found = ssim(images.prediction, images.target, region).tolist()
         for index, value in enumerate(found):
             chosen = region[index, 0].numpy()
-            expected = similarity(pictures.result[index].numpy(), pictures.truth[index].numpy())
+            expected = similarity(images.prediction[index].numpy(), images.target[index].numpy())
             if chosen.any():
                 assert value == pytest.approx(expected[chosen].mean(), rel=1e-9)
             else:
@@ -101,22 +101,22 @@ def test_a_picture_smaller_than_the_window_is_mirrored_as_often_as_it_takes() ->
     torch.testing.assert_close(ssim_map(first, second), inner, rtol=1e-10, atol=1e-12)
 
 
-def test_nothing_is_nan_where_nothing_is(pictures: Any) -> None:
-    nowhere = torch.zeros_like(pictures.mask, dtype=torch.bool)
+def test_nothing_is_nan_where_nothing_is(images: Any) -> None:
+    nowhere = torch.zeros_like(images.mask, dtype=torch.bool)
     for metric in (psnr, ssim):
-        found = metric(pictures.result, pictures.truth, nowhere)
+        found = metric(images.prediction, images.target, nowhere)
         assert found.values.tolist() == [0.0] * 3
         assert found.tolist() == [None] * 3
         assert found.pixels.tolist() == [0] * 3
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])
-def test_a_batch_is_its_samples(metric: Any, pictures: Any) -> None:
-    region = pictures.mask > 0
-    together = metric(pictures.result, pictures.truth, region)
+def test_a_batch_is_its_samples(metric: Any, images: Any) -> None:
+    region = images.mask > 0
+    together = metric(images.prediction, images.target, region)
     for index in range(3):
         one = slice(index, index + 1)
-        alone = metric(pictures.result[one], pictures.truth[one], region[one])
+        alone = metric(images.prediction[one], images.target[one], region[one])
         torch.testing.assert_close(together.values[one], alone.values, rtol=1e-12, atol=1e-12)
 
 
@@ -129,21 +129,23 @@ def test_half_precision_is_measured_in_double() -> None:
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])
-def test_bad_input_is_told(metric: Any, pictures: Any) -> None:
-    result, truth = pictures.result, pictures.truth
-    with pytest.raises(ValueError, match=r"`truth` to have the shape of `result`"):
-        metric(result, truth[:2])
-    with pytest.raises(ValueError, match=r"`result` to have values in \[0, 1\], but got .*\[-1, "):
-        metric(2 * result - 1, truth)
-    with pytest.raises(ValueError, match=r"`truth` to have values in \[0, 1\]"):
-        metric(result, torch.full_like(truth, math.nan))
+def test_bad_input_is_told(metric: Any, images: Any) -> None:
+    prediction, target = images.prediction, images.target
+    with pytest.raises(ValueError, match=r"`target` to have the shape of `prediction`"):
+        metric(prediction, target[:2])
+    with pytest.raises(
+        ValueError, match=r"`prediction` to have values in \[0, 1\], but got .*\[-1, "
+    ):
+        metric(2 * prediction - 1, target)
+    with pytest.raises(ValueError, match=r"`target` to have values in \[0, 1\]"):
+        metric(prediction, torch.full_like(target, math.nan))
     with pytest.raises(ValueError, match=r"shape \(B, C, H, W\)"):
-        metric(result[0], truth[0])
-    with pytest.raises(TypeError, match=r"`result` .*uint8"):
-        metric(result.byte(), truth)
+        metric(prediction[0], target[0])
+    with pytest.raises(TypeError, match=r"`prediction` .*uint8"):
+        metric(prediction.byte(), target)
     with pytest.raises(TypeError, match="list"):
-        metric([1.0], truth)
+        metric([1.0], target)
     with pytest.raises(TypeError, match=r"`region` .*float32"):
-        metric(result, truth, pictures.mask)
+        metric(prediction, target, images.mask)
     with pytest.raises(ValueError, match="`region` to have shape"):
-        metric(result, truth, pictures.mask[:1] > 0)
+        metric(prediction, target, images.mask[:1] > 0)

@@ -44,14 +44,14 @@ def test_the_network_gives_a_map_and_is_frozen() -> None:
 
 
 @pytest.mark.usefixtures("_package")
-def test_a_region_has_the_mean_of_the_map(pictures: Any) -> None:
+def test_a_region_has_the_mean_of_the_map(images: Any) -> None:
     model = load_lpips()
-    where = regions(pictures.mask)["inside"]
-    found = lpips(pictures.result, pictures.truth, model, where)
-    difference = 2 * (pictures.result - pictures.truth).abs().mean(1)
+    where = regions(images.mask)["inside"]
+    found = lpips(images.prediction, images.target, model, where)
+    difference = 2 * (images.prediction - images.target).abs().mean(1)
     expected = [difference[index][where[index, 0]].mean().item() for index in (0, 1)]
     assert found.tolist() == [*(pytest.approx(value, rel=1e-5) for value in expected), None]
-    whole = lpips(pictures.result, pictures.truth, model)
+    whole = lpips(images.prediction, images.target, model)
     assert whole.mean() == pytest.approx(difference.mean().item(), rel=1e-5)
     assert not whole.values.requires_grad
 
@@ -63,11 +63,11 @@ def test_without_the_package_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("_package")
-def test_bad_input_is_told(pictures: Any) -> None:
+def test_bad_input_is_told(images: Any) -> None:
     with pytest.raises(ValueError, match="`network` to be one of"):
         load_lpips("resnet")  # type: ignore[arg-type]
     flat = StandIn("alex", spatial=False, verbose=False)
     with pytest.raises(ValueError, match=r"map of shape \(3, 1, 40, 56\).*\(3, 1, 1, 1\)"):
-        lpips(pictures.result, pictures.truth, flat)
-    with pytest.raises(ValueError, match=r"`result` to have values in \[0, 1\]"):
-        lpips(pictures.result + 1, pictures.truth, flat)
+        lpips(images.prediction, images.target, flat)
+    with pytest.raises(ValueError, match=r"`prediction` to have values in \[0, 1\]"):
+        lpips(images.prediction + 1, images.target, flat)

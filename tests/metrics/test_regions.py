@@ -10,15 +10,15 @@ from moe_lora.metrics import mask_sizes, regions
 from moe_lora.metrics.regions import REGIONS
 
 
-def test_effects_are_where_source_and_truth_differ_outside_the_mask(pictures: Any) -> None:
-    found = regions(pictures.mask, pictures.source, pictures.truth)
+def test_effects_are_where_source_and_truth_differ_outside_the_mask(images: Any) -> None:
+    found = regions(images.mask, images.source, images.target)
     assert tuple(found) == REGIONS
     for sample in range(3):
         for row in range(40):
             for column in range(56):
                 pixel = (sample, slice(None), row, column)
-                difference = (pictures.source[pixel] - pictures.truth[pixel]).abs().mean().item()
-                inside = pictures.mask[sample, 0, row, column].item() == 1
+                difference = (images.source[pixel] - images.target[pixel]).abs().mean().item()
+                inside = images.mask[sample, 0, row, column].item() == 1
                 assert found["inside"][sample, 0, row, column] == inside
                 assert found["outside"][sample, 0, row, column] == (not inside)
                 expected = difference > 0.05 and not inside
@@ -30,24 +30,24 @@ def test_effects_are_where_source_and_truth_differ_outside_the_mask(pictures: An
     assert counts["effect"][1:] == [0, 0]
 
 
-def test_the_boundary_is_a_band_of_the_width_that_is_asked_for(pictures: Any) -> None:
-    wide = regions(pictures.mask, band_width=4)["boundary"]
-    assert torch.equal(wide, boundary_band(pictures.mask, 4) > 0)
-    assert torch.equal(regions(pictures.mask)["boundary"], boundary_band(pictures.mask, 2) > 0)
+def test_the_boundary_is_a_band_of_the_width_that_is_asked_for(images: Any) -> None:
+    wide = regions(images.mask, band_width=4)["boundary"]
+    assert torch.equal(wide, boundary_band(images.mask, 4) > 0)
+    assert torch.equal(regions(images.mask)["boundary"], boundary_band(images.mask, 2) > 0)
     assert not wide[2].any()
 
 
-def test_without_a_source_there_is_no_effect(pictures: Any) -> None:
-    assert "effect" not in regions(pictures.mask)
+def test_without_a_source_there_is_no_effect(images: Any) -> None:
+    assert "effect" not in regions(images.mask)
 
 
 def test_the_threshold_is_a_mean_over_the_channels() -> None:
-    truth = torch.zeros(1, 3, 4, 4)
-    source = truth.clone()
+    target = torch.zeros(1, 3, 4, 4)
+    source = target.clone()
     source[:, 0] = 0.3
     mask = torch.zeros(1, 1, 4, 4)
-    assert regions(mask, source, truth, effect_threshold=0.09)["effect"].all()
-    assert not regions(mask, source, truth, effect_threshold=0.11)["effect"].any()
+    assert regions(mask, source, target, effect_threshold=0.09)["effect"].all()
+    assert not regions(mask, source, target, effect_threshold=0.11)["effect"].any()
 
 
 def test_soft_masks_are_cut_at_one_half() -> None:
@@ -56,19 +56,19 @@ def test_soft_masks_are_cut_at_one_half() -> None:
     assert int(regions(mask)["inside"].sum()) == 8
 
 
-def test_bad_input_is_told(pictures: Any) -> None:
-    with pytest.raises(ValueError, match="`truth` together with `source`"):
-        regions(pictures.mask, pictures.source)
-    with pytest.raises(ValueError, match="`source` together with `truth`"):
-        regions(pictures.mask, truth=pictures.truth)
+def test_bad_input_is_told(images: Any) -> None:
+    with pytest.raises(ValueError, match="`target` to be given with `source`"):
+        regions(images.mask, images.source)
+    with pytest.raises(ValueError, match="`source` to be given with `target`"):
+        regions(images.mask, target=images.target)
     with pytest.raises(ValueError, match=r"`effect_threshold` to be in \[0, 1\), but got 1"):
-        regions(pictures.mask, pictures.source, pictures.truth, effect_threshold=1)
-    with pytest.raises(ValueError, match="fit a mask of shape"):
-        regions(pictures.mask[:1], pictures.source, pictures.truth)
+        regions(images.mask, images.source, images.target, effect_threshold=1)
+    with pytest.raises(ValueError, match="`source` to have the batch and image size of `mask`"):
+        regions(images.mask[:1], images.source, images.target)
     with pytest.raises(ValueError, match="`mask` to have shape"):
-        regions(pictures.mask[0])
+        regions(images.mask[0])
     with pytest.raises(ValueError, match="`width`"):
-        regions(pictures.mask, band_width=0)
+        regions(images.mask, band_width=0)
 
 
 def test_sizes_are_shares_of_the_image() -> None:
@@ -77,7 +77,7 @@ def test_sizes_are_shares_of_the_image() -> None:
         mask[index].flatten()[:pixels] = 1
     assert mask_sizes(mask) == ["small", "small", "medium", "large", "large"]
     assert mask_sizes(mask, [("a", 0.5), ("b", 0.9)]) == ["a", "a", "a", "a", "b"]
-    with pytest.raises(ValueError, match="rise"):
+    with pytest.raises(ValueError, match="to increase"):
         mask_sizes(mask, [("a", 0.5), ("b", 0.5)])
-    with pytest.raises(ValueError, match="rise"):
+    with pytest.raises(ValueError, match="to increase"):
         mask_sizes(mask, [])

@@ -8,8 +8,8 @@ import torch
 from moe_lora.metrics import seam_error
 
 
-def slow_seam_error(result: Any, truth: Any, mask: Any) -> tuple[float, int]:
-    difference = (result.double() - truth.double()).numpy()
+def slow_seam_error(prediction: Any, target: Any, mask: Any) -> tuple[float, int]:
+    difference = (prediction.double() - target.double()).numpy()
     inside = mask[0].numpy() >= 0.5
     height, width = inside.shape
     total, pairs = 0.0, 0
@@ -23,48 +23,48 @@ def slow_seam_error(result: Any, truth: Any, mask: Any) -> tuple[float, int]:
     return total / max(pairs, 1), pairs
 
 
-def test_it_is_the_mean_over_the_pairs_that_straddle_the_edge(pictures: Any) -> None:
-    found = seam_error(pictures.result, pictures.truth, pictures.mask)
+def test_it_is_the_mean_over_the_pairs_that_straddle_the_edge(images: Any) -> None:
+    found = seam_error(images.prediction, images.target, images.mask)
     for index in range(3):
         value, pairs = slow_seam_error(
-            pictures.result[index], pictures.truth[index], pictures.mask[index]
+            images.prediction[index], images.target[index], images.mask[index]
         )
         assert found.values[index].item() == pytest.approx(value, rel=1e-9)
         assert int(found.pixels[index]) == pairs
     assert found.pixels.tolist() == [2 * (15 + 28), 9 + 6, 0]
 
 
-def test_a_step_at_the_edge_is_its_own_height(pictures: Any) -> None:
-    truth = 0.5 * pictures.truth
+def test_a_step_at_the_edge_is_its_own_height(images: Any) -> None:
+    target = 0.5 * images.target
     for step in (0.0, 0.125, 0.5):
-        found = seam_error(truth + step * pictures.mask, truth, pictures.mask)
+        found = seam_error(target + step * images.mask, target, images.mask)
         assert found.tolist()[:2] == pytest.approx([step, step], abs=1e-6)
 
 
-def test_being_wrong_everywhere_alike_is_no_seam(pictures: Any) -> None:
-    truth = 0.5 * pictures.truth
-    assert seam_error(truth + 0.25, truth, pictures.mask).mean() == pytest.approx(0, abs=1e-7)
+def test_being_wrong_everywhere_alike_is_no_seam(images: Any) -> None:
+    target = 0.5 * images.target
+    assert seam_error(target + 0.25, target, images.mask).mean() == pytest.approx(0, abs=1e-7)
 
 
-def test_errors_away_from_the_edge_are_no_seam(pictures: Any) -> None:
-    result = pictures.truth.clone()
-    result[0, :, 15:20, 20:30] = 0
-    result[0, :, 30:, :] = 0
-    assert seam_error(result, pictures.truth, pictures.mask).tolist() == [0.0, 0.0, None]
+def test_errors_away_from_the_edge_are_no_seam(images: Any) -> None:
+    prediction = images.target.clone()
+    prediction[0, :, 15:20, 20:30] = 0
+    prediction[0, :, 30:, :] = 0
+    assert seam_error(prediction, images.target, images.mask).tolist() == [0.0, 0.0, None]
 
 
 def test_without_an_edge_it_is_missing() -> None:
-    pictures = torch.rand(2, 3, 8, 8)
+    images = torch.rand(2, 3, 8, 8)
     mask = torch.stack([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)])
-    found = seam_error(pictures, pictures.flip(0), mask)
+    found = seam_error(images, images.flip(0), mask)
     assert found.tolist() == [None, None]
     assert found.values.tolist() == [0.0, 0.0]
 
 
-def test_bad_input_is_told(pictures: Any) -> None:
-    with pytest.raises(ValueError, match="`mask` to fit images"):
-        seam_error(pictures.result, pictures.truth, pictures.mask[..., 1:])
+def test_bad_input_is_told(images: Any) -> None:
+    with pytest.raises(ValueError, match="`mask` to have the batch and image size of `prediction`"):
+        seam_error(images.prediction, images.target, images.mask[..., 1:])
     with pytest.raises(ValueError, match="`mask`"):
-        seam_error(pictures.result, pictures.truth, 255 * pictures.mask)
-    with pytest.raises(ValueError, match="`truth`"):
-        seam_error(pictures.result, 255 * pictures.truth, pictures.mask)
+        seam_error(images.prediction, images.target, 255 * images.mask)
+    with pytest.raises(ValueError, match="`target`"):
+        seam_error(images.prediction, 255 * images.target, images.mask)

@@ -7,7 +7,7 @@ from moe_lora.metrics.validation import check_images, check_pair, check_region
 
 def test_the_rounding_of_a_resampled_image_is_forgiven_and_cut() -> None:
     images = torch.tensor([[[[-5e-6, 1 + 5e-6]]]])
-    assert check_images(images, "result").tolist() == [[[[0.0, 1.0]]]]
+    assert check_images(images, "prediction").tolist() == [[[[0.0, 1.0]]]]
 
 
 def test_what_comes_back_is_double_and_without_graph() -> None:

@@ -291,8 +291,8 @@ def test_wrappers_are_looked_through(model):
 
 def test_samples_teach_the_experts_that_they_are_said_also_when_backward_comes_later(model):
     experts = {n: p for n, p in model.named_parameters() if "lora_B" in n}
-    learners = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    with moe_lora.routing.teach_experts(model, learners):
+    expert_grad_mask = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    with moe_lora.routing.teach_experts(model, expert_grad_mask):
         taught = model(X)
     plain = model(X)
     torch.testing.assert_close(taught, plain)
@@ -305,11 +305,14 @@ def test_samples_teach_the_experts_that_they_are_said_also_when_backward_comes_l
 
 
 @pytest.mark.parametrize(
-    ("learners", "message"),
+    ("expert_grad_mask", "message"),
     [(torch.ones(2, 4), r"E in \[3\], but got \(2, 4\)"), (torch.full((2, 3), 0.5), "0 or 1")],
 )
-def test_what_says_not_who_learns_raises(model, learners, message):
-    with pytest.raises(ValueError, match=message), moe_lora.routing.teach_experts(model, learners):
+def test_invalid_expert_grad_masks_raise(model, expert_grad_mask, message):
+    with (
+        pytest.raises(ValueError, match=message),
+        moe_lora.routing.teach_experts(model, expert_grad_mask),
+    ):
         pass
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.knockout import knocked_out
+from moe_lora.ablation import ablate_expert
 
 X = torch.linspace(-1, 1, 48).view(2, 4, 6)
 W = torch.tensor([[0.6, 0.1, 0.3], [0.2, 0.5, 0.3]])
@@ -126,7 +126,7 @@ def test_contexts_combine_whatever_their_order(model):
     gradients = []
     contexts = [
         lambda: moe_lora.route(model, W),
-        lambda: knocked_out(model, "removal_expert"),
+        lambda: ablate_expert(model, "removal_expert"),
         lambda: moe_lora.routing.teach_experts(model, torch.tensor([[1.0, 0, 0], [0, 1, 0]])),
     ]
     for order in itertools.permutations(contexts):

@@ -7,13 +7,13 @@ import pytest
 
 from moe_lora.schedules import Annealing
 
-COURSES = ["linear", "cosine", "exponential"]
+CURVES = ["linear", "cosine", "exponential"]
 
 
-@pytest.mark.parametrize("course", COURSES)
+@pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize(("start", "end"), [(2.0, 0.5), (0.5, 3.0)])
-def test_it_goes_from_start_to_end_and_stays(course, start, end):
-    annealing = Annealing(start, end, 40, course)
+def test_it_goes_from_start_to_end_and_stays(curve, start, end):
+    annealing = Annealing(start, end, 40, curve)
     values = [annealing(step) for step in range(60)]
     assert values[0] == pytest.approx(start)
     assert values[40:] == [end] * 20
@@ -21,7 +21,7 @@ def test_it_goes_from_start_to_end_and_stays(course, start, end):
     assert all(step > 0 for step in steps[:40])
 
 
-def test_the_courses_are_those_of_their_formulas():
+def test_the_curves_are_those_of_their_formulas():
     for step in range(10):
         t = step / 10
         assert Annealing(3.0, 1.0, 10, "linear")(step) == pytest.approx(3 - 2 * t)
@@ -43,9 +43,9 @@ def test_cosine_is_the_default_and_half_way_in_the_middle():
         ((1.0, -1.0, 5), "`end` to be finite and > 0"),
         ((1.0, math.inf, 5), "`end` to be finite"),
         ((1.0, 2.0, 0), "`steps` to be >= 1"),
-        ((1.0, 2.0, 5, "sine"), "`course` to be one of"),
+        ((1.0, 2.0, 5, "sine"), "`curve` to be one of"),
     ],
 )
-def test_what_cannot_be_honoured_raises(given, told):
+def test_what_cannot_be_honored_raises(given, told):
     with pytest.raises(ValueError, match=told):
         Annealing(*given)

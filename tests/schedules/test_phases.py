@@ -17,7 +17,7 @@ FULL = {"base": 1.0, "boundary": 0.3, "detail": 0.2}
         ({"train": "base"}, "`train` to be one of"),
         ({"train": None}, "`train` to be one of"),
         ({"temperature": 0.0}, "`temperature` to be > 0"),
-        ({"losses": {"lpips": 1.0}}, "among .*but got 'lpips'"),
+        ({"losses": {"lpips": 1.0}}, "components of .*but got 'lpips'"),
         ({"losses": {"base": -1.0}}, "finite and >= 0"),
         ({"losses": {"base": math.nan}}, "finite and >= 0"),
         ({"losses": {"base": 0.0}}, "at least one loss weight"),
@@ -27,20 +27,20 @@ FULL = {"base": 1.0, "boundary": 0.3, "detail": 0.2}
         ({"warmup_steps": 3}, "`losses` to be given"),
     ],
 )
-def test_what_cannot_be_honoured_raises(given, told):
+def test_what_cannot_be_honored_raises(given, told):
     with pytest.raises(ValueError, match=told):
         Phase(**given)
 
 
 def test_the_mode_follows_from_the_losses_unless_it_is_given():
-    assert Phase(losses=FULL).wanted_mode() == "routed"
-    assert Phase(losses={"base": 1.0, "detail": 0.0}).wanted_mode() == "uniform"
-    assert Phase(losses={"base": 1.0}, mode="routed").wanted_mode() == "routed"
-    assert Phase(losses=FULL, mode="uniform").wanted_mode() == "uniform"
-    assert Phase().wanted_mode() is None
+    assert Phase(losses=FULL).routing_mode() == "routed"
+    assert Phase(losses={"base": 1.0, "detail": 0.0}).routing_mode() == "uniform"
+    assert Phase(losses={"base": 1.0}, mode="routed").routing_mode() == "routed"
+    assert Phase(losses=FULL, mode="uniform").routing_mode() == "uniform"
+    assert Phase().routing_mode() is None
 
 
-def test_warm_up_raises_the_specialised_weights_and_leaves_the_base_alone():
+def test_warm_up_raises_the_specialized_weights_and_leaves_the_base_alone():
     phase = Phase(losses=FULL, warmup_steps=4)
     found = [phase.losses_at(step, {"base": 0.5}) for step in (0, 1, 3, 4, 100)]
     for weights, share in zip(found, [0.25, 0.5, 1, 1, 1], strict=True):

@@ -93,7 +93,7 @@ def test_apply_sets_what_holds():
         setting = schedule.apply(model, loss, step)
         assert setting == schedule.at(step)
         assert loss.weights == setting.loss_weights
-        assert loss.specialised is (step >= 5)
+        assert loss.specialized is (step >= 5)
         assert router.temperature == (setting.temperature or 1.0)
         model.zero_grad()
         model(x).square().mean().backward()
@@ -125,8 +125,8 @@ def test_a_model_without_experts_has_a_loss_that_changes():
     assert loss.weights == {"base": 1.0}
 
 
-def test_specialised_losses_that_are_rare_are_as_much_stronger():
-    loss = RemovalLoss(specialised_every=4)
+def test_specialized_losses_that_are_rare_are_as_much_stronger():
+    loss = RemovalLoss(specialized_every=4)
     given = dict(loss.weights)
     Schedule([Phase(losses=FULL)]).apply(None, loss, 0)
     assert (
@@ -186,11 +186,11 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_interrupted():
     [
         ([], "at least one phase"),
         ([Phase(), Phase()], "only the last phase"),
-        ([Phase(mode="uniform", train="router")], "no router is asked"),
+        ([Phase(mode="uniform", train="router")], "does not use the router"),
         ([Phase(steps=1, losses={"base": 1.0}), Phase(train="router")], "in phase 1"),
     ],
 )
-def test_what_cannot_be_honoured_raises(phases, told):
+def test_what_cannot_be_honored_raises(phases, told):
     with pytest.raises(ValueError, match=told):
         Schedule(phases)
 

@@ -121,7 +121,7 @@ class Passes:
             context = moe_lora.routing.teach_experts(model, torch.eye(EXPERTS).roll(index, 0)[:2])
         elif kind == "left out":
             names = model.peft_config["default"].expert_names
-            context = moe_lora.knocked_out(model, names[index])
+            context = moe_lora.ablation.ablate_expert(model, names[index])
         else:
             context = nullcontext()
         with context:

@@ -194,7 +194,7 @@ def test_contexts_around_replicas_raise_in_their_threads():
     contexts = (
         moe_lora.route(toy.model, rows(1)[0]),
         moe_lora.routing.teach_experts(toy.model, torch.eye(EXPERTS)[:2]),
-        moe_lora.knocked_out(toy.model, name),
+        moe_lora.ablation.ablate_expert(toy.model, name),
         moe_lora.router_inputs(toy.model, timestep_range=(0.0, 1.0)),
     )
     for context in contexts:

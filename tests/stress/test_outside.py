@@ -90,7 +90,7 @@ def after_an_exception(toy: Toy, x: Tensor) -> None:
 
 def in_a_context_that_says_nothing_of_weights(toy: Toy, x: Tensor) -> None:
     name = toy.model.peft_config["default"].expert_names[0]
-    with moe_lora.knocked_out(toy.model, name), raises_unrouted():
+    with moe_lora.ablation.ablate_expert(toy.model, name), raises_unrouted():
         toy.model.blocks[0](x)
     with moe_lora.routing.teach_experts(toy.model, torch.eye(EXPERTS)[:2]), raises_unrouted():
         toy.model.blocks[0](x)
@@ -156,9 +156,9 @@ def test_an_expert_that_is_left_out_is_left_out_of_a_block_that_is_driven_under_
     name = toy.model.peft_config["default"].expert_names[0]
     without = w * torch.tensor([0.0, 1.0, 1.0])
     expected = block_of(toy, x, without)
-    with moe_lora.route(toy.model, w), moe_lora.knocked_out(toy.model, name):
+    with moe_lora.route(toy.model, w), moe_lora.ablation.ablate_expert(toy.model, name):
         assert_close(toy.model.blocks[0](x), expected)
-    with moe_lora.knocked_out(toy.model, name), moe_lora.route(toy.model, w):
+    with moe_lora.ablation.ablate_expert(toy.model, name), moe_lora.route(toy.model, w):
         assert_close(toy.model.blocks[0](x), expected)
 
 
@@ -169,7 +169,7 @@ def test_what_a_context_says_holds_for_uniform_blocks_or_raises(routed):
         moe_lora.set_routing_mode(toy.model, "uniform")
     name = toy.model.peft_config["default"].expert_names[0]
     expected = block_of(toy, x, UNIFORM * torch.tensor([0.0, 1.0, 1.0]))
-    with moe_lora.knocked_out(toy.model, name):
+    with moe_lora.ablation.ablate_expert(toy.model, name):
         equal_or_clear_error(lambda: toy.model.blocks[0](x), expected)
     B = toy.model.blocks[0].second.moe_lora_experts["default"].lora_B
 

@@ -90,19 +90,19 @@ def test_every_thread_finds_the_decision_of_its_own_last_pass():
         assert_close(got, decided(toy.model, x))
 
 
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_an_expert_is_left_out_in_the_thread_that_leaves_it_out(renormalise):
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_an_expert_is_left_out_in_the_thread_that_leaves_it_out(renormalize):
     toy, x = Toy(), latents(0)
     whole = decided(toy.model, x)
     without = whole * torch.tensor([0.0, 1.0, 1.0])
-    if renormalise:
+    if renormalize:
         without = without / without.sum(-1, keepdim=True)
     name = toy.model.peft_config["default"].expert_names[0]
     expected = [toy.expected(x, w) for w in (without, whole)]
     meet(2, *toy.model.blocks)
 
     def left_out() -> Tensor:
-        with moe_lora.knocked_out(toy.model, name, renormalise=renormalise):
+        with moe_lora.ablation.ablate_expert(toy.model, name, renormalize=renormalize):
             return toy.model(x)
 
     found = in_threads(left_out, lambda: toy.model(x))
@@ -163,15 +163,15 @@ def test_training_in_threads_gives_every_thread_its_gradients():
     ]
     between = meet(4, *toy.model.blocks)
 
-    def step(weights: Tensor | None, learners: Tensor | None) -> list[Tensor]:
+    def step(weights: Tensor | None, expert_grad_mask: Tensor | None) -> list[Tensor]:
         def run() -> Tensor:
             out = toy.model(x) if weights is None else routed_call(toy.model, x, weights)
             return out.square().sum()
 
-        if learners is None:
+        if expert_grad_mask is None:
             loss = run()
         else:
-            with moe_lora.routing.teach_experts(toy.model, learners):
+            with moe_lora.routing.teach_experts(toy.model, expert_grad_mask):
                 loss = run()
         between.wait()
         learned = list(toy.learned().values())

@@ -319,7 +319,7 @@ def test_a_convolution_is_taught_by_the_samples_that_it_is_said():
     mixed, x = conv(kernel_size=3), torch.randn(2, 4, 7, 6, requires_grad=True)
     mixed.context.put({"default": torch.rand(2, E).softmax(-1)})
     experts = list(mixed.moe_lora_experts.parameters())
-    learners = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    expert_grad_mask = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
 
     def gradients(out):
         return torch.autograd.grad(out.square().sum(), [x, *experts])
@@ -327,7 +327,7 @@ def test_a_convolution_is_taught_by_the_samples_that_it_is_said():
     out = mixed(x)
     expected = gradients(out)
     routing = mixed.context.routing
-    mixed.context.routing = routing.with_grad_mask(learners)
+    mixed.context.routing = routing.with_grad_mask(expert_grad_mask)
     taught = mixed(x)
     found = gradients(taught)
     torch.testing.assert_close(taught, out)
@@ -338,7 +338,7 @@ def test_a_convolution_is_taught_by_the_samples_that_it_is_said():
         kept = torch.zeros(2, 1, 1, 1)
         kept[i] = 1
         alone.append(gradients(mixed(x) * kept)[1:])
-    of_A = sum(g[0] * learners[i].view(-1, 1, 1, 1, 1) for i, g in enumerate(alone))
-    of_B = sum(g[1] * learners[i].view(1, -1, 1) for i, g in enumerate(alone))
+    of_A = sum(g[0] * expert_grad_mask[i].view(-1, 1, 1, 1, 1) for i, g in enumerate(alone))
+    of_B = sum(g[1] * expert_grad_mask[i].view(1, -1, 1) for i, g in enumerate(alone))
     torch.testing.assert_close(found[1], of_A, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[2], of_B, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flux_fill.models import Conditioner, guidance_for
 from moe_lora import MoELoraConfig, current_routing, metrics
-from moe_lora.metrics import Measured
+from moe_lora.metrics import MetricValues
 from removal_data.batches import BucketBatches, image_sizes
 from removal_data.dataset import RemovalDataset
 
@@ -163,7 +163,7 @@ def cut(mask: Tensor) -> Tensor:
     return (mask >= 0.5).float()
 
 
-def measure_samples(images: list[Tensor], dataset: RemovalDataset) -> dict[str, Measured]:
+def measure_samples(images: list[Tensor], dataset: RemovalDataset) -> dict[str, MetricValues]:
     """Measure every sample by all metrics of `moe_lora.metrics.measure`, in the order of the data.
 
     Args:
@@ -193,7 +193,7 @@ def describe_samples(found: Results, dataset: RemovalDataset) -> list[dict[str, 
     return samples
 
 
-def measure_one(image: Tensor, item: dict[str, Tensor]) -> dict[str, Measured]:
+def measure_one(image: Tensor, item: dict[str, Tensor]) -> dict[str, MetricValues]:
     """Measure one prediction `(3, H, W)` against its sample."""
     prediction, target, source = (value[None] for value in (image, item["result"], item["src"]))
     return metrics.measure(prediction, target, cut(item["mask"])[None], source)

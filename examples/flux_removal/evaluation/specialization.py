@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from evaluation.measuring import SMALLEST_REGION, cut, fill
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
-from moe_lora import Specialisation, metrics, specialisation
+from moe_lora import metrics
+from moe_lora.ablation import Specialization, specialization
 from options.train_options import TrainOptions
 from removal_data.batches import BucketBatches, LatentEncoder, image_sizes, to_device
 from removal_data.dataset import RemovalDataset
@@ -30,7 +31,7 @@ def measure_specialization(
     *,
     samples: int = 16,
     steps: int = 4,
-) -> Specialisation:
+) -> Specialization:
     """Leave out one expert of a checkpoint at a time, and see what rises.
 
     Losses are those of the training, with its noise levels; metrics are those of images that the
@@ -71,7 +72,7 @@ def measure_specialization(
             found[name] = torch.where(there, region[name].values, math.nan)
         return found
 
-    return specialisation(
+    return specialization(
         model,
         DataLoader(dataset, batch_sampler=batches),
         evaluate,

@@ -54,11 +54,11 @@ def assign_signals(
 
     With `expert_signals` every sample gets one component, which trains its own expert.
     """
-    if not (options.expert_signals and loss.specialised):
+    if not (options.expert_signals and loss.specialized):
         return loss, nullcontext()
     signals = ExpertSignals(loss)
     assignment = signals.assign(sigma)
-    teaching = moe_lora.routing.teach_experts(model, signals.learners(assignment))
+    teaching = moe_lora.routing.teach_experts(model, signals.expert_grad_mask(assignment))
     return partial(signals, assignment=assignment), teaching
 
 

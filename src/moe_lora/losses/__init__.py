@@ -1,20 +1,20 @@
-"""Losses that remove objects, each a function and a thin Module, and all together."""
+"""Losses for object removal: functions, thin Modules, and their combination `RemovalLoss`."""
 
 from __future__ import annotations
 
-from moe_lora.losses.base import BaseLoss, Weighting, base_loss, sigma_weight
 from moe_lora.losses.boundary import BoundaryLoss, boundary_loss, default_band_width
-from moe_lora.losses.combined import RemovalLoss, RemovalLossOutput
 from moe_lora.losses.consistency import ConsistencyLoss, consistency_loss, effect_weight
-from moe_lora.losses.decode import LatentDecoder
+from moe_lora.losses.decoding import LatentDecoder, latent_windows
 from moe_lora.losses.detail import DetailLoss, detail_loss
+from moe_lora.losses.expert_signals import ExpertSignals
+from moe_lora.losses.expert_table import EXPERT_OF_LOSS
+from moe_lora.losses.flow_matching import BaseLoss, Weighting, base_loss, sigma_weight
 from moe_lora.losses.reduction import Reduction
-from moe_lora.losses.signals import EXPERT_OF, ExpertSignals
-from moe_lora.losses.task import compute_removal_task_loss
-from moe_lora.losses.windows import latent_windows
+from moe_lora.losses.removal import RemovalLoss, RemovalLossOutput
+from moe_lora.losses.removal_task import compute_removal_task_loss
 
 __all__ = [
-    "EXPERT_OF",
+    "EXPERT_OF_LOSS",
     "BaseLoss",
     "BoundaryLoss",
     "ConsistencyLoss",

@@ -1,4 +1,4 @@
-"""The boundary loss: no seam along the mask's edge."""
+"""Boundary loss: image gradients along the mask's edge."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from moe_lora.masks import boundary_band
 
 
 def default_band_width(image_height: int, image_width: int) -> int:
-    """Choose a band width that keeps its share of the image.
+    """Choose a boundary-band width in proportion to the image.
 
     max(2, min(H, W) // 64): 8 pixels at 512, 16 at 1024, 2 at 128 and below.
 
     Args:
-        image_height: in pixels.
-        image_width: in pixels.
+        image_height: height H in pixels.
+        image_width: width W in pixels.
 
     Returns:
-        The `width` for `boundary_band`, in pixels.
+        The `width` of `moe_lora.masks.boundary_band` in pixels.
 
     Example:
         >>> default_band_width(512, 1024)
@@ -43,19 +43,18 @@ def boundary_loss(
     width: int | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Match image gradients in a band around the mask's edge.
+    """Compute the error of image gradients in a band around the mask's edge.
 
-    mean over the band of charbonnier(sobel(prediction - target)), horizontal and vertical, where
-    the Sobel filter is scaled to give the slope per pixel.
+    mean over the band of charbonnier(sobel(prediction - target)), horizontal and vertical; the
+    Sobel filter is normalized to intensity per pixel.
 
-    A smooth L1 penalty: zero only where the gradients agree. A sample whose mask is empty or full
-    has no band and counts as 0 in the batch mean.
+    A sample with an empty or full mask has no band and contributes 0 to the batch mean.
 
     Args:
         prediction: `(B, 3, H, W)`, image in [0, 1].
-        target: `(B, 3, H, W)`, the wanted result, image in [0, 1].
+        target: `(B, 3, H, W)`, image in [0, 1].
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        width: of the band on each side of the edge, in pixels; `None` for
+        width: width of the band on each side of the edge in pixels, an integer >= 1; `None` for
             `default_band_width(H, W)`.
         reduction: "mean" or "none".
 
@@ -63,8 +62,8 @@ def boundary_loss(
         A scalar for "mean", `(B,)` for "none"; float32 or wider.
 
     Raises:
-        TypeError, ValueError: for a mask that `moe_lora.masks.check_mask` refuses.
-        ValueError: when shapes do not fit, or `width` is not an integer >= 1.
+        TypeError, ValueError: if `mask` is invalid, see `moe_lora.masks.check_mask`.
+        ValueError: if shapes do not match, or `width` is not an integer >= 1.
 
     Example:
         >>> mask = torch.zeros(1, 1, 16, 16)
@@ -83,10 +82,10 @@ def boundary_loss(
 
 
 class BoundaryLoss(nn.Module):
-    """Hold the settings of `boundary_loss`.
+    """Module form of `boundary_loss`.
 
     Args:
-        width: of the band on each side of the edge, in pixels; `None` for
+        width: width of the band on each side of the edge in pixels, an integer >= 1; `None` for
             `default_band_width(H, W)`.
         reduction: "mean" or "none".
 

@@ -1,4 +1,4 @@
-"""The consistency loss: the picture outside the mask is the wanted one."""
+"""Consistency loss: the image outside the mask."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from moe_lora.masks.validation import check_integer
 
 
 def effect_weight(mask: Tensor, effect_band: int) -> Tensor:
-    """Weigh pixels by how far they are from what a removed object may have changed.
+    """Compute pixel weights that increase with the distance to the mask.
 
-    t² * (3 - 2 * t) with t = min(distance to the mask / effect_band, 1): 0 in the mask, 1/2 in the
-    middle of the band, 1 from its end on, with slope 0 at both ends.
+    t² * (3 - 2 * t), t = min(distance to the mask / effect_band, 1): 0 in the mask, 1/2 in the
+    middle of the band, 1 beyond it, with slope 0 at both ends.
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove. Distances are to `mask >= 0.5`.
-        effect_band: width of the band, in pixels, an integer >= 0; 0 for a weight of 1 everywhere.
+        effect_band: width of the band in pixels, an integer >= 0; 0 for a weight of 1 everywhere.
 
     Returns:
         `(B, 1, H, W)`, float32 in [0, 1], without gradient.
 
     Raises:
-        TypeError, ValueError: for a mask that `moe_lora.masks.check_mask` refuses.
-        ValueError: for a width that is not an integer >= 0.
+        TypeError, ValueError: if `mask` is invalid, see `moe_lora.masks.check_mask`.
+        ValueError: if `effect_band` is not an integer >= 0.
 
     Example:
         >>> import torch
@@ -54,29 +54,29 @@ def consistency_loss(
     effect_band: int = 0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Match the image outside the mask.
+    """Compute the error of the image outside the mask.
 
     mean over keep_mask * effect_weight of charbonnier(prediction - target), keep_mask = 1 - mask
 
-    Measure against the target result, not the source: an object's shadow lies outside the mask, and
-    a loss against the source forbids removing it. Where there is no better target, or it is
-    uncertain about shadows and reflections, an effect band relaxes the loss around the mask, see
-    `effect_weight`; what is relaxed is left out of the mean's area, too. A smooth L1 penalty. A
-    sample whose mask is full counts as 0 in the batch mean.
+    The target is the image without the object, not the source: a loss against the source would
+    penalize the removal of shadows outside the mask. If the target is unreliable around the mask,
+    `effect_band` reduces the weight there, both in the error and in the area of the mean; see
+    `effect_weight`. A sample with a full mask contributes 0 to the batch mean.
 
     Args:
         prediction: `(B, 3, H, W)`, image in [0, 1].
-        target: `(B, 3, H, W)`, the wanted result, image in [0, 1].
+        target: `(B, 3, H, W)`, image in [0, 1].
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        effect_band: pixels around the mask where the loss is relaxed, an integer >= 0; 0 for none.
+        effect_band: width in pixels of the band with reduced weight around the mask, an
+            integer >= 0; 0 for none.
         reduction: "mean" or "none".
 
     Returns:
         A scalar for "mean", `(B,)` for "none"; float32 or wider.
 
     Raises:
-        TypeError, ValueError: for a mask that `moe_lora.masks.check_mask` refuses.
-        ValueError: when shapes do not fit, or `effect_band` is not an integer >= 0.
+        TypeError, ValueError: if `mask` is invalid, see `moe_lora.masks.check_mask`.
+        ValueError: if shapes do not match, or `effect_band` is not an integer >= 0.
 
     Example:
         >>> import torch
@@ -91,14 +91,14 @@ def consistency_loss(
 
 
 class ConsistencyLoss(nn.Module):
-    """Hold the settings of `consistency_loss`.
+    """Module form of `consistency_loss`.
 
     Args:
-        effect_band: pixels around the mask where the loss is relaxed; 0 for none.
+        effect_band: width in pixels of the band with reduced weight around the mask; 0 for none.
         reduction: "mean" or "none".
 
     Raises:
-        ValueError: `effect_band` is not an integer >= 0.
+        ValueError: if `effect_band` is not an integer >= 0.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The detail loss: as much texture inside the mask as the wanted picture has."""
+"""Detail loss: high frequencies inside the mask."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def detail_loss(
     *,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Match high frequencies inside the mask.
+    """Compute the error of high frequencies inside the mask.
 
     mean over the mask of charbonnier(laplacian(prediction - target)), with the 3x3 Laplacian of
-    eight neighbours scaled so that its absolute values sum to 1.
+    eight neighbors, normalized to a sum of absolute values of 1.
 
-    A smooth L1 penalty: an error of constant brightness or constant slope costs nothing here. A
-    sample whose mask is empty counts as 0 in the batch mean.
+    The loss ignores errors of constant intensity or constant slope. A sample with an empty mask
+    contributes 0 to the batch mean.
 
     Args:
         prediction: `(B, 3, H, W)`, image in [0, 1]; H, W >= 2.
-        target: `(B, 3, H, W)`, the wanted result, image in [0, 1].
+        target: `(B, 3, H, W)`, image in [0, 1].
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
         reduction: "mean" or "none".
 
@@ -40,8 +40,8 @@ def detail_loss(
         A scalar for "mean", `(B,)` for "none"; float32 or wider.
 
     Raises:
-        TypeError, ValueError: for a mask that `moe_lora.masks.check_mask` refuses.
-        ValueError: when shapes do not fit.
+        TypeError, ValueError: if `mask` is invalid, see `moe_lora.masks.check_mask`.
+        ValueError: if shapes do not match.
 
     Example:
         >>> mask = torch.zeros(1, 1, 5, 5)
@@ -57,7 +57,7 @@ def detail_loss(
 
 
 class DetailLoss(nn.Module):
-    """Hold the settings of `detail_loss`.
+    """Module form of `detail_loss`.
 
     Args:
         reduction: "mean" or "none".

@@ -1,4 +1,4 @@
-"""From element-wise errors to one number per sample: penalty, region mean, batch mean."""
+"""Penalty, region mean and batch mean of the region losses."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from moe_lora.masks.validation import mark_checked
 Reduction = Literal["mean", "none"]
 
 CHARBONNIER_EPS = 1e-3
-"""Where the penalty turns from square to absolute: a quarter of an 8-bit step in [0, 1]."""
+"""Half-width of the quadratic part of the penalty: a quarter of an 8-bit step in [0, 1]."""
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Widen half precision, since sums over an image lose small errors in it.
+    """Convert half precision to float32, since half-precision sums over an image lose small errors.
 
     Example:
         >>> at_least_float32(torch.ones(1, dtype=torch.bfloat16)).dtype
@@ -27,12 +27,12 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def charbonnier(difference: Tensor, eps: float = CHARBONNIER_EPS) -> Tensor:
-    """Penalise a difference like L1, but smooth at zero.
+    """Compute the Charbonnier penalty, an L1 penalty that is smooth at zero.
 
-    sqrt(d² + eps²) - eps, written as d² / (sqrt(d² + eps²) + eps), which is exactly 0 at d = 0.
+    sqrt(d² + eps²) - eps, computed as d² / (sqrt(d² + eps²) + eps), which is exactly 0 at d = 0.
 
     Args:
-        difference: any shape.
+        difference: tensor of any shape.
         eps: half-width of the quadratic part, > 0, in the unit of `difference`.
 
     Returns:
@@ -49,15 +49,15 @@ def charbonnier(difference: Tensor, eps: float = CHARBONNIER_EPS) -> Tensor:
 def region_mean(error: Tensor, region: Tensor) -> Tensor:
     """Average an error over a region, sample by sample.
 
-    sum(region * error) / (C * max(sum(region), 1)); 0, with a graph, where the region is empty.
+    sum(region * error) / (C * max(sum(region), 1)); 0, with a graph, if the region is empty.
 
-    The area of the region and not that of the image normalises, so that a one-pixel mask counts
-    as much as a full one. What adds up to less than a pixel, such as the rounding of a resized
-    mask, counts for less.
+    The mean is over the area of the region, not of the image, so that small and large masks have
+    equal influence. Regions of less than one pixel in total, such as rounding errors of a resized
+    mask, have less.
 
     Args:
         error: `(B, C, H, W)`, >= 0.
-        region: `(B, 1, H, W)`, in [0, 1]; soft values weigh.
+        region: `(B, 1, H, W)`, in [0, 1]; weight of each pixel.
 
     Returns:
         `(B,)`.
@@ -74,7 +74,7 @@ def region_mean(error: Tensor, region: Tensor) -> Tensor:
 
 
 def reduce_batch(per_sample: Tensor, reduction: Reduction) -> Tensor:
-    """Average over the batch, or leave it.
+    """Average over the batch, or return the values per sample.
 
     Args:
         per_sample: `(B,)`.
@@ -84,7 +84,7 @@ def reduce_batch(per_sample: Tensor, reduction: Reduction) -> Tensor:
         A scalar for "mean", `(B,)` for "none".
 
     Raises:
-        ValueError: for an unknown reduction.
+        ValueError: if the reduction is unknown.
 
     Example:
         >>> reduce_batch(torch.tensor([1.0, 3.0]), "mean")
@@ -98,13 +98,13 @@ def reduce_batch(per_sample: Tensor, reduction: Reduction) -> Tensor:
 
 
 def pixel_difference(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Check the inputs of a region loss and subtract.
+    """Check the inputs of a region loss, and subtract the target from the prediction.
 
-    The filters of the region losses are linear, so that filtering the difference once is matching
-    two filtered images.
+    The filters of the region losses are linear, so that one filtered difference equals the
+    difference of two filtered images.
 
     Args:
-        prediction: `(B, 3, H, W)`, image in [0, 1]; values beyond are allowed.
+        prediction: `(B, 3, H, W)`, image in [0, 1]; values outside are allowed.
         target: `(B, 3, H, W)`, image in [0, 1].
         mask: `(B, 1, H, W)`, in [0, 1]; 1 = remove.
 
@@ -112,8 +112,8 @@ def pixel_difference(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[
         prediction - target, and the mask, both in the same dtype, float32 or wider.
 
     Raises:
-        TypeError, ValueError: for a mask that `check_mask` refuses.
-        ValueError: when shapes do not fit.
+        TypeError, ValueError: if `mask` is invalid, see `moe_lora.masks.check_mask`.
+        ValueError: if shapes do not match.
 
     Example:
         >>> ones = torch.ones(1, 3, 2, 2)

@@ -1,17 +1,17 @@
-"""Mask analysis, regions and readers: pure tensor functions.
+"""Masks: analysis, regions, augmentation, compositing and extraction from model inputs.
 
-A mask is `(B, 1, H, W)`, floating point in [0, 1], in pixel space, and 1 means *remove*. Soft
-values are allowed. Everything is batched and computed in float32; a batch gives the same results
-as its samples one by one. Nothing here knows of PEFT, of diffusers or of the tuner.
+A mask is `(B, 1, H, W)`, floating point in [0, 1], in pixel space; 1 means *remove*. Soft values
+are allowed. All functions are batched and compute in float32; samples of a batch are independent.
+The package depends neither on PEFT nor on diffusers.
 
-- `analyze` describes masks by numbers, a `MaskInfo`; `MaskInfo.features` stacks those that a
-  router reads. `extract_mask_info_from_batch` does it for a training batch.
-- `boundary_band`, `to_latent` and `to_tokens` say where a mask lies.
-- `from_flux_fill` and `from_inpainting_unet` read the mask back out of what stock models are fed.
+- `analyze` computes the properties of masks, a `MaskInfo`, with `MaskInfo.features` for routers;
+  `extract_mask_info_from_batch` analyzes a training batch.
+- `boundary_band`, `to_latent` and `to_tokens` convert a mask to bands, latents and tokens.
+- `from_flux_fill` and `from_inpainting_unet` extract the mask from the inputs of stock models.
 - `composite` pastes a result back into the untouched source.
-- `augment` draws masks anew as users draw them, too tight and too loose; `augmentation` holds what
-  it draws from. `distance_to_mask` measures how far pixels are from a mask.
-- `check_mask` is what all of them ask of a mask.
+- `augment` applies random augmentations; `moe_lora.masks.augmentation` contains them.
+- `distance_to_mask` computes the distance of pixels to a mask.
+- `check_mask` validates a mask.
 
 Example:
     >>> import torch
@@ -23,12 +23,11 @@ Example:
 
 from __future__ import annotations
 
-from moe_lora.masks.analysis import analyze
+from moe_lora.masks.analysis import MaskInfo, analyze
 from moe_lora.masks.augmentation import augment
 from moe_lora.masks.batch import extract_mask_info_from_batch
 from moe_lora.masks.compositing import composite
 from moe_lora.masks.distance import distance_to_mask
-from moe_lora.masks.info import MaskInfo
 from moe_lora.masks.readers import from_flux_fill, from_inpainting_unet
 from moe_lora.masks.regions import boundary_band, to_latent, to_tokens
 from moe_lora.masks.validation import check_mask

@@ -1,4 +1,4 @@
-"""Mask analysis for training batches in the triplet layout."""
+"""Mask analysis of training batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_lora.masks.analysis import analyze
+from moe_lora.masks.analysis.analyze import analyze
 
 _IMAGE_KEYS = ("src", "result")
 
@@ -15,21 +15,21 @@ _IMAGE_KEYS = ("src", "result")
 def extract_mask_info_from_batch(
     batch: Mapping[str, Any], *, latent_size: tuple[int, int] | None = None
 ) -> dict[str, Tensor]:
-    """Analyse the masks of a training batch.
+    """Analyze the masks of a training batch.
 
     Args:
-        batch: a mapping with `mask`, `(B, 1, H, W)` in [0, 1], 1 = remove, and optionally the
-            images `src` and `result`, `(B, 3, H, W)` in [0, 1]. Other keys are not read.
+        batch: mapping with `mask`, `(B, 1, H, W)` in [0, 1], 1 = remove, and optionally the
+            images `src` and `result`, `(B, 3, H, W)` in [0, 1]. Other keys are ignored.
         latent_size: `(h, w)` of `mask_latent`; an eighth of the mask's size by default.
 
     Returns:
         `mask_latent`, `area_ratio`, `edge_complexity`, `boundary_smoothness`, `mask`,
-        `has_occlusion`, `bbox`, as in `MaskInfo`; and `detail_complexity` where the batch has an
-        image, measured on `src` or, without it, on `result`.
+        `has_occlusion` and `bbox`, see `MaskInfo`; with an image also `detail_complexity`,
+        computed on `src` or, without it, on `result`.
 
     Raises:
-        TypeError: `batch` is no mapping, or an entry has the wrong type.
-        ValueError: `mask` is missing, or an entry has the wrong shape or values.
+        TypeError: if `batch` is not a mapping, or an entry has the wrong type.
+        ValueError: if `mask` is missing, or an entry has the wrong shape or values.
 
     Example:
         >>> import torch
@@ -41,8 +41,8 @@ def extract_mask_info_from_batch(
         raise TypeError(f"Expected `batch` to be a mapping, but got {type(batch).__name__}.")
     if batch.get("mask") is None:
         raise ValueError(
-            "Expected `batch` to have `mask` (B, 1, H, W) beside `ref`, `src` and `result` "
-            f"(B, 3, H, W), but got the keys {sorted(map(str, batch))}."
+            "Expected `batch` to have the key `mask` (B, 1, H, W) beside `ref`, `src` and "
+            f"`result` (B, 3, H, W), but got the keys {sorted(map(str, batch))}."
         )
     images = [batch[key] for key in _IMAGE_KEYS if batch.get(key) is not None]
     info = analyze(batch["mask"], images[0] if images else None, latent_size=latent_size)

@@ -1,4 +1,4 @@
-"""How far a pixel is from a mask."""
+"""Distance of pixels to a mask."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from moe_lora.masks.validation import check_integer, check_mask
 
 
 def distance_to_mask(mask: Tensor, limit: int) -> Tensor:
-    """Measure the distance of every pixel to the nearest masked one.
+    """Compute the distance of every pixel to the nearest masked pixel.
 
-    min(limit, sqrt(dx² + dy²)) to the nearest pixel with `mask >= 0.5`, exact, between the middles
-    of pixels: 0 in the mask, 1 beside it. The work grows with `limit`.
+    min(limit, sqrt(dx² + dy²)) to the nearest pixel with `mask >= 0.5`
+
+    Exact Euclidean distances between pixel centers: 0 in the mask, 1 beside it. The cost is
+    proportional to `limit`.
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        limit: where the distance stops to grow, in pixels, an integer >= 1.
+        limit: upper limit of the distance in pixels, an integer >= 1.
 
     Returns:
         `(B, 1, H, W)`, float32 in [0, limit], without gradient; `limit` everywhere for an empty
         mask.
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, see `check_mask`.
-        ValueError: `limit` is not an integer >= 1.
+        TypeError, ValueError: if `mask` is invalid, see `check_mask`.
+        ValueError: if `limit` is not an integer >= 1.
 
     Example:
         >>> mask = torch.zeros(1, 1, 2, 4)
@@ -37,12 +39,15 @@ def distance_to_mask(mask: Tensor, limit: int) -> Tensor:
     check_integer(limit, "limit", 1)
     inside = check_mask(mask).detach() >= 0.5
     width = inside.shape[3]
-    place = torch.arange(width, device=inside.device)
+    position = torch.arange(width, device=inside.device)
     nowhere = width + limit
-    before = place - torch.where(inside, place, -nowhere).cummax(dim=3).values
-    after = torch.where(inside, place, nowhere + width).flip(3).cummin(dim=3).values.flip(3) - place
+    before = position - torch.where(inside, position, -nowhere).cummax(dim=3).values
+    after = (
+        torch.where(inside, position, nowhere + width).flip(3).cummin(dim=3).values.flip(3)
+        - position
+    )
     along_row = torch.minimum(before, after).clamp(max=limit).float().square()
-    # The nearest pixel of each row in reach, and of these the nearest.
+    # Minimum over rows within the limit of the distance along each row.
     rows = F.pad(along_row, (0, 0, limit, limit), value=float(limit**2))
     nearest = along_row
     for step in range(1, limit):

@@ -1,4 +1,4 @@
-"""Read the mask back out of the inputs of stock inpainting models."""
+"""Extract the mask from the inputs of stock inpainting models."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _UNET_MASK_CHANNEL = 4
 
 
 def from_flux_fill(hidden_states: Tensor, height: int, width: int) -> Tensor:
-    """Recover the full-resolution mask from the input tokens of a FLUX Fill transformer.
+    """Extract the full-resolution mask from the input tokens of a FLUX Fill transformer.
 
-    The 384 channels of a token are `64 noisy | 64 masked image | 256 mask`. The 256 are the 16 x
-    16 mask pixels under the token, in the order `(y8, x8, y2, x2)`, where pixel `(row, column)`
-    of the token is `(8 * y2 + y8, 8 * x2 + x8)`. Nothing is averaged or rounded.
+    The 384 channels of a token are `64 noisy | 64 masked image | 256 mask`. The 256 mask channels
+    are the 16 x 16 pixels of the token in the order `(y8, x8, y2, x2)`, where `(row, column)` =
+    `(8 * y2 + y8, 8 * x2 + x8)`. The extraction is exact.
 
     Args:
-        hidden_states: `(B, T, 384)`, or the last 256 channels of it, `(B, T, 256)`; tokens row by
-            row on a grid of `height // 16` rows and `width // 16` columns.
-        height: of the mask in pixels, a multiple of 16.
-        width: of the mask in pixels, a multiple of 16.
+        hidden_states: `(B, T, 384)`, or its last 256 channels, `(B, T, 256)`; tokens row by row on
+            a grid of `height // 16` rows and `width // 16` columns.
+        height: height of the mask in pixels, a multiple of 16.
+        width: width of the mask in pixels, a multiple of 16.
 
     Returns:
         `(B, 1, height, width)`, in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: `height` or `width` is no multiple of 16, the token count is not
+        ValueError: if `height` or `width` is not a multiple of 16, the token count is not
             `(height // 16) * (width // 16)`, or the channels are neither 384 nor 256.
 
     Source: the packing of `FluxFillPipeline.prepare_mask_latents` in diffusers.
@@ -65,7 +65,7 @@ def from_flux_fill(hidden_states: Tensor, height: int, width: int) -> Tensor:
 
 
 def from_inpainting_unet(sample: Tensor) -> Tensor:
-    """Read the mask channel of a nine-channel inpainting UNet's input.
+    """Extract the mask channel from the input of a nine-channel inpainting UNet.
 
     The channels are `4 latents | 1 mask | 4 masked-image latents`.
 
@@ -76,7 +76,7 @@ def from_inpainting_unet(sample: Tensor) -> Tensor:
         `(B, 1, h, w)`, the mask at latent size, clamped to [0, 1], in the dtype of `sample`.
 
     Raises:
-        ValueError: `sample` has another shape.
+        ValueError: if `sample` has another shape.
 
     Source: `StableDiffusionInpaintPipeline` in diffusers.
 

@@ -1,4 +1,4 @@
-"""Where a mask lies: its boundary band, and its share of latent pixels and tokens."""
+"""Boundary band of a mask, and its share of latent pixels and tokens."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from moe_lora.masks.validation import check_integer, check_mask, check_size, mar
 
 
 def boundary_band(mask: Tensor, width: int) -> Tensor:
-    """Mark the pixels near a mask's edge, on both sides of it.
+    """Compute the band of pixels on both sides of a mask's edge.
 
-    With `m = [mask >= 0.5]`, `band = dilate(m, width) - erode(m, width)`, both with a square of
-    side `2 * width + 1`: outside the mask the pixels at Chebyshev distance up to `width` from it,
-    inside it those at distance up to `width` from the outside. The border of the image is no
-    edge. An empty and a full mask have no band.
+    band = dilate(m, width) - erode(m, width), m = [mask >= 0.5]
+
+    The structuring element is a square of side `2 * width + 1`: the band contains the pixels at a
+    Chebyshev distance of up to `width` from the other side of the edge. The border of the image is
+    not an edge. Empty and full masks have no band.
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        width: pixels on each side, an integer >= 1.
+        width: width of the band on each side of the edge in pixels, an integer >= 1.
 
     Returns:
         `(B, 1, H, W)`, float32, 0.0 or 1.0, without gradient.
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, see `check_mask`.
-        ValueError: `width` is not an integer >= 1.
+        TypeError, ValueError: if `mask` is invalid, see `check_mask`.
+        ValueError: if `width` is not an integer >= 1.
 
     Example:
         >>> import torch
@@ -48,12 +49,12 @@ def to_latent(mask: Tensor, size: tuple[int, int]) -> Tensor:
         size: `(h, w)` of the latents.
 
     Returns:
-        `(B, 1, h, w)`, float32 in [0, 1]. Where `h` divides `H` and `w` divides `W` its mean is
-        the mask's; elsewhere the cells overlap by up to a pixel (adaptive average pooling).
+        `(B, 1, h, w)`, float32 in [0, 1]. If `h` divides `H` and `w` divides `W`, the mean equals
+        that of the mask; else cells overlap by up to a pixel (adaptive average pooling).
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, see `check_mask`.
-        ValueError: `size` is not two integers >= 1.
+        TypeError, ValueError: if `mask` is invalid, see `check_mask`.
+        ValueError: if `size` is not two integers >= 1.
 
     Example:
         >>> import torch
@@ -70,14 +71,14 @@ def to_tokens(mask: Tensor, grid_size: tuple[int, int]) -> Tensor:
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        grid_size: `(rows, columns)` of the token grid; for Flux `(H // 16, W // 16)`.
+        grid_size: `(rows, columns)` of the token grid; for FLUX `(H // 16, W // 16)`.
 
     Returns:
-        `(B, rows * columns)`, float32 in [0, 1], row by row, the order of packed Flux latents.
+        `(B, rows * columns)`, float32 in [0, 1], row by row, in the order of packed FLUX latents.
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, see `check_mask`.
-        ValueError: `grid_size` is not two integers >= 1.
+        TypeError, ValueError: if `mask` is invalid, see `check_mask`.
+        ValueError: if `grid_size` is not two integers >= 1.
 
     Example:
         >>> import torch

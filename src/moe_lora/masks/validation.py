@@ -1,4 +1,4 @@
-"""What every function of this package asks of its input."""
+"""Input checks of the mask functions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _ROUNDING = 1e-5
-"""How far a resampled float mask may overshoot [0, 1] and still count as inside."""
+"""Allowed overshoot of [0, 1], for rounding by resampling."""
 
 _CHECKED: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
-"""The version at which the values of a mask were read last; a change in place raises it."""
+"""Tensor version at the last check of a mask's values; in-place changes increment the version."""
 
 
 def check_mask(mask: Tensor) -> Tensor:
-    """Check that a mask is one, and return it in float32.
+    """Check a mask, and convert it to float32.
 
-    Values are read only outside `torch.compile`; on CUDA that reading waits for the device. They
-    are read once: a tensor that has passed is not read again until it is changed in place.
-    A resized mask may overshoot by rounding: up to 1e-5 outside [0, 1] passes.
+    Values are checked once per tensor and again after in-place changes, but not inside
+    `torch.compile`. On CUDA the check synchronizes. Values may exceed [0, 1] by 1e-5, for rounding
+    by resampling.
 
     Args:
         mask: `(B, 1, H, W)`, floating point, in [0, 1], pixel space; 1 = remove.
@@ -30,9 +30,9 @@ def check_mask(mask: Tensor) -> Tensor:
         The same values in float32, `(B, 1, H, W)`, with the graph of `mask`.
 
     Raises:
-        TypeError: `mask` is no tensor, or bool, integer or complex.
-        ValueError: the shape is another, the mask has no elements, or a value is NaN or outside
-            [0, 1].
+        TypeError: if `mask` is not a tensor, or not floating point.
+        ValueError: if the shape is not (B, 1, H, W), the mask has no elements, or a value is NaN or
+            outside [0, 1].
 
     Example:
         >>> check_mask(torch.full((1, 1, 2, 2), 255.0))
@@ -62,40 +62,40 @@ divide by 255.
 
 
 def mark_checked(mask: Tensor) -> Tensor:
-    """Note that a mask's values lie in [0, 1], so that `check_mask` need not read them.
+    """Mark the values of a mask as valid, so that `check_mask` skips them.
 
     Args:
-        mask: a mask that was made of checked ones.
+        mask: mask computed from checked masks.
 
     Returns:
-        The mask itself.
+        The same mask.
     """
-    # A compiler cannot trace this, and inference tensors have no version.
+    # torch.compile cannot trace this; inference tensors have no version.
     if not torch.compiler.is_compiling() and not mask.is_inference():
         _CHECKED[mask] = mask._version
     return mask
 
 
 def is_checked(mask: Tensor) -> bool:
-    """Return whether a mask's values have been read since it was last changed."""
+    """Return whether a mask's values have been checked since its last in-place change."""
     if torch.compiler.is_compiling() or mask.is_inference():
         return False
     return _CHECKED.get(mask) == mask._version
 
 
 def check_image(image: Tensor, mask: Tensor) -> Tensor:
-    """Check that an image belongs to a mask, and return it in float32.
+    """Check the image of a mask, and convert it to float32.
 
     Args:
         image: `(B, 3, H, W)`, floating point, in [0, 1].
-        mask: `(B, 1, H, W)`, already checked.
+        mask: `(B, 1, H, W)`, checked.
 
     Returns:
         The same values in float32, `(B, 3, H, W)`, with the graph of `image`.
 
     Raises:
-        TypeError: `image` is no tensor or not floating point.
-        ValueError: the shape does not fit the mask's, or a value is NaN or outside [0, 1].
+        TypeError: if `image` is not a tensor, or not floating point.
+        ValueError: if the shape does not match the mask, or a value is NaN or outside [0, 1].
 
     Example:
         >>> check_image(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 4, 4))
@@ -121,17 +121,17 @@ def check_image(image: Tensor, mask: Tensor) -> Tensor:
 
 
 def check_size(size: tuple[int, int], name: str) -> tuple[int, int]:
-    """Check a pair of sizes (rows, columns), and return it as a tuple of ints.
+    """Check a size (rows, columns).
 
     Args:
         size: two integers, each at least 1.
-        name: the argument's name in the message.
+        name: name of the argument for error messages.
 
     Returns:
         `(rows, columns)`.
 
     Raises:
-        ValueError: `size` is not two integers of at least 1.
+        ValueError: if `size` is not two integers >= 1.
 
     Example:
         >>> check_size((4, 0), "grid_size")
@@ -147,18 +147,18 @@ def check_size(size: tuple[int, int], name: str) -> tuple[int, int]:
 
 
 def check_integer(value: int, name: str, least: int) -> int:
-    """Check a whole number, and return it.
+    """Check an integer argument.
 
     Args:
-        value: an integer of at least `least`.
-        name: the argument's name in the message.
-        least: the least value allowed.
+        value: the integer.
+        name: name of the argument for error messages.
+        least: smallest allowed value.
 
     Returns:
-        The value.
+        The same value.
 
     Raises:
-        ValueError: for anything else, bool included.
+        ValueError: if `value` is not an integer >= `least`, or is a bool.
 
     Example:
         >>> check_integer(0, "width", 1)
@@ -171,7 +171,7 @@ def check_integer(value: int, name: str, least: int) -> int:
 
 
 def _value_range(values: Tensor, name: str) -> tuple[float, float]:
-    """Return the least and the greatest value in one reading; (0, 1) where none can be read."""
+    """Return the minimum and maximum with one synchronization; (0, 1) if values are unavailable."""
     if torch.compiler.is_compiling() or values.is_meta:
         return 0.0, 1.0
     least, greatest = torch.aminmax(values.detach())
@@ -196,7 +196,7 @@ def _range_message(name: str, low: float, high: float) -> str:
     elif low >= -1 - _ROUNDING and high <= 1 + _ROUNDING:
         advice = f"map [-1, 1] to [0, 1] with ({name} + 1) / 2"
     else:
-        advice = f"limit it with {name}.clamp(0, 1) if that is what it means"
+        advice = f"clamp it with {name}.clamp(0, 1) if the values are an overshoot"
     return (
         f"Expected `{name}` to have values in [0, 1], but got values in [{low:g}, {high:g}]; "
         f"{advice}."

@@ -1,4 +1,4 @@
-"""LPIPS, a distance between images by the features of a network; its package is optional."""
+"""LPIPS, a perceptual distance of images; its package is optional."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from moe_lora.metrics.image import region_average
-from moe_lora.metrics.measured import Measured
+from moe_lora.metrics.metric_values import MetricValues
 from moe_lora.metrics.validation import check_pair
 
 Network = Literal["alex", "vgg", "squeeze"]
 
 
 def load_lpips(network: Network = "alex", device: torch.device | str = "cpu") -> nn.Module:
-    """Load an LPIPS network that gives a map, for `lpips` and `measure`.
+    """Load an LPIPS network with spatial output, for `lpips` and `measure`.
 
-    The package `lpips` is no dependency of moe_lora, and fetches the weights of the network that it
-    stands on when they are not at hand.
+    Requires the package `lpips`, which downloads the weights of the backbone on first use.
 
     Args:
-        network: "alex", which the authors advise for measuring, "vgg" or "squeeze".
-        device: where to.
+        network: "alex", which the authors recommend for evaluation, "vgg" or "squeeze".
+        device: device of the network.
 
     Returns:
         A frozen `lpips.LPIPS(net=network, spatial=True)`.
 
     Raises:
-        ImportError: when the package is not installed.
-        ValueError: for an unknown network.
+        ImportError: if the package is not installed.
+        ValueError: if the network is unknown.
 
     Source: Zhang, Isola, Efros, Shechtman, Wang, "The unreasonable effectiveness of deep features
         as a perceptual metric", 2018.
@@ -43,8 +42,8 @@ def load_lpips(network: Network = "alex", device: torch.device | str = "cpu") ->
         package = importlib.import_module("lpips")
     except ModuleNotFoundError as error:
         raise ImportError(
-            "Expected the package lpips, which measures LPIPS, but it is not installed: "
-            "pip install lpips."
+            "LPIPS requires the package lpips, which is not installed. Install it with "
+            "`pip install lpips`."
         ) from error
     model: nn.Module = package.LPIPS(net=network, spatial=True, verbose=False)
     return model.to(device).eval().requires_grad_(False)
@@ -52,32 +51,32 @@ def load_lpips(network: Network = "alex", device: torch.device | str = "cpu") ->
 
 @torch.no_grad()
 def lpips(
-    result: Tensor, truth: Tensor, model: nn.Module, region: Tensor | None = None
-) -> Measured:
-    """Measure the LPIPS distance, sample by sample: the region's mean of the network's map.
+    prediction: Tensor, target: Tensor, model: nn.Module, region: Tensor | None = None
+) -> MetricValues:
+    """Compute the LPIPS distance per sample, the mean of the network's map over a region.
 
-    The receptive fields are large: what lies outside a region has a say in it.
+    Receptive fields are large, so that pixels outside a region influence its mean.
 
     Args:
-        result: `(B, 3, H, W)`, in [0, 1].
-        truth: the same shape.
-        model: of `load_lpips`, or anything that maps `(x, y, normalize=True)`, images in [0, 1], to
-            distances `(B, 1, H, W)`.
-        region: `(B, 1, H, W)`, bool; everywhere by default.
+        prediction: `(B, 3, H, W)`, image in [0, 1].
+        target: `(B, 3, H, W)`, image in [0, 1].
+        model: network of `load_lpips`, or a Module that maps `(x, y, normalize=True)`, images in
+            [0, 1], to distances `(B, 1, H, W)`.
+        region: `(B, 1, H, W)`, bool; all pixels by default.
 
     Returns:
-        >= 0, 0 where the images are equal, `(B,)`; missing where the region is empty.
+        `(B,)`, >= 0, 0 for equal images; samples with an empty region are absent.
 
     Raises:
-        TypeError, ValueError: for images that are none, are outside [0, 1] or do not fit.
-        ValueError: when the model gives no map of the images' size.
+        TypeError, ValueError: if an image is invalid, outside [0, 1], or of another shape.
+        ValueError: if the output of the model does not have the size of the images.
     """
-    first, second = check_pair(result, truth, names=("result", "truth"))
+    first, second = check_pair(prediction, target, names=("prediction", "target"))
     distances: Tensor = model(first.float(), second.float(), normalize=True)
     expected = (len(first), 1, *first.shape[2:])
     if tuple(distances.shape) != expected:
         raise ValueError(
-            f"Expected `model` to give a map of shape {expected}, as that of load_lpips does, but "
+            f"Expected `model` to return a map of shape {expected}, like that of load_lpips, but "
             f"got {tuple(distances.shape)}."
         )
     return region_average(distances.double(), region)

@@ -1,52 +1,51 @@
-"""All metrics of a removal at once."""
+"""All metrics of a removal."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from moe_lora.metrics.image import psnr, region_average, ssim_map
-from moe_lora.metrics.measured import Measured
+from moe_lora.metrics.metric_values import MetricValues
 from moe_lora.metrics.perceptual import lpips
 from moe_lora.metrics.regions import EFFECT_THRESHOLD, regions
 from moe_lora.metrics.seam import seam_error
 
 
 def measure(
-    result: Tensor,
-    truth: Tensor,
+    prediction: Tensor,
+    target: Tensor,
     mask: Tensor,
     source: Tensor | None = None,
     *,
     band_width: int | None = None,
     effect_threshold: float = EFFECT_THRESHOLD,
     lpips_model: nn.Module | None = None,
-) -> dict[str, Measured]:
-    """Measure a removal by PSNR and SSIM in every region, and by the error across the seam.
+) -> dict[str, MetricValues]:
+    """Compute PSNR and SSIM in every region, and the seam error.
 
     Args:
-        result: `(B, 3, H, W)`, in [0, 1], what a model made.
-        truth: `(B, 3, H, W)`, in [0, 1], the picture as it should be.
+        prediction: `(B, 3, H, W)`, image in [0, 1].
+        target: `(B, 3, H, W)`, image without the object in [0, 1].
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        source: `(B, 3, H, W)`, in [0, 1], the picture with the object; without it there is no
-            effect region.
-        band_width: of the boundary region, see `regions`.
-        effect_threshold: of the effect region, see `regions`.
-        lpips_model: of `load_lpips`; LPIPS is measured with it only.
+        source: `(B, 3, H, W)`, image with the object in [0, 1]; required for the effect region.
+        band_width: width of the boundary region; see `regions`.
+        effect_threshold: threshold of the effect region; see `regions`.
+        lpips_model: network of `load_lpips`; `None` for no LPIPS.
 
     Returns:
-        By name: `psnr/whole` in dB, `ssim/whole` and, with a model, `lpips/whole`, the same for
-        `inside`, `outside`, `boundary` and `effect`, and `seam_error`.
+        `(B,)` by name: `psnr/whole` in dB, `ssim/whole` and, with a network, `lpips/whole`, the
+        same for `inside`, `outside`, `boundary` and `effect`, and `seam_error`.
 
     Raises:
-        TypeError, ValueError: for images that are none, are outside [0, 1] or do not fit, or a
-            mask that `moe_lora.masks.check_mask` refuses.
+        TypeError, ValueError: if an image is invalid, outside [0, 1] or of another shape, or if
+            `mask` is invalid, see `moe_lora.masks.check_mask`.
 
     Example:
         >>> import torch
         >>> mask = torch.zeros(1, 1, 16, 16)
         >>> mask[..., 4:12, 4:12] = 1
-        >>> truth = torch.full((1, 3, 16, 16), 0.5)
-        >>> found = measure(truth + 0.1 * mask, truth, mask)
+        >>> target = torch.full((1, 3, 16, 16), 0.5)
+        >>> found = measure(target + 0.1 * mask, target, mask)
         >>> round(found["psnr/inside"].mean(), 4), found["psnr/outside"].mean()
         (20.0, 100.0)
         >>> round(found["seam_error"].mean(), 4)
@@ -55,16 +54,16 @@ def measure(
     where = regions(
         mask,
         source,
-        None if source is None else truth,
+        None if source is None else target,
         band_width=band_width,
         effect_threshold=effect_threshold,
     )
-    similarity = ssim_map(result, truth)
-    found = {f"psnr/{name}": psnr(result, truth, region) for name, region in where.items()}
+    similarity = ssim_map(prediction, target)
+    found = {f"psnr/{name}": psnr(prediction, target, region) for name, region in where.items()}
     found |= {f"ssim/{name}": region_average(similarity, region) for name, region in where.items()}
     if lpips_model is not None:
         found |= {
-            f"lpips/{name}": lpips(result, truth, lpips_model, region)
+            f"lpips/{name}": lpips(prediction, target, lpips_model, region)
             for name, region in where.items()
         }
-    return found | {"seam_error": seam_error(result, truth, mask)}
+    return found | {"seam_error": seam_error(prediction, target, mask)}

@@ -1,4 +1,4 @@
-"""The step along a mask's edge that tells where a picture was mended."""
+"""Seam error: intensity steps across the mask's edge."""
 
 from __future__ import annotations
 
@@ -6,44 +6,45 @@ import torch
 from torch import Tensor
 
 from moe_lora.masks import check_mask
-from moe_lora.metrics.measured import Measured
+from moe_lora.metrics.metric_values import MetricValues
 from moe_lora.metrics.validation import check_pair
 
 
-def seam_error(result: Tensor, truth: Tensor, mask: Tensor) -> Measured:
-    """Measure how far the slope across the mask's edge is off.
+def seam_error(prediction: Tensor, target: Tensor, mask: Tensor) -> MetricValues:
+    """Compute the error of intensity steps across the mask's edge.
 
-    With `d = result - truth`: the mean over all pairs of neighbours `(p, q)`, horizontal or
-    vertical, of which `p` is inside the mask and `q` outside, and over the channels, of
-    abs(d(p) - d(q)). A result that is too bright by `c` inside the mask and right outside has an
-    error of exactly `c`; one that is too bright by `c` everywhere has no seam, and an error of 0.
+    mean over (p, q) and channels of abs(d(p) - d(q)), d = prediction - target
+
+    The pairs (p, q) are horizontal and vertical neighbors with p inside and q outside the mask. A
+    constant error of c inside the mask only gives exactly c; a constant error everywhere gives 0.
 
     Args:
-        result: `(B, C, H, W)`, in [0, 1].
-        truth: the same shape.
-        mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove; cut at 0.5.
+        prediction: `(B, C, H, W)`, image in [0, 1].
+        target: `(B, C, H, W)`, image in [0, 1].
+        mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove; thresholded at 0.5.
 
     Returns:
-        In units of intensity per pixel, in [0, 2], `(B,)`; `pixels` counts the pairs. Missing where
-        the mask has no edge: empty, or full.
+        `(B,)`, in intensity per pixel, in [0, 2]; `pixels` is the number of pairs. Samples with an
+        empty or full mask are absent.
 
     Raises:
-        TypeError, ValueError: for images that are none, are outside [0, 1] or do not fit, or a
-            mask that `moe_lora.masks.check_mask` refuses.
+        TypeError, ValueError: if an image is invalid, outside [0, 1] or of another shape, or if
+            `mask` is invalid, see `moe_lora.masks.check_mask`.
 
     Example:
         >>> mask = torch.zeros(1, 1, 8, 8)
         >>> mask[..., 2:6, 2:6] = 1
-        >>> truth = torch.full((1, 3, 8, 8), 0.5)
-        >>> found = seam_error(truth + 0.25 * mask, truth, mask)
+        >>> target = torch.full((1, 3, 8, 8), 0.5)
+        >>> found = seam_error(target + 0.25 * mask, target, mask)
         >>> found.mean(), found.pixels
         (0.25, tensor([16]))
     """
-    first, second = check_pair(result, truth, names=("result", "truth"))
+    first, second = check_pair(prediction, target, names=("prediction", "target"))
     inside = check_mask(mask).detach() >= 0.5
     if (inside.shape[0], *inside.shape[2:]) != (first.shape[0], *first.shape[2:]):
         raise ValueError(
-            f"Expected `mask` to fit images of shape {tuple(first.shape)}, but got "
+            f"Expected `mask` to have the batch and image size of `prediction`, "
+            f"{tuple(first.shape)}, but got "
             f"{tuple(inside.shape)}."
         )
     difference = first - second
@@ -56,4 +57,4 @@ def seam_error(result: Tensor, truth: Tensor, mask: Tensor) -> Measured:
         )
         total += torch.where(across, step, 0).flatten(1).sum(1)
         pairs += across.flatten(1).sum(1)
-    return Measured(total / pairs.clamp(min=1), pairs)
+    return MetricValues(total / pairs.clamp(min=1), pairs)

@@ -1,4 +1,4 @@
-"""What every metric asks of its input."""
+"""Input checks of the metrics."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import torch
 from torch import Tensor
 
 _ROUNDING = 1e-5
-"""How far an image may overshoot [0, 1] by resampling and still count as inside."""
+"""Allowed overshoot of [0, 1], for rounding by resampling."""
 
 
-def check_pair(result: Tensor, truth: Tensor, *, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
-    """Check that two batches of images can be compared, and return them in float64.
+def check_pair(
+    prediction: Tensor, target: Tensor, *, names: tuple[str, str]
+) -> tuple[Tensor, Tensor]:
+    """Check two batches of images, and convert them to float64.
 
     Args:
-        result: `(B, C, H, W)`, floating point, in [0, 1].
-        truth: the same shape.
-        names: of the arguments, for messages.
+        prediction: `(B, C, H, W)`, floating point, in [0, 1].
+        target: `(B, C, H, W)`, floating point, in [0, 1].
+        names: names of the arguments for error messages.
 
     Returns:
         Both, detached, in float64, clamped to [0, 1].
 
     Raises:
-        TypeError: one is no floating-point tensor.
-        ValueError: shapes differ or are no images, or a value is NaN or outside [0, 1].
+        TypeError: if an argument is not a floating-point tensor.
+        ValueError: if shapes differ, or are not (B, C, H, W), or a value is NaN or outside [0, 1].
     """
-    first = check_images(result, names[0])
-    second = check_images(truth, names[1])
+    first = check_images(prediction, names[0])
+    second = check_images(target, names[1])
     if second.shape != first.shape:
         raise ValueError(
             f"Expected `{names[1]}` to have the shape of `{names[0]}`, {tuple(first.shape)}, but "
@@ -35,15 +37,18 @@ def check_pair(result: Tensor, truth: Tensor, *, names: tuple[str, str]) -> tupl
 
 
 def check_images(images: Tensor, name: str) -> Tensor:
-    """Check a batch of images, and return it detached, in float64, clamped to [0, 1].
+    """Check a batch of images, and convert it to float64.
 
     Args:
         images: `(B, C, H, W)`, floating point, in [0, 1].
-        name: of the argument, for messages.
+        name: name of the argument for error messages.
+
+    Returns:
+        The images, detached, in float64, clamped to [0, 1].
 
     Raises:
-        TypeError: `images` is no floating-point tensor.
-        ValueError: the shape is another, or a value is NaN or outside [0, 1].
+        TypeError: if `images` is not a floating-point tensor.
+        ValueError: if the shape is not (B, C, H, W), or a value is NaN or outside [0, 1].
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -62,15 +67,18 @@ def check_images(images: Tensor, name: str) -> Tensor:
 
 
 def check_region(region: Tensor | None, images: Tensor) -> Tensor:
-    """Check a boolean map of where to measure, and return it; everywhere for `None`.
+    """Check a region, and replace `None` by all pixels.
 
     Args:
         region: `(B, 1, H, W)`, bool.
-        images: `(B, C, H, W)`, those that are measured.
+        images: `(B, C, H, W)`.
+
+    Returns:
+        `(B, 1, H, W)`, bool.
 
     Raises:
-        TypeError: `region` is no bool tensor.
-        ValueError: the shape does not fit.
+        TypeError: if `region` is not a bool tensor.
+        ValueError: if the shape does not match the images.
     """
     expected = (images.shape[0], 1, *images.shape[2:])
     if region is None:

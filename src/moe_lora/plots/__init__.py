@@ -1,25 +1,25 @@
-"""Pictures of what router and experts do, as matplotlib figures.
+"""Figures of routing weights and expert specialization, drawn with matplotlib.
 
-Every function takes tensors, arrays or lists and returns a `matplotlib.figure.Figure` of 800 pixels
-width or more that belongs to nobody: no `pyplot`, no global state, no window, nothing to close.
-`figure.savefig("weights.png")` writes it, `SummaryWriter.add_figure` logs it, a notebook shows it.
-An expert has the same colour in all pictures. matplotlib is imported by the first call; the extra
-`moe-lora[plots]` installs it.
+Functions take tensors, arrays or lists and return a `matplotlib.figure.Figure` at least 800 pixels
+wide. They do not use `pyplot`, so that there is no global state and no figure to close. Save a
+figure with `figure.savefig("weights.png")`, or log it with `SummaryWriter.add_figure`. Each expert
+has the same color in all figures. matplotlib is imported on the first call; install it with
+`pip install 'moe-lora[plots]'`.
 """
 
-from moe_lora.plots.canvas import expert_colours
-from moe_lora.plots.matrix import specialisation_matrix
-from moe_lora.plots.relations import (
+from moe_lora.plots.expert_usage import usage_over_training
+from moe_lora.plots.figures import expert_colors
+from moe_lora.plots.scatter import (
     weights_by_area,
     weights_by_edge_complexity,
     weights_over_sigma,
 )
-from moe_lora.plots.tokens import token_weights
-from moe_lora.plots.training import usage_over_training
+from moe_lora.plots.specialization import specialization_matrix
+from moe_lora.plots.token_maps import token_weights
 
 __all__ = [
-    "expert_colours",
-    "specialisation_matrix",
+    "expert_colors",
+    "specialization_matrix",
     "token_weights",
     "usage_over_training",
     "weights_by_area",

@@ -27,10 +27,10 @@ Value = TypeVar("Value")
 
 
 class HasSpecialisedLosses(Protocol):
-    """Describe a loss that knows whether any of its specialised components is on."""
+    """Describe a loss that knows whether any of its specialized components is on."""
 
     @property
-    def specialised(self) -> bool: ...
+    def specialized(self) -> bool: ...
 
 
 @contextmanager
@@ -107,12 +107,12 @@ def set_routing_mode(model: nn.Module, mode: RoutingMode) -> None:
 
 
 def routing_mode_for(losses: HasSpecialisedLosses) -> RoutingMode:
-    """Return the mode that suits a loss: routed when a specialised component is on, else uniform.
+    """Return the mode that suits a loss: routed when a specialized component is on, else uniform.
 
     Args:
-        losses: a `RemovalLoss`, or anything with a property `specialised`.
+        losses: a `RemovalLoss`, or anything with a property `specialized`.
     """
-    return "routed" if losses.specialised else "uniform"
+    return "routed" if losses.specialized else "uniform"
 
 
 def set_router_inputs(

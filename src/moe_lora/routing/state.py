@@ -114,7 +114,7 @@ class RoutingState(RoutingContext):
             mine.decisions = {}
         if getattr(model, "_is_replica", False) and self._open and steering is NO_STEERING:
             raise RuntimeError(
-                "Expected moe_lora.route, teach_experts and knocked_out outside of DataParallel, "
+                "Expected moe_lora.route, teach_experts and ablate_expert outside of DataParallel, "
                 "whose threads they do not reach. Use DistributedDataParallel, or open them inside "
                 "the module that DataParallel wraps."
             )

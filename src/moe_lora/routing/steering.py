@@ -53,7 +53,7 @@ class Steering:
 
     Args:
         override: the innermost `route`.
-        ablations: of all `knocked_out`.
+        ablations: of all `ablate_expert`.
         expert_grad_mask: of the innermost `teach_experts`, `(B, E)`.
         given: of the innermost `router_inputs`.
         outside: the routing of layers that run outside of any pass.

@@ -1,18 +1,21 @@
-"""What changes in the course of a training run: phases, warm-up, annealing, frozen parts."""
+"""Training schedules: phases, loss warm-up, temperature annealing, frozen routers or experts.
+
+A `Schedule` is a sequence of `Phase`s; `preset` builds the common ones by name.
+"""
 
 from moe_lora.schedules.annealing import Annealing
+from moe_lora.schedules.model_settings import set_routing_temperature, set_trainable
 from moe_lora.schedules.phases import Phase, Setting
+from moe_lora.schedules.presets import PRESETS, preset
 from moe_lora.schedules.schedule import Schedule
-from moe_lora.schedules.steering import set_routing_temperature, set_trainable
-from moe_lora.schedules.strategies import STRATEGIES, strategy
 
 __all__ = [
-    "STRATEGIES",
+    "PRESETS",
     "Annealing",
     "Phase",
     "Schedule",
     "Setting",
+    "preset",
     "set_routing_temperature",
     "set_trainable",
-    "strategy",
 ]

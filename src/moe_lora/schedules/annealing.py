@@ -1,4 +1,4 @@
-"""A temperature that moves from one value to another."""
+"""Temperature annealing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Course = Literal["linear", "cosine", "exponential"]
+Curve = Literal["linear", "cosine", "exponential"]
 
 
 @dataclass(frozen=True)
 class Annealing:
-    """Move a temperature from `start` to `end` within `steps` steps, and leave it there.
+    """Anneal a temperature from `start` to `end` over `steps` steps.
 
     With t = min(step / steps, 1):
 
@@ -20,13 +20,13 @@ class Annealing:
     - exponential: start · (end / start)^t
 
     Args:
-        start: the value at step 0, > 0.
-        end: the value from step `steps` on, > 0.
-        steps: >= 1.
-        course: "linear", "cosine" or "exponential".
+        start: value at step 0, > 0.
+        end: value from step `steps` on, > 0.
+        steps: number of steps, >= 1.
+        curve: "linear", "cosine" or "exponential".
 
     Raises:
-        ValueError: for values outside these ranges.
+        ValueError: if an argument is outside its range.
 
     Example:
         >>> [Annealing(4.0, 1.0, 2, "exponential")(step) for step in (0, 1, 2, 3)]
@@ -36,7 +36,7 @@ class Annealing:
     start: float
     end: float
     steps: int
-    course: Course = "cosine"
+    curve: Curve = "cosine"
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
@@ -45,18 +45,18 @@ class Annealing:
                 raise ValueError(f"Expected `{name}` to be finite and > 0, but got {value}.")
         if self.steps < 1:
             raise ValueError(f"Expected `steps` to be >= 1, but got {self.steps}.")
-        if self.course not in get_args(Course):
+        if self.curve not in get_args(Curve):
             raise ValueError(
-                f"Expected `course` to be one of {list(get_args(Course))}, but got {self.course!r}."
+                f"Expected `curve` to be one of {list(get_args(Curve))}, but got {self.curve!r}."
             )
 
     def __call__(self, step: int) -> float:
-        """Return the value after `step` steps, >= 0."""
+        """Return the temperature at `step`, >= 0."""
         if step >= self.steps:
             return self.end
         t = step / self.steps
-        if self.course == "linear":
+        if self.curve == "linear":
             return self.start + (self.end - self.start) * t
-        if self.course == "cosine":
+        if self.curve == "cosine":
             return self.end + (self.start - self.end) * (1 + math.cos(math.pi * t)) / 2
         return float(self.start * (self.end / self.start) ** t)

@@ -1,4 +1,4 @@
-"""The phases of a training run, and what holds at one of its steps."""
+"""Phases of a training schedule, and the settings of one training step."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from moe_lora.losses.expert_table import LOSS_COMPONENTS, SPECIALIZED_LOSSES
 from moe_lora.routing.state import RoutingMode
 from moe_lora.schedules.annealing import Annealing
-
-LOSSES = ("base", "boundary", "consistency", "detail")
-"""The components of `RemovalLoss`; all but the first are the specialised ones."""
 
 Trainable = Literal["all", "experts", "router"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Say what holds at one step; `None` is what a schedule leaves as it finds it.
+    """Settings of one training step; `None` leaves a setting unchanged.
 
     Attributes:
-        phase: the index of the phase.
-        mode: "routed" or "uniform".
-        temperature: of the router.
-        loss_weights: by component; those that are off are left out.
-        train: "all", "experts" or "router".
+        phase: index of the phase.
+        mode: routing mode, "routed" or "uniform".
+        temperature: temperature of the router, > 0.
+        loss_weights: weights by loss component, > 0; disabled components are absent.
+        train: trained parameters, "all", "experts" or "router".
     """
 
     phase: int
@@ -37,23 +35,28 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Describe a stretch of training.
+    """Define one phase of a training schedule.
 
-    What is `None` stays as the phase before had it, or, in the first phase, as it is.
+    A setting that is `None` keeps the value of the previous phase or, in the first phase, the
+    current value of the model.
 
     Args:
-        steps: how long the phase is, >= 1; `None` for the last one, which does not end.
-        mode: "routed" or "uniform"; where `losses` are given, routed if a specialised one is among
-            them, unless this says otherwise.
+        steps: length of the phase in optimizer steps, >= 1; `None` for an unlimited last phase.
+        mode: "routed" or "uniform". By default `losses`, if given, determine the mode: "routed" if
+            they include a specialized loss, else "uniform".
         losses: weights of `RemovalLoss` by component ("base", "boundary", "consistency", "detail"),
-            >= 0; what is left out is off.
-        warmup_steps: in so many steps the specialised weights move linearly from those of the phase
-            before (0 in the first) to `losses`, which hold from the last of these steps on.
-        temperature: of the router, > 0, or an `Annealing` that counts from the phase's start.
-        train: "all"; or "experts" alone, the router being frozen; or the "router" alone.
+            >= 0; absent components are disabled.
+        warmup_steps: number of steps in which the weights of the specialized losses increase
+            linearly from those of the previous phase (0 in the first phase) to `losses`.
+        temperature: temperature of the router, > 0, or an `Annealing` that starts with the phase.
+        train: "all"; "experts" freezes the router; "router" freezes the experts.
 
     Raises:
-        ValueError: for values outside these ranges, or an option that would have no effect.
+        ValueError: if an argument is outside its range, or would have no effect.
+
+    Example:
+        >>> Phase(steps=500, losses={"base": 1.0}).routing_mode()
+        'uniform'
     """
 
     steps: int | None = None
@@ -88,40 +91,43 @@ class Phase:
                 raise ValueError("Expected `losses` to be given with `warmup_steps`, but got None.")
             return
         for name, weight in self.losses.items():
-            if name not in LOSSES:
-                raise ValueError(f"Expected `losses` among {list(LOSSES)}, but got {name!r}.")
+            if name not in LOSS_COMPONENTS:
+                raise ValueError(
+                    f"Expected `losses` to contain components of {list(LOSS_COMPONENTS)}, but got "
+                    f"{name!r}."
+                )
             if not (weight >= 0 and math.isfinite(weight)):
                 raise ValueError(
                     f"Expected the loss weight `{name}` to be finite and >= 0, but got {weight}."
                 )
         if not any(self.losses.values()):
-            raise ValueError("Expected at least one loss weight to be > 0, but all are off.")
+            raise ValueError("Expected at least one loss weight to be > 0, but got none.")
 
-    def wanted_mode(self) -> RoutingMode | None:
-        """Return the mode that the phase asks for, by itself or by its losses."""
+    def routing_mode(self) -> RoutingMode | None:
+        """Return `mode` or, by default, the routing mode that follows from `losses`."""
         if self.mode is not None or self.losses is None:
             return self.mode
-        return "routed" if any(self.losses.get(name) for name in LOSSES[1:]) else "uniform"
+        return "routed" if any(self.losses.get(name) for name in SPECIALIZED_LOSSES) else "uniform"
 
     def temperature_at(self, step: int) -> float | None:
-        """Return the temperature that the phase asks for, `step` steps after its start."""
+        """Return the temperature at a step counted from the start of the phase."""
         return (
             self.temperature(step) if isinstance(self.temperature, Annealing) else self.temperature
         )
 
-    def losses_at(self, step: int, before: Mapping[str, float] | None) -> dict[str, float] | None:
-        """Return the loss weights, `step` steps after the phase's start.
+    def losses_at(self, step: int, previous: Mapping[str, float] | None) -> dict[str, float] | None:
+        """Return the loss weights at a step counted from the start of the phase.
 
         Args:
-            step: >= 0.
-            before: the weights of the phase before; `None` where there are none.
+            step: step within the phase, >= 0.
+            previous: loss weights of the previous phase, if any.
         """
-        wanted = before if self.losses is None else self.losses
-        if wanted is None:
+        target = previous if self.losses is None else self.losses
+        if target is None:
             return None
         share = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        weights = {name: wanted.get(name, 0.0) for name in LOSSES}
-        for name in LOSSES[1:]:
-            start = 0.0 if before is None else before.get(name, 0.0)
+        weights = {name: target.get(name, 0.0) for name in LOSS_COMPONENTS}
+        for name in SPECIALIZED_LOSSES:
+            start = 0.0 if previous is None else previous.get(name, 0.0)
             weights[name] = start + (weights[name] - start) * share
         return {name: float(weight) for name, weight in weights.items() if weight}

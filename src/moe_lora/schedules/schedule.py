@@ -1,4 +1,4 @@
-"""The course of a training run as a function of the step."""
+"""Training settings as a function of the optimizer step."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from torch import nn
 from moe_lora.losses import RemovalLoss
 from moe_lora.routing.control import set_routing_mode
 from moe_lora.routing.state import RoutingMode
+from moe_lora.schedules.model_settings import set_routing_temperature, set_trainable
 from moe_lora.schedules.phases import Phase, Setting
-from moe_lora.schedules.steering import set_routing_temperature, set_trainable
 
 
 class Schedule:
-    """Set routing mode, temperature, loss weights and what is trained, phase by phase.
+    """Set the routing mode, temperature, loss weights and trained parameters phase by phase.
 
-    A loop calls `apply` once per step, before the forward pass. What holds at a step follows from
-    the step alone: there is nothing to save, and a run that goes on at step n goes on exactly.
+    Call `apply` once per optimizer step, before the forward pass. The settings depend on the step
+    only: a schedule has no state to save, and resuming at step n continues exactly.
 
     Args:
-        phases: in order; only the last may have no `steps`, and it goes on after its end, too.
+        phases: phases in order; only the last may have `steps=None`. The last phase continues
+            beyond its `steps`.
 
     Raises:
-        ValueError: without phases, for a phase without `steps` before another, or a phase that
-            trains only the router while no router is asked.
+        ValueError: if there is no phase, if a phase before the last has no `steps`, or if a phase
+            with uniform routing weights trains the router only.
 
     Example:
         >>> schedule = Schedule(
@@ -50,21 +51,24 @@ class Schedule:
                     f"Expected only the last phase to have no `steps`, but phase {index} of "
                     f"{len(self.phases)} has none."
                 )
-            mode = phase.wanted_mode() or mode
+            mode = phase.routing_mode() or mode
             if mode == "uniform" and phase.train == "router":
                 raise ValueError(
-                    f'Expected mode "routed" in phase {index}, which trains only the router, but '
-                    'got "uniform", in which no router is asked.'
+                    f'Expected mode "routed" in phase {index}, which trains the router only, but '
+                    'got "uniform", which does not use the router.'
                 )
 
     def at(self, step: int) -> Setting:
-        """Return what holds at a step.
+        """Return the settings of a step.
 
         Args:
-            step: optimizer steps done before it, >= 0.
+            step: number of completed optimizer steps, >= 0.
+
+        Returns:
+            The settings.
 
         Raises:
-            ValueError: for a negative step.
+            ValueError: if the step is negative.
         """
         if step < 0:
             raise ValueError(f"Expected `step` to be >= 0, but got {step}.")
@@ -72,7 +76,7 @@ class Schedule:
         temperature: float | None = None
         losses: Mapping[str, float] | None = None
         for index, phase in enumerate(self.phases):
-            mode = phase.wanted_mode() or mode
+            mode = phase.routing_mode() or mode
             is_last = index == len(self.phases) - 1
             if is_last or phase.steps is None or step < phase.steps:
                 break
@@ -88,28 +92,27 @@ class Schedule:
         )
 
     def apply(self, model: nn.Module | None, losses: RemovalLoss | None, step: int) -> Setting:
-        """Bring a model and its loss to what holds at a step.
+        """Apply the settings of a step to a model and its loss.
 
         Args:
-            model: the adapted model, or a wrapper around it; `None` for one that has no experts,
-                where only the loss changes.
-            losses: whose `weights` are set where the schedule has loss weights, the specialised
-                ones times its `specialised_every`; `None` for a loop that reads them off what is
-                returned.
-            step: optimizer steps done before it, >= 0; the same for all batches that accumulate
-                gradients for one step.
+            model: the adapted model, or a wrapper around it; `None` to change the loss only.
+            losses: loss that receives the loss weights of the schedule, if any; the weights of
+                specialized losses are multiplied by its `specialized_every`. `None` for a training
+                loop that reads `Setting.loss_weights` itself.
+            step: number of completed optimizer steps, >= 0; equal for all batches of one gradient
+                accumulation.
 
         Returns:
-            What holds now.
+            The settings of the step.
 
         Raises:
-            ValueError: for a negative step, or when the model has no adapter, or no router where
-                one is needed.
+            ValueError: if the step is negative, if the model has no adapter, or if it has no router
+                but the settings need one.
         """
         setting = self.at(step)
         if losses is not None and setting.loss_weights is not None:
             losses.weights = {
-                name: weight * (1 if name == "base" else losses.specialised_every)
+                name: weight * (1 if name == "base" else losses.specialized_every)
                 for name, weight in setting.loss_weights.items()
             }
         if model is None:

@@ -167,10 +167,10 @@ def test_second_order_gradients_are_those_without_checkpointing(given, taught):
     for model in (adapted(Checkpointed(direct)), adapted(Checkpointed(use_reentrant=False))):
         w = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]], requires_grad=True)
         learned = [p for p in model.parameters() if p.requires_grad] + [w] * given
-        learners = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+        expert_grad_mask = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
         with (
             moe_lora.route(model, w.softmax(-1)) if given else nullcontext(),
-            moe_lora.routing.teach_experts(model, learners) if taught else nullcontext(),
+            moe_lora.routing.teach_experts(model, expert_grad_mask) if taught else nullcontext(),
         ):
             out = model(torch.linspace(-1, 1, 8).view(2, 4))
         first = torch.autograd.grad(out.square().sum(), learned, create_graph=True)

@@ -1,28 +1,31 @@
-"""What the augmentations of this package have in common: parameters and coordinates."""
+"""Parameters and coordinates of the augmentations."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from moe_lora.masks.analysis.area import bounding_box
 from moe_lora.masks.validation import check_mask
-from moe_lora.masks.window import bounding_box
 
 
 def per_sample(
     value: float | Tensor, mask: Tensor, name: str, low: float, high: float = torch.inf
 ) -> Tensor:
-    """Return a parameter as `(B, 1, 1, 1)`, one number for each sample.
+    """Check a parameter, and expand it to `(B, 1, 1, 1)`.
 
     Args:
-        value: a number, or `(B,)`.
+        value: a scalar or `(B,)`.
         mask: `(B, 1, H, W)`.
-        name: the argument's name in the message.
-        low: the least value allowed.
-        high: the greatest.
+        name: name of the argument for error messages.
+        low: smallest allowed value.
+        high: largest allowed value.
+
+    Returns:
+        `(B, 1, 1, 1)`, float32.
 
     Raises:
-        ValueError: for another shape, or a value out of range.
+        ValueError: if the shape is another, or a value is out of range.
 
     Example:
         >>> per_sample(2, torch.zeros(3, 1, 8, 8), "radius", 0).shape
@@ -32,7 +35,7 @@ def per_sample(
     given = torch.as_tensor(value, dtype=torch.float32, device=mask.device)
     if given.shape not in ((), (batch,)):
         raise ValueError(
-            f"Expected `{name}` to be one number or to have shape ({batch},), "
+            f"Expected `{name}` to be a scalar or to have shape ({batch},), "
             f"but got {tuple(given.shape)}."
         )
     least, greatest = given.min().item(), given.max().item()
@@ -45,7 +48,7 @@ def per_sample(
 
 
 def binary(mask: Tensor) -> Tensor:
-    """Check a mask, and return `mask >= 0.5` as 0.0 and 1.0, without gradient.
+    """Check a mask, and threshold it at 0.5, without gradient.
 
     Example:
         >>> binary(torch.tensor([[[[0.2, 0.5]]]]))
@@ -55,7 +58,7 @@ def binary(mask: Tensor) -> Tensor:
 
 
 def extent(inside: Tensor) -> tuple[Tensor, ...]:
-    """Return the edges `x0, y0, x1, y1` of the boxes around masks, `(B, 1, 1, 1)` each, in pixels.
+    """Return the bounding boxes `x0, y0, x1, y1` of masks, `(B, 1, 1, 1)` each, in pixels.
 
     Example:
         >>> mask = torch.zeros(1, 1, 4, 6)
@@ -68,11 +71,11 @@ def extent(inside: Tensor) -> tuple[Tensor, ...]:
     return tuple(edge.view(-1, 1, 1, 1) for edge in boxes.unbind(1))
 
 
-def middles(inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the coordinates of the middles of all pixels, `x` `(W,)` and `y` `(H, 1)`.
+def pixel_centers(inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the coordinates of pixel centers, `x` `(W,)` and `y` `(H, 1)`.
 
     Example:
-        >>> middles(torch.zeros(1, 1, 2, 2))[0]
+        >>> pixel_centers(torch.zeros(1, 1, 2, 2))[0]
         tensor([0.5000, 1.5000])
     """
     height, width = inside.shape[2:]

@@ -1,30 +1,31 @@
-"""Masks over which someone went with a brush."""
+"""Brush strokes over masks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from moe_lora.masks.augmentation.parameters import binary, middles, per_sample
+from moe_lora.masks.augmentation.parameters import binary, per_sample, pixel_centers
 
 
 def strokes(mask: Tensor, picks: Tensor, radius: float | Tensor) -> Tensor:
-    """Add a brush stroke that goes through given pixels of each mask.
+    """Add a brush stroke through selected pixels of each mask.
 
-    The stroke is all that is at most `radius` away from the line through the pixels, in their
-    order. Pixel number floor(pick * N) of a mask with N pixels, row by row, is meant by a pick.
+    The stroke contains the pixels at a distance of at most `radius` from the polyline through the
+    selected pixels. A pick selects pixel number floor(pick * N) of the N masked pixels, counted row
+    by row.
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
         picks: `(B, P)`, in [0, 1), P >= 1.
-        radius: of the brush, in pixels, >= 0; a number or `(B,)`.
+        radius: radius of the brush in pixels, >= 0; a scalar or `(B,)`.
 
     Returns:
-        `(B, 1, H, W)`, float32, 0.0 or 1.0: the mask and the stroke.
+        `(B, 1, H, W)`, float32, 0.0 or 1.0, the union of mask and stroke.
 
     Raises:
-        TypeError, ValueError: `mask` is no mask, `picks` or `radius` is out of range or has another
-            shape.
+        TypeError, ValueError: if `mask` is invalid, or `picks` or `radius` is out of range or has
+            another shape.
 
     Example:
         >>> corners = torch.zeros(1, 1, 5, 5)
@@ -40,9 +41,12 @@ def strokes(mask: Tensor, picks: Tensor, radius: float | Tensor) -> Tensor:
             f"Expected `picks` to have shape ({len(inside)}, P), but got {tuple(given.shape)}."
         )
     if not bool(((given >= 0) & (given < 1)).all()):
-        raise ValueError("Expected `picks` to have values in [0, 1), but got others.")
-    columns, rows = _picked(inside, given)
-    x, y = middles(inside)
+        raise ValueError(
+            "Expected `picks` to have values in [0, 1), but got values from "
+            f"{given.min().item():g} to {given.max().item():g}."
+        )
+    columns, rows = _selected_pixels(inside, given)
+    x, y = pixel_centers(inside)
     result = inside
     ends = range(max(given.shape[1] - 1, 1))
     for start in ends:
@@ -54,20 +58,20 @@ def strokes(mask: Tensor, picks: Tensor, radius: float | Tensor) -> Tensor:
     return result * inside.amax((1, 2, 3), keepdim=True)
 
 
-def _picked(inside: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the middles of the picked pixels, `(B, P, 1, 1, 1)` each."""
+def _selected_pixels(inside: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the pixel_centers of the picked pixels, `(B, P, 1, 1, 1)` each."""
     width = inside.shape[3]
     counted = inside.flatten(1).long().cumsum(1)
     number = (picks.double() * counted[:, -1:]).long() + 1
     index = torch.searchsorted(counted, number).clamp(max=counted.shape[1] - 1)
-    places = index[..., None, None, None]
-    return places % width + 0.5, places // width + 0.5
+    positions = index[..., None, None, None]
+    return positions % width + 0.5, positions // width + 0.5
 
 
 def _squared_distance(
     points: tuple[Tensor, Tensor], start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Return the squared distance of all pixels from the line between two points."""
+    """Return the squared distance of all pixels to the segment between two points."""
     (x, y), (x0, y0) = points, start
     across, down = end[0] - x0, end[1] - y0
     length = (across.square() + down.square()).clamp(min=1)

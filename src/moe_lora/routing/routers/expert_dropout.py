@@ -22,7 +22,7 @@ def drop_experts(logits: Tensor, p: float) -> Tensor:
     In every sample each expert is dropped with probability p, by itself, for all tokens alike. One
     of those whose logit is not -inf already always stays: where all would go, each of them is
     spared with the same probability. The softmax of what is left is the softmax of all,
-    renormalised; the strategies "hard" and "topk" choose among those that stay.
+    renormalized; the strategies "hard" and "topk" choose among those that stay.
 
     Args:
         logits: `(B, ..., E)`.

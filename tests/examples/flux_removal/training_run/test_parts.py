@@ -11,7 +11,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 import train
-from moe_lora.schedules import Schedule, Setting, strategy
+from moe_lora.schedules import Schedule, Setting, preset
 from options.train_options import parse_options
 from training_run.schedule import build_schedule
 
@@ -27,16 +27,16 @@ def schedule(*words: str) -> Schedule:
 @pytest.mark.parametrize(
     ("config", "flags", "expected"),
     [
-        ("progressive", [], strategy("1")),
-        ("progressive", ["--uniform_steps", "500"], strategy("1", foundation_steps=500)),
-        ("routed", [], strategy("A")),
-        ("routed", [], strategy("2")),
-        ("baseline", [], strategy("B")),
-        ("baseline", [], strategy("3")),
+        ("progressive", [], preset("1")),
+        ("progressive", ["--uniform_steps", "500"], preset("1", foundation_steps=500)),
+        ("routed", [], preset("A")),
+        ("routed", [], preset("2")),
+        ("baseline", [], preset("B")),
+        ("baseline", [], preset("3")),
         (
             "baseline",
             ["--enable_boundary_loss", "--boundary_loss_weight", "0.8", "--enable_mask_info"],
-            strategy("C"),
+            preset("C"),
         ),
     ],
 )
