@@ -41,8 +41,10 @@ from moe_lora.tuner import (
     MoELoraLinear,
     MoELoraModel,
     merge,
-    register,
     unmerge,
+)
+from moe_lora.tuner import (
+    register as _register,
 )
 
 __all__ = [
@@ -85,4 +87,4 @@ __all__ = [
     "unmerge",
 ]
 
-register()
+_register()

@@ -8,6 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = [
+    "check_sigma",
+    "interpolate",
+    "pack_latents",
+    "unpack_latents",
+    "velocity",
+    "velocity_to_x0",
+    "x0_to_velocity",
+]
+
 
 def check_sigma(sigma: Tensor) -> None:
     """Raise unless every sigma is a noise level.
