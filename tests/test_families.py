@@ -1,4 +1,4 @@
-"""What holds for which model class of diffusers; docs/guides/model_families.md shows the table.
+"""What holds for which model class of diffusers; docs/reference/model_families.md shows the table.
 
 The classes are found in the installed diffusers; `family_cases` holds a tiny model of each.
 """

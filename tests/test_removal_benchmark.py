@@ -353,7 +353,7 @@ def test_less_of_a_seam_is_ahead() -> None:
 
 
 def test_the_commands_of_the_guide_are_understood() -> None:
-    guide = Path(removal.__file__).parents[1] / "docs" / "guides" / "removal_benchmark.md"
+    guide = Path(removal.__file__).parents[1] / "docs" / "reference" / "removal_benchmark.md"
     blocks = re.findall(r"^```sh\n(.*?)^```$", guide.read_text(), re.MULTILINE | re.DOTALL)
     commands = [shlex.split(command) for command in "".join(blocks).splitlines()]
     assert len(commands) >= 5

@@ -1,4 +1,4 @@
-"""The tables of docs/guides/compatibility.md, made of what the tests say.
+"""The tables of docs/reference/compatibility.md, made of what the tests say.
 
 `python -m compatibility.page`, run in `tests/`, writes them into the page.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from compatibility.situations import SITUATIONS, Situation
 from compatibility.table import CASES
 
-PAGE = Path(__file__).parents[2] / "docs" / "guides" / "compatibility.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "compatibility.md"
 WORKS = {"not for mixtures": "not applicable"}
 GROUPS = {
     ("diffusers", "model"): "diffusers: models",

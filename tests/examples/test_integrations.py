@@ -45,7 +45,7 @@ import moe_lora
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "integrations"
-PAGE = ROOT / "docs" / "guides" / "integrations.md"
+PAGE = ROOT / "docs" / "how_to" / "use_other_training_scripts.md"
 KINDS = ["flux_fill", "inpainting_unet", "lightning"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

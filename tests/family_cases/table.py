@@ -1,4 +1,4 @@
-"""The cases together, and the table that docs/guides/model_families.md makes of them.
+"""The cases together, and the table that docs/reference/model_families.md makes of them.
 
 `python -m family_cases.table`, run in `tests/`, writes the table into the page.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from family_cases import flux, images, unets, videos
 from family_cases.case import Case
 
-PAGE = Path(__file__).parents[2] / "docs" / "guides" / "model_families.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "model_families.md"
 START, END = "<!-- table: start -->\n", "<!-- table: end -->"
 
 CASES = [*flux.CASES, *images.CASES, *unets.CASES, *videos.CASES]
