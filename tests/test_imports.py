@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,23 @@ def test_there_are_files_to_read() -> None:
 def test_pure_modules_import_neither_peft_nor_diffusers_nor_the_tuner(file: Path) -> None:
     package = ".".join(file.relative_to(SOURCE.parent).parent.parts)
     assert wrong_imports(file.read_text(encoding="utf-8"), package) == set()
+
+
+def test_pure_modules_load_without_peft_diffusers_and_the_tuner() -> None:
+    """Load them below an empty `moe_lora`, since the package itself imports the tuner."""
+    code = f"""
+import importlib, sys, types
+package = types.ModuleType("moe_lora")
+package.__path__ = [{str(SOURCE)!r}]
+sys.modules["moe_lora"] = package
+for name in {PURE!r}:
+    importlib.import_module(name)
+roots = {{name.split(".")[0] for name in sys.modules}}
+own = {{name.split(".")[1] for name in sys.modules if name.startswith("moe_lora.")}}
+print(sorted(roots & set({FORBIDDEN!r})), sorted(own))
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "[] ['flow', 'losses', 'masks', 'metrics']"
 
 
 def test_model_families_are_data() -> None:
