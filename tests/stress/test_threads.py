@@ -90,7 +90,7 @@ def test_every_thread_finds_the_decision_of_its_own_last_pass():
         assert_close(got, decided(toy.model, x))
 
 
-@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("renormalize", [True, False])
 def test_an_expert_is_left_out_in_the_thread_that_leaves_it_out(renormalize):
     toy, x = Toy(), latents(0)
     whole = decided(toy.model, x)
