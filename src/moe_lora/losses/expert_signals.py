@@ -159,9 +159,9 @@ class ExpertSignals(nn.Module):
     def _groups(self, assignment: Tensor, passed: Tensor) -> Iterator[tuple[str, Tensor, float]]:
         """Yield, for each component, its samples and the weight of one sample in the total."""
         drawn = max(int(passed.sum()), 1)
-        for place, (name, share) in enumerate(zip(self.components, self._shares(), strict=True)):
+        for index, (name, share) in enumerate(zip(self.components, self._shares(), strict=True)):
             whole = len(passed) if name == "base" else drawn
-            yield name, (assignment == place) & passed, 1 / (share * whole)
+            yield name, (assignment == index) & passed, 1 / (share * whole)
         yield "base", ~passed, 1 / len(passed)
 
     def _compute_component(self, name: str, chosen: Tensor, inputs: Mapping[str, Any]) -> Tensor:

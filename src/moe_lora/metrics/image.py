@@ -135,5 +135,5 @@ def _blur(images: Tensor) -> Tensor:
 
 def _mirrored_indices(size: int, device: torch.device) -> Tensor:
     """Return indices that pad an axis by `SSIM_RADIUS`: d c b a | a b c d | d c b a."""
-    place = torch.arange(-SSIM_RADIUS, size + SSIM_RADIUS, device=device) % (2 * size)
-    return torch.minimum(place, 2 * size - 1 - place)
+    index = torch.arange(-SSIM_RADIUS, size + SSIM_RADIUS, device=device) % (2 * size)
+    return torch.minimum(index, 2 * size - 1 - index)

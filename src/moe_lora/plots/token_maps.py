@@ -124,9 +124,9 @@ def _check_image(image: Numbers) -> Tensor:
 def _check_mask(mask: Numbers, pixels: Tensor | None) -> Tensor:
     tensor = numbers(mask, "mask")
     flat = tensor[0] if tensor.ndim == 3 and tensor.shape[0] == 1 else tensor
-    wanted = flat.shape if pixels is None else pixels.shape[:2]
-    if flat.ndim != 2 or flat.shape != wanted:
-        size = "H, W" if pixels is None else ", ".join(map(str, wanted))
+    expected = flat.shape if pixels is None else pixels.shape[:2]
+    if flat.ndim != 2 or flat.shape != expected:
+        size = "H, W" if pixels is None else ", ".join(map(str, expected))
         raise ValueError(
             f"Expected `mask` to have shape (1, {size}), but got {tuple(tensor.shape)}."
         )

@@ -181,8 +181,8 @@ class Recorder(_CallInterceptor):
         everywhere = call.query.shape[-2] == scale**2 * height * width == positions
         if not everywhere or call.attn_mask is not None or call.is_causal:
             raise _unsupported(f"masked, causal or partial attention over {positions} positions")
-        places = torch.arange(positions, device=call.key.device).view(scale * height, -1)
-        inside = self.recording.window.times(scale).of(places).flatten()
+        grid = torch.arange(positions, device=call.key.device).view(scale * height, -1)
+        inside = self.recording.window.times(scale).of(grid).flatten()
         self.recording.calls.append(RecordedAttention(call.key, call.value, inside))
         return _attend(call)
 

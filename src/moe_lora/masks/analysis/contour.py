@@ -36,11 +36,11 @@ def contour_gradient(mask: Tensor, window: Window) -> Tensor:
 def edge_complexity(mask: Tensor, gradient: Tensor, window: Window, bbox: Tensor) -> Tensor:
     """Compute the edge complexity, the excess length of the contour.
 
-    c = 1 - max(sqrt(4 pi A / k) / P, |integral of grad m| / P), clamped to [0, 1], with the area A
-    and the contour length P = integral of |grad m|
+    `c = 1 - max(sqrt(4 pi A / k) / P, |integral of grad m| / P)`, clamped to [0, 1], with the area
+    A and the contour length `P = integral of |grad m|`.
 
     The first term is the isoperimetric ratio, 1 for a disk. The factor k = k_x * k_y mirrors masks
-    that are cut by the image's border: k_x = 1 + |left - right|, with the shares of the mask's
+    that are cut by the image's border: `k_x = 1 + |left - right|`, with the shares of the mask's
     height on the left and right border, and k_y correspondingly. A half disk at the border and a
     quarter disk in a corner therefore count as disks. The second term is the chord-to-length ratio
     of a contour from border to border, 1 for a straight line and 0 for closed contours. Masks of
@@ -66,12 +66,12 @@ def edge_complexity(mask: Tensor, gradient: Tensor, window: Window, bbox: Tensor
 def boundary_smoothness(mask: Tensor, gradient: Tensor, window: Window) -> Tensor:
     """Compute the boundary smoothness, the directional coherence of the contour.
 
-    s = C - C_disk + 1, clamped to [0, 1], with the coherence C = sum(l1 - l2) / sum(l1 + l2) of the
-    eigenvalues l1, l2 of the structure tensor G * (grad m grad m^T)
+    `s = C - C_disk + 1`, clamped to [0, 1], with the coherence `C = sum(l1 - l2) / sum(l1 + l2)` of
+    the eigenvalues l1, l2 of the structure tensor `G * (grad m grad m^T)`.
 
     G is a Gaussian of 2.5 cells, about 2 % of the mask's longer side and at least 2.5 pixels. C is
-    1 for a contour that is straight within G. C_disk = exp(-2 * 2.5^2 / r^2) is the coherence of a
-    disk of the same area with radius r in cells, and corrects for the curvature of small masks. A
+    1 for a contour that is straight within G. `C_disk = exp(-2 * 2.5^2 / r^2)` is the coherence of
+    a disk of the same area with radius r in cells, and corrects for the curvature of small masks. A
     long smooth shape has a high edge complexity and a high smoothness. A mask without a contour
     gives 1.
 

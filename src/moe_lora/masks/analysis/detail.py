@@ -17,7 +17,7 @@ _TINY = 1e-6
 def detail_complexity(mask: Tensor, image: Tensor) -> Tensor:
     """Compute the fine detail of the image around a mask.
 
-    d = e / (e + 0.008), e = mean over the surroundings of |Laplacian(luma)|
+    `d = e / (e + 0.008)`, where e is the mean of `|Laplacian(luma)|` over the surroundings.
 
     The 3 x 3 Laplacian is normalized to a sum of absolute weights of 1. The surroundings are the
     pixels whose Laplacian reads no masked pixel, in blocks of 1/32 of the image's longer side at
