@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.adapter_files import load_adapter, save_adapter
+from moe_lora.save_and_load import load_adapter, save_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LAYER = "base_model.model.second.moe_lora_experts"
@@ -266,7 +266,7 @@ def test_a_failure_after_the_injection_is_undone(make_mlp, checkpoint, monkeypat
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moe_lora.adapter_files.check_in_memory", interrupt)
+    monkeypatch.setattr("moe_lora.save_and_load.check_in_memory", interrupt)
     before = kept(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -422,7 +422,7 @@ class TestSaving:
             raise OSError("disk full")
 
         if failing == "save_file":
-            monkeypatch.setattr("moe_lora.files.save_file", fail)
+            monkeypatch.setattr("moe_lora.safetensors_io.save_file", fail)
         else:
             monkeypatch.setattr(MoELoraConfig, "save_pretrained", fail)
         with pytest.raises(OSError, match="disk full"):
@@ -465,8 +465,8 @@ class TestSaving:
         before = {p.name: p.read_bytes() for p in checkpoint.iterdir()}
         program = f"""
 import os, signal, torch
-import moe_lora, moe_lora.files
-from moe_lora.adapter_files import save_adapter
+import moe_lora, moe_lora.safetensors_io
+from moe_lora.save_and_load import save_adapter
 from peft import get_peft_model
 
 def half(tensors, path, metadata):
@@ -474,7 +474,7 @@ def half(tensors, path, metadata):
     print("writing", flush=True)
     signal.pause()
 
-moe_lora.files.save_file = half
+moe_lora.safetensors_io.save_file = half
 model = torch.nn.Sequential(torch.nn.Linear(6, 6))
 model = get_peft_model(model, moe_lora.MoELoraConfig(target_modules=["0"]))
 save_adapter(model, {str(checkpoint)!r})

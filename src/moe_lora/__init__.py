@@ -4,7 +4,6 @@ Importing the package registers the PEFT method `"MOE_LORA"` and does nothing el
 """
 
 from moe_lora import flow, losses, masks, metrics, plots, schedules
-from moe_lora.adapter_files import load_adapter, save_adapter
 from moe_lora.config import MoELoraConfig
 from moe_lora.export import (
     ExportReport,
@@ -50,6 +49,7 @@ from moe_lora.routing import (
     set_routing_mode,
     teach_experts,
 )
+from moe_lora.save_and_load import load_adapter, save_adapter
 from moe_lora.specialising import Specialisation, specialisation
 
 __version__ = "0.1.0"
