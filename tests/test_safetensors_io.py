@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_lora.safetensors_io import read_tensors, replacing, write_tensors
+from moe_lora.safetensors_io import (
+    read_header,
+    read_json,
+    read_tensors,
+    replacing,
+    write_tensors,
+)
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(1, dtype=torch.bfloat16)}
 
@@ -41,13 +47,29 @@ def test_a_truncated_file_is_named(tmp_path, keep):
     path = tmp_path / "file.safetensors"
     write_tensors(path, TENSORS)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"whole safetensors file at .*file\.safetensors"):
-        read_tensors(path)
+    for read in (read_tensors, read_header):
+        with pytest.raises(ValueError, match=r"whole safetensors file at .*file\.safetensors"):
+            read(path)
 
 
-def test_a_missing_file_is_named(tmp_path):
+@pytest.mark.parametrize("read", [read_tensors, read_header, read_json])
+def test_a_missing_file_is_named(tmp_path, read):
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
-        read_tensors(tmp_path / "none.safetensors")
+        read(tmp_path / "none.safetensors")
+
+
+def test_a_header_tells_shapes_and_dtypes(tmp_path):
+    write_tensors(tmp_path / "file.safetensors", TENSORS, {"answer": "42"})
+    headers, metadata = read_header(tmp_path / "file.safetensors")
+    assert headers == {"a": ((3, 2), "F32"), "b": ((1,), "BF16")}
+    assert metadata["answer"] == "42"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3"])
+def test_what_is_no_json_object_is_refused(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"Expected (a )?JSON.* in .*a\.json"):
+        read_json(tmp_path / "a.json")
 
 
 def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,16 +110,69 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileNotFoundError: when there is no such file.
         ValueError: when it is corrupt, truncated or of another format.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+class TensorHeader(NamedTuple):
+    """Shape and dtype of a tensor in a file.
+
+    Attributes:
+        shape: the tensor's shape.
+        dtype: as safetensors writes it, such as "BF16".
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
+    """Read the names, shapes and dtypes of a safetensors file, and its metadata.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Shape and dtype by the tensor's name, and the metadata.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is corrupt, truncated or of another format.
+    """
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        headers = {
+            name: TensorHeader(tuple(part.get_shape()), part.get_dtype())
+            for name, part in slices.items()
+        }
+        return headers, file.metadata() or {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is no JSON object.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"Expected a safetensors file at {str(path)!r}, but there is none.")
+        raise FileNotFoundError(f"Expected a file at {str(path)!r}, but there is none.")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(
-            f"Expected a whole safetensors file at {str(path)!r}, but it is truncated, corrupt or "
-            f"of another format ({error}). Save it again, or take an earlier copy."
+            f"Expected JSON in {str(path)!r}, but it is truncated or corrupt ({error}). Save it "
+            "again, or take an earlier copy."
         ) from error
+    if not isinstance(entries, dict):
+        raise ValueError(
+            f"Expected a JSON object in {str(path)!r}, but got a {type(entries).__name__}. Save it "
+            "again, or take an earlier copy."
+        )
+    return entries
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -131,6 +186,20 @@ def widened(tensor: Tensor) -> Tensor:
     """
     eight_bit = tensor.is_floating_point() and tensor.element_size() == 1
     return tensor.to(torch.float32) if eight_bit else tensor
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a safetensors file at {str(path)!r}, but there is none.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"Expected a whole safetensors file at {str(path)!r}, but it is truncated, corrupt or "
+            f"of another format ({error}). Save it again, or take an earlier copy."
+        ) from error
 
 
 @contextmanager

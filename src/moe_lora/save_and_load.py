@@ -1,18 +1,16 @@
-"""Adapters to files and back, whole or not at all."""
+"""Save adapters to checkpoints and load them into models, whole or not at all."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, inject_adapter_in_model
 from peft.functional import set_adapter
 from peft.tuners.tuners_utils import cast_adapter_dtype
-from peft.utils import CONFIG_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from moe_lora.adapter_tensors import (
@@ -22,18 +20,15 @@ from moe_lora.adapter_tensors import (
     check_in_memory,
     is_offloaded_to_disk,
 )
-from moe_lora.config import PEFT_TYPE, MoELoraConfig
+from moe_lora.checkpoint_reader import read_checkpoint
+from moe_lora.config import MoELoraConfig
 from moe_lora.module_paths import bare_paths, inner_module
 from moe_lora.names import check_adapter_name
 from moe_lora.routing.control import ROUTER_ATTRIBUTE, adapted_layers, routed_module
-from moe_lora.safetensors_io import read_tensors, updating, widened, write_tensors
-from moe_lora.state_dict_names import PREFIX, bare_names
-from moe_lora.stored import CONFIG_KEY, StoredWeights, read_header
-from moe_lora.stored import WEIGHTS_NAME as SAFE_WEIGHTS_NAME
+from moe_lora.safetensors_io import updating, write_tensors
+from moe_lora.state_dict_names import EXPERTS_PART, PREFIX, bare_names
+from moe_lora.stored import CONFIG_KEY, WEIGHTS_NAME
 from moe_lora.undo import all_or_nothing
-
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
-DIFFUSERS_KEY = "lora_adapter_metadata"
 
 
 def save_adapter(
@@ -77,7 +72,7 @@ def save_adapter(
         config.save_pretrained(str(temporary))
         # With the config in its header, the weights file is a checkpoint by itself.
         header = {CONFIG_KEY: (temporary / CONFIG_NAME).read_text(encoding="utf-8")}
-        write_tensors(temporary / SAFE_WEIGHTS_NAME, named, header)
+        write_tensors(temporary / WEIGHTS_NAME, named, header)
     return folder
 
 
@@ -115,8 +110,8 @@ def load_adapter(
             cannot be one; or when the model's weights are offloaded to where none can be added.
     """
     check_adapter_name(adapter_name)
-    tensors, config = _read(Path(directory), config)
-    assert config.stored is not None
+    checkpoint = read_checkpoint(directory, config)
+    config = checkpoint.config
     host = _host(model)
     taken = getattr(host, "peft_config", {})
     if adapter_name in taken:
@@ -139,7 +134,7 @@ def load_adapter(
             inject_adapter_in_model(config, host, adapter_name)
             cast_adapter_dtype(host, adapter_name, autocast_adapter_dtype=is_trainable)
             set_adapter(host, adapter_name, inference_mode=not is_trainable)
-        _fill(routed_module(host), adapter_name, tensors)
+        _fill(routed_module(host), adapter_name, checkpoint.tensors)
         if hasattr(host, "_hf_peft_config_loaded"):
             vars(host)["_hf_peft_config_loaded"] = True
 
@@ -162,7 +157,7 @@ def _check_complete(base: nn.Module, adapter_name: str, tensors: dict[str, Tenso
         for factor in ("lora_A", "lora_B")
     ]
     expected = set(bare_names(factors, known).values())
-    found = {name for name in tensors if f".{EXPERTS}." in f".{name}"}
+    found = {name for name in tensors if EXPERTS_PART in f".{name}"}
     if found != expected:
         differing = sorted(found ^ expected)
         raise ValueError(
@@ -194,106 +189,3 @@ def _config_to_save(config: MoELoraConfig, base: nn.Module) -> MoELoraConfig:
             "parent_library": type(base).__module__,
         }
     return saved
-
-
-def _read(folder: Path, given: MoELoraConfig | None) -> tuple[dict[str, Tensor], MoELoraConfig]:
-    """Read the tensors of a checkpoint, and its config, which knows what they look like."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"Expected a checkpoint's folder at {str(folder)!r}, but got none.")
-    config = copy.deepcopy(given)
-    if config is None and (folder / CONFIG_NAME).is_file():
-        config = _read_config(folder)
-    file = _weights_file(folder)
-    tensors, header = read_tensors(file)
-    if config is None:
-        config, component = _config_of_header(file, header)
-        tensors = {name: t for name, t in tensors.items() if name.startswith(component)}
-    stored = StoredWeights(file, {name: tuple(t.shape) for name, t in tensors.items()})
-    config.stored = stored if given is not None else stored.beside(config, header)
-    return _checked(file, tensors), config
-
-
-def _weights_file(folder: Path) -> Path:
-    for name in (SAFE_WEIGHTS_NAME, DIFFUSERS_NAME):
-        if (folder / name).is_file():
-            return folder / name
-    hint = "Save the adapter again, or take another copy of the folder."
-    if (folder / WEIGHTS_NAME).is_file():
-        hint = f"{WEIGHTS_NAME!r} is a pickle, which is never loaded: save as safetensors."
-    raise FileNotFoundError(
-        f"Expected {SAFE_WEIGHTS_NAME!r} in {str(folder)!r}, but there is none. {hint}"
-    )
-
-
-def _read_config(folder: Path) -> MoELoraConfig:
-    file = folder / CONFIG_NAME
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"Expected JSON in {str(file)!r}, but it is truncated or corrupt ({error}). Save the "
-            "adapter again, or take an earlier copy."
-        ) from error
-    return _to_config(file, entries, "Load it with `peft.PeftModel.from_pretrained`.")
-
-
-def _config_of_header(file: Path, header: dict[str, str]) -> tuple[MoELoraConfig, str]:
-    """Return the config in a weights file, and the beginning of the keys that it is for."""
-    own = read_header(file, header, CONFIG_KEY)
-    if own is not None:
-        return _to_config(file, own, "Load it with the library that wrote it."), ""
-    entries = read_header(file, header, DIFFUSERS_KEY)
-    if entries is None:
-        raise FileNotFoundError(
-            f"Expected {CONFIG_NAME!r} beside {str(file)!r}, but there is none, and the file's "
-            "header has no config. Save the adapter again, take another copy of the folder, or "
-            "give `config`; a plain LoRA is loaded with diffusers' `load_lora_weights`."
-        )
-    # A pipeline's file has the component's name before every field and before every key.
-    kinds = {name[: -len("peft_type")]: kind for name, kind in entries.items() if _is_kind(name)}
-    mixtures = [component for component, kind in kinds.items() if kind == PEFT_TYPE.value]
-    if len(mixtures) > 1:
-        raise ValueError(
-            f"Expected one mixture in {str(file)!r}, but it has those of {sorted(mixtures)}. Save "
-            "each of them with moe_lora.save_adapter."
-        )
-    component = mixtures[0] if mixtures else ""
-    told = {k.removeprefix(component): v for k, v in entries.items() if k.startswith(component)}
-    otherwise = "It is a plain LoRA of diffusers: load that with `load_lora_weights`."
-    return _to_config(file, told, otherwise), component
-
-
-def _is_kind(name: str) -> bool:
-    return name == "peft_type" or name.endswith(".peft_type")
-
-
-def _to_config(file: Path, entries: Any, otherwise: str) -> MoELoraConfig:
-    kind = entries.get("peft_type") if isinstance(entries, dict) else None
-    if kind != PEFT_TYPE.value:
-        raise ValueError(
-            f"Expected a {PEFT_TYPE.value} checkpoint in {str(file)!r}, but its `peft_type` is "
-            f"{kind!r}. {otherwise}"
-        )
-    try:
-        config = MoELoraConfig.from_peft_type(**MoELoraConfig.check_kwargs(**entries))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"Cannot read {str(file)!r}: {error}") from error
-    assert isinstance(config, MoELoraConfig)
-    return config
-
-
-def _checked(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {name: widened(tensor) for name, tensor in tensors.items()}
-    odd = [n for n, t in tensors.items() if f".{EXPERTS}." in n and not t.is_floating_point()]
-    if odd:
-        raise ValueError(
-            f"Expected floating-point experts in {str(file)!r}, but {odd[0]!r} is "
-            f"{tensors[odd[0]].dtype}. Save the adapter again, or take an earlier copy."
-        )
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if broken:
-        raise ValueError(
-            f"Expected finite weights in {str(file)!r}, but {len(broken)} of {len(tensors)} "
-            f"tensors hold NaN or inf, such as {broken[0]!r}. Take an earlier checkpoint."
-        )
-    return tensors

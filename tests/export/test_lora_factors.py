@@ -6,8 +6,8 @@ from peft import get_peft_model
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.export.expert_table import table_of_model
-from moe_lora.export.lora_factors import Factors, LayerExperts, mix
+from moe_lora.export.expert_table import LayerExperts, mix, table_of_model
+from moe_lora.export.lora_factors import Factors
 
 
 def experts(dtype=torch.float64, kernel=()):

@@ -1,4 +1,4 @@
-"""What a checkpoint or a plain LoRA file holds, as plain data."""
+"""The contents of a checkpoint or a plain LoRA file as plain data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_lora.export.expert_table import is_checkpoint, table_of_checkpoint
+from moe_lora.checkpoint_reader import DIFFUSERS_NAME, is_checkpoint, weights_file
+from moe_lora.export.expert_table import ExpertTable, table_of_checkpoint
 from moe_lora.export.formats.lora_file import read_plain
-from moe_lora.export.lora_factors import ExpertTable, Factors
+from moe_lora.export.lora_factors import Factors
 from moe_lora.stored import WEIGHTS_NAME
 
 
@@ -29,11 +30,17 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         what `export_lora` noted.
 
     Raises:
-        FileNotFoundError: when there is nothing.
-        ValueError: when the files are corrupt or hold neither.
+        FileNotFoundError: when there is nothing, or a checkpoint lacks one of its files.
+        TypeError: when a config's `router_kwargs` are not arguments of its router.
+        ValueError: when the files are corrupt, hold neither, or do not fit each other.
     """
     path = Path(path)
-    folder = path.parent if path.name == WEIGHTS_NAME else path
+    if not path.exists():
+        raise FileNotFoundError(
+            f"Expected a checkpoint or a plain LoRA at {str(path)!r}, but there is none."
+        )
+    inside = path.name in (WEIGHTS_NAME, DIFFUSERS_NAME) and path.is_file()
+    folder = path.parent if inside and weights_file(path.parent) == path else path
     if is_checkpoint(folder):
         table, router = table_of_checkpoint(folder)
         return {"kind": "mixture", "path": str(folder), **_describe_table(table, router)}

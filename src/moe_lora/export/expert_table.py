@@ -1,187 +1,270 @@
-"""Read the experts of an adapter off a model, or off a checkpoint without any model."""
+"""The experts of an adapter by layer, read from a model or from a checkpoint without a model."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import NamedTuple
 
-from peft.utils.other import get_pattern_key
+import torch
 from torch import Tensor, nn
 
 from moe_lora.adapter_tensors import check_in_memory
-from moe_lora.config import PEFT_TYPE, MoELoraConfig
+from moe_lora.checkpoint_reader import read_checkpoint
+from moe_lora.config import MoELoraConfig
 from moe_lora.experts import MoELoraExperts
-from moe_lora.export.lora_factors import ExpertTable, LayerExperts
-from moe_lora.module_paths import bare_modules
+from moe_lora.export.lora_factors import Factors, PlainLora
+from moe_lora.module_paths import bare_modules, bare_path
 from moe_lora.routed_layer import RoutedLayer
+from moe_lora.router_building import build_router
 from moe_lora.routing.control import routed_module
-from moe_lora.safetensors_io import read_tensors, widened
-from moe_lora.stored import WEIGHTS_NAME, input_width
-
-CONFIG_NAME = "adapter_config.json"
-
-_EXPERTS_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.moe_lora_experts\.(lora_[AB])$")
+from moe_lora.routing.registry import counts_layers, router_names
+from moe_lora.state_dict_names import EXPERTS_PART, PREFIX, ROUTERS_PART
+from moe_lora.stored import input_width
 
 
-def adapted_layers(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, MoELoraExperts]]:
-    """Yield the path in the bare model and the experts of every layer that an adapter has.
+class LayerExperts(NamedTuple):
+    """Hold the experts of one layer.
+
+    Attributes:
+        lora_A: `(E, r, in)`, or `(E, r, in, kh, kw)` of a convolution.
+        lora_B: `(out, E, r)`.
+        scaling: what the product is multiplied with.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class ExpertTable:
+    """Hold all experts of one adapter, apart from any model.
+
+    Attributes:
+        config: the adapter's configuration.
+        layers: the experts of every adapted layer, by the layer's path in the base model.
+        base_class: class name of the base model, if it is known.
+        in_channels: the base model's input width, if it is known.
+    """
+
+    config: MoELoraConfig
+    layers: Mapping[str, LayerExperts]
+    base_class: str | None = None
+    in_channels: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the expert names in order."""
+        return self.config.experts
+
+    def check_plain(self) -> None:
+        """Raise when the adapter trains whole modules, which no plain LoRA holds."""
+        if self.config.modules_to_save:
+            raise ValueError(
+                f"Expected experts only, but the adapter trains "
+                f"{sorted(self.config.modules_to_save)} whole (`modules_to_save`), which no plain "
+                "LoRA holds."
+            )
+
+    def mixed(self, weights: Tensor) -> PlainLora:
+        """Return the plain LoRA that the mixture is under fixed weights.
+
+        `A = cat(A_e), B = cat(w_e · s · B_e)` over the experts whose weight is not 0.
+
+        Args:
+            weights: `(E,)`.
+
+        Raises:
+            ValueError: when the adapter trains whole modules, which no plain LoRA holds.
+        """
+        self.check_plain()
+        return {path: mix(experts, weights) for path, experts in self.layers.items()}
+
+    def expert(self, index: int) -> PlainLora:
+        """Return one expert as a plain LoRA.
+
+        Args:
+            index: its place among `names`.
+        """
+        return self.mixed(torch.eye(len(self.names))[index])
+
+
+def mix(experts: LayerExperts, weights: Tensor) -> Factors:
+    """Put the experts of one layer side by side; see `ExpertTable.mixed`.
+
+    Args:
+        experts: the layer's experts.
+        weights: `(E,)`.
+
+    Returns:
+        Factors of rank `r` times the number of experts whose weight is not 0.
+    """
+    lora_A, lora_B, scaling = experts
+    chosen = weights.nonzero().flatten().tolist()
+    precise = torch.promote_types(lora_B.dtype, torch.float32)
+    gate = weights[chosen].to(lora_B.device, precise) * scaling
+    up = lora_B[:, chosen].to(precise) * gate.view(1, -1, 1)
+    return Factors(lora_A[chosen].flatten(0, 1), up.flatten(1).to(lora_B.dtype))
+
+
+def experts_by_layer(base: nn.Module, adapter_name: str) -> dict[str, MoELoraExperts]:
+    """Return the experts of every layer that an adapter has, by the layer's path in the bare model.
 
     Args:
         base: the module that the adapter was injected into.
-        adapter_name: whose layers.
+        adapter_name: the adapter's name.
     """
+    layers: dict[str, MoELoraExperts] = {}
     for _, bare, module in bare_modules(base):
-        held = getattr(module, "moe_lora_experts", None)
-        if isinstance(module, RoutedLayer) and held is not None and adapter_name in held:
-            experts = held[adapter_name]
+        if isinstance(module, RoutedLayer) and adapter_name in module.moe_lora_experts:
+            experts = module.moe_lora_experts[adapter_name]
             assert isinstance(experts, MoELoraExperts)
-            yield bare, experts
+            layers[bare] = experts
+    return layers
 
 
 def table_of_model(model: nn.Module, adapter_name: str = "default") -> ExpertTable:
-    """Read the experts of an adapter off a model; the tensors are the model's own, detached.
+    """Read the experts of an adapter from a model; the tensors are the model's own, detached.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        adapter_name: whose experts.
+        adapter_name: the adapter's name.
 
     Raises:
         ValueError: when the model or the adapter does not exist, or when weights are offloaded or
             spread over processes.
     """
     base = routed_module(model)
-    held = dict(adapted_layers(base, adapter_name))
-    if not held:
+    layers = experts_by_layer(base, adapter_name)
+    if not layers:
         raise ValueError(f"Expected an adapter named {adapter_name!r}, but the model has none.")
     check_in_memory(
-        model, {f"{path}.{n}": p for path, e in held.items() for n, p in e.named_parameters()}
+        model, {f"{path}.{n}": p for path, e in layers.items() for n, p in e.named_parameters()}
     )
-    layers = {
-        path: LayerExperts(e.lora_A.detach(), e.lora_B.detach(), e.scaling)
-        for path, e in held.items()
-    }
     configs = base.peft_config
     assert isinstance(configs, dict)
     return ExpertTable(
         configs[adapter_name],
-        layers,
+        {
+            path: LayerExperts(e.lora_A.detach(), e.lora_B.detach(), e.scaling)
+            for path, e in layers.items()
+        },
         base_class=type(base).__name__,
         in_channels=input_width(base),
     )
 
 
-def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder holds a moe_lora checkpoint (rather than a plain LoRA)."""
-    file = Path(folder) / CONFIG_NAME
-    return file.is_file() and read_json(file).get("peft_type") == PEFT_TYPE.value
-
-
-def table_of_checkpoint(folder: str | os.PathLike[str]) -> tuple[ExpertTable, dict[str, Tensor]]:
-    """Read the experts off a checkpoint as `save_pretrained` writes it, without a base model.
+def table_of_checkpoint(
+    directory: str | os.PathLike[str],
+) -> tuple[ExpertTable, dict[str, Tensor]]:
+    """Read the experts from a checkpoint, without a base model.
 
     Args:
-        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        directory: the folder of the checkpoint, in any form that `load_adapter` reads.
 
     Returns:
         The experts, and the router's tensors by name.
 
     Raises:
         FileNotFoundError: when a file is missing.
-        ValueError: when a file is corrupt, or they do not agree.
+        TypeError: when `router_kwargs` are not arguments of the router.
+        ValueError: when a file is corrupt, or the tensors are not those that the config asks for.
+            The tensors of a router that is not registered here, and of whole modules, whose shapes
+            the base model alone has, are not compared.
     """
-    folder = Path(folder)
-    entries = read_json(folder / CONFIG_NAME)
-    if entries.get("peft_type") != PEFT_TYPE.value:
-        raise ValueError(
-            f"Expected a moe_lora checkpoint at {str(folder)!r}, but its {CONFIG_NAME} is of a "
-            f"{entries.get('peft_type')!r} adapter."
+    checkpoint = read_checkpoint(directory)
+    config, stored = checkpoint.config, checkpoint.stored
+    names = {name: bare_path(name).rpartition(PREFIX)[2] for name in checkpoint.tensors}
+    tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = _expected_shapes(config, shapes)
+    replace(stored, shapes=shapes).check_shapes(expected, "its config")
+    layers = {
+        path: LayerExperts(
+            tensors[f"{path}{EXPERTS_PART}lora_A"],
+            tensors[f"{path}{EXPERTS_PART}lora_B"],
+            _scaling(config, path),
         )
-    try:
-        config = MoELoraConfig.from_pretrained(str(folder))
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(
-            f"Expected the config of a mixture in {str(folder / CONFIG_NAME)!r}, but a field has a "
-            f"value that no config has ({error})."
-        ) from error
-    tensors, _ = read_tensors(folder / WEIGHTS_NAME)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    router: dict[str, Tensor] = {}
-    for key, stored in tensors.items():
-        tensor = widened(stored)
-        if match := _EXPERTS_KEY.match(key):
-            pairs.setdefault(match[1], {})[match[2]] = tensor
-        elif ".moe_lora_routers." in key:
-            router[key.partition(".moe_lora_routers.")[2]] = tensor
-    if config.stored is not None:
-        config.stored.check_config()
-    if not pairs:
-        raise ValueError(
-            f"Expected the experts of a mixture in {str(folder / WEIGHTS_NAME)!r}, but none of its "
-            f"{len(tensors)} keys ends in `moe_lora_experts.lora_A`."
-        )
-    layers = {path: _layer(path, pair, config) for path, pair in pairs.items()}
-    base_class = (entries.get("auto_mapping") or {}).get("base_model_class")
+        for path in _layers(shapes)
+    }
+    router = {
+        name.partition(ROUTERS_PART)[2]: tensor
+        for name, tensor in tensors.items()
+        if ROUTERS_PART in name
+    }
+    base_class = (config.auto_mapping or {}).get("base_model_class")
     # Checkpoints of 0.1.0 tell the width only by the layer that the model's input meets first.
     width = config.base_in_channels or _width_of(layers)
     return ExpertTable(config, layers, base_class, width), router
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it is no JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a file at {str(path)!r}, but there is none.")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"Expected JSON in {str(path)!r}, but it is truncated or corrupt ({error})."
-        ) from error
-    if not isinstance(entries, dict):
-        raise ValueError(
-            f"Expected a JSON object in {str(path)!r}, but got a {type(entries).__name__}."
-        )
-    return entries
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def some(names: list[str], count: int = 5) -> str:
-    """Name the first few of a list, and say how many more there are.
-
-    Example:
-        >>> some(["a", "b", "c"], 2)
-        "'a', 'b' and 1 more"
-    """
-    shown = ", ".join(repr(name) for name in names[:count])
-    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
+def _layers(shapes: Shapes) -> list[str]:
+    found = (name.partition(EXPERTS_PART)[0] for name in shapes if EXPERTS_PART in name)
+    return list(dict.fromkeys(found))
 
 
-def _layer(path: str, pair: dict[str, Tensor], config: MoELoraConfig) -> LayerExperts:
-    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), config.r)
-    alpha = config.alpha_pattern.get(
-        get_pattern_key(list(config.alpha_pattern), path), config.lora_alpha
-    )
-    missing = [name for name in ("lora_A", "lora_B") if name not in pair]
-    if missing:
-        raise ValueError(f"Expected lora_A and lora_B of {path!r}, but got no {missing[0]}.")
-    lora_A, lora_B, count = pair["lora_A"], pair["lora_B"], len(config.experts)
-    a_shape, b_shape = tuple(lora_A.shape), tuple(lora_B.shape)
-    if len(a_shape) not in (3, 5) or a_shape[:2] != (count, r) or b_shape[1:] != (count, r):
-        raise ValueError(
-            f"Expected the experts of {path!r} to be (E={count}, r={r}, in) and (out, {count}, "
-            f"{r}) as the config says, but got {a_shape} and {b_shape}."
-        )
-    return LayerExperts(lora_A, lora_B, alpha / (r**0.5 if config.use_rslora else r))
+def _expected_shapes(config: MoELoraConfig, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a config asks for, the sizes of the base layers taken as they are."""
+    count, paths = len(config.experts), _layers(shapes)
+    expected: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        r = config.rank_of(path)
+        for factor in ("lora_A", "lora_B"):
+            name = f"{path}{EXPERTS_PART}{factor}"
+            shape = shapes.get(name, ())
+            if factor == "lora_A":
+                sizes = shape[2:] if len(shape) in (3, 5) else (1,)
+                expected[name] = (count, r, *sizes)
+            else:
+                expected[name] = (shape[0] if shape else 1, count, r)
+    return {**expected, **_router_shapes(config, shapes, len(paths)), **_whole(config, shapes)}
 
 
-def _width_of(layers: dict[str, LayerExperts]) -> int | None:
+def _router_shapes(config: MoELoraConfig, shapes: Shapes, num_layers: int) -> Shapes:
+    held = {name: shape for name, shape in shapes.items() if ROUTERS_PART in name}
+    if config.router is None:
+        return {}
+    if config.router not in router_names():
+        return held
+    model = nn.Module()
+    if config.base_in_channels is not None:
+        model.config = SimpleNamespace(in_channels=config.base_in_channels)  # type: ignore[assignment]
+    by_layer = counts_layers(config.router, config.router_kwargs)
+    router = build_router(config, model, True, num_layers if by_layer else None)
+    assert router is not None
+    prefix = next(iter(held), f"moe_router.{ROUTERS_PART}").partition(ROUTERS_PART)[0]
+    return {
+        f"{prefix}{ROUTERS_PART}{name}": tuple(tensor.shape)
+        for name, tensor in router.state_dict().items()
+    }
+
+
+def _whole(config: MoELoraConfig, shapes: Shapes) -> Shapes:
+    """Return the tensors of `modules_to_save`, which the base model alone could check."""
+    found: dict[str, tuple[int, ...]] = {}
+    for module in config.modules_to_save or ():
+        part = f".{module}."
+        held = {
+            name: shape
+            for name, shape in shapes.items()
+            if part in f".{name}" and EXPERTS_PART not in name and ROUTERS_PART not in name
+        }
+        found |= held or {f"{module}.weight": ()}
+    return found
+
+
+def _scaling(config: MoELoraConfig, path: str) -> float:
+    r = config.rank_of(path)
+    return config.alpha_of(path) / (r**0.5 if config.use_rslora else r)
+
+
+def _width_of(layers: Mapping[str, LayerExperts]) -> int | None:
     # The layers that a model's input meets first, of transformers and of UNets.
     for path in ("x_embedder", "conv_in"):
         if path in layers:

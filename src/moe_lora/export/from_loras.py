@@ -13,7 +13,7 @@ from torch import nn
 
 from moe_lora.config import MoELoraConfig
 from moe_lora.experts import MoELoraExperts
-from moe_lora.export.expert_table import adapted_layers
+from moe_lora.export.expert_table import experts_by_layer
 from moe_lora.export.formats.lora_file import StoredFactors
 from moe_lora.export.formats.match_layers import read_lora_for
 from moe_lora.export.formats.peft import exact_targets, ranks_config
@@ -67,7 +67,7 @@ def from_loras(
     _check_bare(model, loras)
     with all_or_nothing(model):
         _inject(model, config, adapter_name)
-        layers = dict(adapted_layers(model, adapter_name))
+        layers = experts_by_layer(model, adapter_name)
         for index, lora in enumerate(loras.values()):
             for path, stored in lora.items():
                 _fill(layers[path], index, stored)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_lora.export.expert_table import read_json, some
+from moe_lora.export.listing import first_few
 from moe_lora.export.lora_factors import Factors, PlainLora
-from moe_lora.safetensors_io import read_tensors, replacing, write_tensors
+from moe_lora.safetensors_io import (
+    TensorHeader,
+    read_header,
+    read_json,
+    read_tensors,
+    replacing,
+    write_tensors,
+)
 
 _COMPONENTS = ("transformer", "unet")
 _FLOATS = ("F16", "BF16", "F32", "F64")
@@ -53,8 +60,7 @@ def merge_into_files(
         raise FileNotFoundError(
             f"Expected safetensors files in {str(component)!r}, but there are none."
         )
-    shapes = {file: _shapes(file) for file in files}
-    _check_weights(lora, component, shapes)
+    _check_weights(lora, component, [read_header(file)[0] for file in files])
     stale = {file.name for file in component.iterdir() if file.suffix in (".safetensors", ".bin")}
     changed = []
     with replacing(out) as temporary:
@@ -113,18 +119,18 @@ def _check_class(component: Path, base_class: str | None) -> None:
 
 
 def _check_weights(
-    lora: PlainLora, component: Path, shapes: dict[Path, dict[str, tuple[list[int], str]]]
+    lora: PlainLora, component: Path, headers: Sequence[Mapping[str, TensorHeader]]
 ) -> None:
-    known = {key: entry for entries in shapes.values() for key, entry in entries.items()}
+    known = {key: entry for entries in headers for key, entry in entries.items()}
     missing = [path for path in lora if f"{path}.weight" not in known]
     if missing:
         raise ValueError(
             f"Expected the base model in {str(component)!r} to have the adapted layers, but it has "
-            f"no {some(missing)}."
+            f"no {first_few(missing)}."
         )
     for path, factors in lora.items():
         shape, dtype = known[f"{path}.weight"]
-        expected = [factors.up.shape[0], *factors.down.shape[1:]]
+        expected = (factors.up.shape[0], *factors.down.shape[1:])
         if shape != expected:
             raise ValueError(
                 f"Expected the weight of {path!r} in {str(component)!r} to have shape {expected}, "
@@ -135,15 +141,3 @@ def _check_weights(
                 f"Expected the weight of {path!r} in {str(component)!r} to be one of "
                 f"{list(_FLOATS)}, but got {dtype}. Take the unquantised base model."
             )
-
-
-def _shapes(file: Path) -> dict[str, tuple[list[int], str]]:
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-            return {key: (list(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(
-            f"Expected a whole safetensors file at {str(file)!r}, but it is truncated or corrupt "
-            f"({error})."
-        ) from error

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 from moe_lora.adapter_tensors import check_finite
 from moe_lora.config import MoELoraConfig
 from moe_lora.experts import MoELoraExperts
-from moe_lora.export.expert_table import CONFIG_NAME, adapted_layers, some, table_of_model
+from moe_lora.export.expert_table import experts_by_layer, table_of_model
 from moe_lora.export.formats.lora_file import StoredFactors
 from moe_lora.export.formats.match_layers import read_lora_for
 from moe_lora.export.formats.peft import anchored, exact_targets, header, peft_tensors
+from moe_lora.export.listing import first_few
 from moe_lora.export.lora_factors import Factors
 from moe_lora.names import check_expert_names
 from moe_lora.routed_layer import RoutedLayer
@@ -52,7 +54,7 @@ def save_experts(
     table = table_of_model(model, adapter_name)
     table.check_plain()
     check_expert_names(table.names)  # they become folders, and a config may be changed
-    held = dict(adapted_layers(routed_module(model), adapter_name))
+    held = experts_by_layer(routed_module(model), adapter_name)
     check_finite({f"{path}.{n}": p for path, e in held.items() for n, p in e.named_parameters()})
     lora_config = _plain_config(table.config, held)
     folders = []
@@ -105,14 +107,14 @@ def load_experts(
     if foreign or not paths:
         raise ValueError(
             f"Expected experts out of {list(table.names)}, but got "
-            f"{some(foreign) if foreign else 'none'}. Choose with `names`."
+            f"{first_few(foreign) if foreign else 'none'}. Choose with `names`."
         )
     if any(isinstance(m, RoutedLayer) and m.merged for m in base.modules()):
         raise ValueError(
             "Expected experts apart from the base weights, but they are merged. Call "
             "moe_lora.unmerge(model) first."
         )
-    layers = dict(adapted_layers(base, adapter_name))
+    layers = experts_by_layer(base, adapter_name)
     loaded = {name: read_lora_for(base, path, skip) for name, path in paths.items()}
     for name, stored in loaded.items():
         _check_fits(name, stored, layers)
@@ -141,7 +143,7 @@ def _paths(
         return found
     missing = [name for name in names if name not in found]
     if missing:
-        raise ValueError(f"Expected `names` out of {sorted(found)}, but got {some(missing)}.")
+        raise ValueError(f"Expected `names` out of {sorted(found)}, but got {first_few(missing)}.")
     return {name: found[name] for name in names}
 
 
@@ -152,7 +154,7 @@ def _check_fits(
     if extra or missing:
         raise ValueError(
             f"Expected expert {name!r} to adapt the {len(layers)} layers of the mixture, but it "
-            + (f"lacks {some(missing)}" if missing else f"also adapts {some(extra)}")
+            + (f"lacks {first_few(missing)}" if missing else f"also adapts {first_few(extra)}")
             + ". moe_lora.from_loras builds a mixture around differing files."
         )
     for path, factors in stored.items():

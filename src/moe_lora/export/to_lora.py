@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
+from moe_lora.checkpoint_reader import DIFFUSERS_NAME
 from moe_lora.export.compression import compress
-from moe_lora.export.expert_table import CONFIG_NAME, some, table_of_model
+from moe_lora.export.expert_table import ExpertTable, table_of_model
 from moe_lora.export.fixed_weights import ChosenWeights, choose_for_model
 from moe_lora.export.formats.peft import (
     Format,
@@ -23,11 +25,10 @@ from moe_lora.export.formats.peft import (
     peft_tensors,
     plain_config,
 )
-from moe_lora.export.lora_factors import ExpertTable, Factors, PlainLora
+from moe_lora.export.listing import first_few
+from moe_lora.export.lora_factors import Factors, PlainLora
 from moe_lora.safetensors_io import replacing, write_tensors
 from moe_lora.stored import WEIGHTS_NAME
-
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,14 @@ def _check_range(lora: PlainLora, dtype: torch.dtype | None) -> None:
     broken = [path for path, value in largest.items() if not math.isfinite(value)]
     if broken:
         raise ValueError(
-            f"Expected finite weights to export, but those of {some(broken)} hold NaN or inf."
+            f"Expected finite weights to export, but those of {first_few(broken)} hold NaN or inf."
         )
     limit = math.inf if dtype is None else torch.finfo(dtype).max
     large = [path for path, value in largest.items() if value > limit]
     if large:
         raise ValueError(
             f"Expected weights within the range of {dtype}, up to {limit:g}, but those of "
-            f"{some(large)} are larger. Take a wider `dtype`."
+            f"{first_few(large)} are larger. Take a wider `dtype`."
         )
 
 

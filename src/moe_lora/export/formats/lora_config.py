@@ -10,7 +10,7 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from moe_lora.export.expert_table import some
+from moe_lora.export.listing import first_few
 
 HONORED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")
 """Fields that decide what the factors mean."""
@@ -88,7 +88,7 @@ def check_plain_lora(fields: Mapping[str, Any], where: str) -> None:
     if unknown:
         raise ValueError(
             f"Expected the fields of a LoRA that moe_lora knows in {where}, but got "
-            f"{some(unknown)}. Remove what does not change the LoRA's output."
+            f"{first_few(unknown)}. Remove what does not change the LoRA's output."
         )
     init = fields.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in _KEEP_THE_BASE:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 
-from moe_lora.export.expert_table import CONFIG_NAME, read_json, some
 from moe_lora.export.formats.flux_names import flux_paths
 from moe_lora.export.formats.lora_config import Strength
 from moe_lora.export.formats.peft import METADATA_KEY, Format
+from moe_lora.export.listing import first_few
 from moe_lora.export.lora_factors import Factors
-from moe_lora.safetensors_io import read_tensors
+from moe_lora.safetensors_io import read_json, read_tensors
 from moe_lora.stored import WEIGHTS_NAME
 
 Layout = Format | Literal["original"]
@@ -114,7 +115,7 @@ def read_plain(path: str | os.PathLike[str], skip: Sequence[str] = ()) -> PlainF
     if foreign or not roles:
         raise ValueError(
             f"Expected the keys of a plain LoRA in {str(file)!r}, but got "
-            f"{some(foreign) if foreign else 'none'}."
+            f"{first_few(foreign) if foreign else 'none'}."
         )
     layers = {
         name.removeprefix(prefix): _stored(file, name, name.removeprefix(prefix), held, strength)

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moe_lora.export.expert_table import some
 from moe_lora.export.formats.flux_names import flux_norm, flux_paths, split_flux
 from moe_lora.export.formats.lora_file import PlainFile, StoredFactors, read_plain
 from moe_lora.export.formats.unet_names import diffusers_name
+from moe_lora.export.listing import first_few
 from moe_lora.export.lora_factors import Factors
 from moe_lora.module_paths import bare_modules
 from moe_lora.stored import input_width
@@ -64,7 +64,7 @@ def read_lora_for(
     if unknown:
         raise ValueError(
             f"Expected {str(plain.path)!r} to speak of layers of the {type(model).__name__} only, "
-            f"but it has no {some(unknown)}. Keys that do not matter here can be left out with "
+            f"but it has no {first_few(unknown)}. Leave keys that do not matter here out with "
             "`skip`."
         )
     _check_norms(plain, model)

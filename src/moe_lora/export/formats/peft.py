@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from moe_lora.export.expert_table import some
 from moe_lora.export.formats.flux_names import PREFIX, flatten_unet, flux_name, fuse_flux
+from moe_lora.export.listing import first_few
 from moe_lora.export.lora_factors import PlainLora
 
 Format = Literal["diffusers", "peft", "kohya"]
@@ -153,8 +153,8 @@ def kohya_tensors(lora: PlainLora, base_class: str | None = None) -> dict[str, T
     if dropped:
         raise ValueError(
             "Expected layers that diffusers loads from kohya's layout, but it would silently drop "
-            f'{some(dropped)}. Take format="diffusers" or "peft", or leave these layers out of '
-            "`target_modules`."
+            f'{first_few(dropped)}. Take format="diffusers" or "peft", or leave these layers out '
+            "of `target_modules`."
         )
     alpha = max(factors.rank for factors in named.values())
     tensors = {}
