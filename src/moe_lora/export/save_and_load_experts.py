@@ -18,7 +18,8 @@ from moe_lora.experts import MoELoraExperts
 from moe_lora.export.expert_table import experts_by_layer, table_of_model
 from moe_lora.export.formats.lora_file import StoredFactors
 from moe_lora.export.formats.match_layers import read_lora_for
-from moe_lora.export.formats.peft import anchored, exact_targets, header, peft_tensors
+from moe_lora.export.formats.metadata import header
+from moe_lora.export.formats.peft import anchored, exact_targets, peft_tensors
 from moe_lora.export.listing import first_few
 from moe_lora.export.lora_factors import Factors
 from moe_lora.names import check_expert_names

@@ -17,14 +17,11 @@ from moe_lora.checkpoint_reader import DIFFUSERS_NAME
 from moe_lora.export.compression import compress
 from moe_lora.export.expert_table import ExpertTable, table_of_model
 from moe_lora.export.fixed_weights import ChosenWeights, choose_for_model
-from moe_lora.export.formats.peft import (
-    Format,
-    diffusers_file,
-    header,
-    kohya_tensors,
-    peft_tensors,
-    plain_config,
-)
+from moe_lora.export.formats import Format
+from moe_lora.export.formats.diffusers import diffusers_file
+from moe_lora.export.formats.kohya import kohya_tensors
+from moe_lora.export.formats.metadata import header
+from moe_lora.export.formats.peft import peft_tensors, plain_config
 from moe_lora.export.listing import first_few
 from moe_lora.export.lora_factors import Factors, PlainLora
 from moe_lora.safetensors_io import replacing, write_tensors

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from moe_lora.export.formats.flux_names import (
-    flatten_unet,
     flux_name,
     flux_paths,
     fuse_flux,
@@ -105,13 +104,3 @@ def test_the_last_modulation_swaps_shift_and_scale():
     held = Factors(torch.ones(1, 5), torch.arange(6.0)[:, None])
     split = split_flux("final_layer_adaLN_modulation_1", held, {})
     assert split["norm_out.linear"].up.flatten().tolist() == [3, 4, 5, 0, 1, 2]
-
-
-def test_a_unet_layer_that_would_not_be_found_again_is_told():
-    lora = {
-        "mid_block.attentions.0.proj_in": factors(4, 2),
-        "add_embedding.linear_1": factors(4, 2),
-    }
-    flat, dropped = flatten_unet(lora)
-    assert list(flat) == ["mid_block_attentions_0_proj_in"]
-    assert dropped == ["add_embedding.linear_1"]

@@ -101,14 +101,11 @@ def test_a_folder_with_several_files_is_ambiguous(tmp_path):
     assert read_plain(tmp_path).path.name == "pytorch_lora_weights.safetensors"
 
 
+@pytest.mark.parametrize("key", ["lora_adapter_metadata", "moe_lora"])
 @pytest.mark.parametrize("header", ["{", "3"])
-def test_a_broken_header(tmp_path, header):
-    metadata = {"lora_adapter_metadata": header}
-    if header == "{":
-        with pytest.raises(ValueError, match="Expected JSON as `lora_adapter_metadata`"):
-            read(tmp_path, lora("transformer."), metadata)
-    else:
-        assert read(tmp_path, lora("transformer."), metadata).layers["x"].scale == 1.0
+def test_a_broken_header(tmp_path, header, key):
+    with pytest.raises(ValueError, match=f"Expected (a )?JSON.* as `{key}`"):
+        read(tmp_path, lora("transformer."), {key: header})
 
 
 def test_a_config_without_alpha(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from moe_lora.export.formats.unet_names import diffusers_name
+from moe_lora.export.formats.unet_names import diffusers_name, flatten_unet, is_unet
+from moe_lora.export.lora_factors import Factors
 
 NAMES = [
     "input_blocks_0_0",
@@ -50,3 +51,26 @@ def test_it_is_what_diffusers_makes_of_it(name):
 )
 def test_foreign_names(name):
     assert diffusers_name(name, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("paths", "base_class", "expected"),
+    [
+        (["transformer_blocks.0.attn.to_q"], None, False),
+        (["down_blocks.0.resnets.0.conv1", "conv_in"], None, True),
+        (["down_blocks.0.x"], "FluxTransformer2DModel", False),
+        (["anything"], "UNet2DConditionModel", True),
+    ],
+)
+def test_is_unet(paths, base_class, expected):
+    assert is_unet(paths, base_class) is expected
+
+
+def test_a_unet_layer_that_would_not_be_found_again_is_told():
+    lora = {
+        "mid_block.attentions.0.proj_in": Factors(torch.randn(2, 5), torch.randn(4, 2)),
+        "add_embedding.linear_1": Factors(torch.randn(2, 5), torch.randn(4, 2)),
+    }
+    flat, dropped = flatten_unet(lora)
+    assert list(flat) == ["mid_block_attentions_0_proj_in"]
+    assert dropped == ["add_embedding.linear_1"]

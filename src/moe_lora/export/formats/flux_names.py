@@ -1,4 +1,4 @@
-"""The key layout of kohya's trainers: flat names, and Flux's fused projections."""
+"""Names of Flux's layers in its original code, and LoRAs of its fused projections, both ways."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from moe_lora.export.lora_factors import Factors, PlainLora
-
-PREFIX = "lora_unet_"
 
 _FLUX_DOUBLE = {
     "img_attn_proj": ("attn.to_out.0",),
@@ -48,15 +46,6 @@ _MLP_RATIO = 4
 
 _BLOCK_PATH = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.+)$")
 _BLOCK_NAME = re.compile(r"(double|single)_blocks_(\d+)_(.+)$")
-
-_UNET_PATH = re.compile(
-    r"(conv_in|conv_out|time_embedding\.linear_[12]"
-    r"|((down|up)_blocks\.\d+|mid_block)\."
-    r"(attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
-    r"(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))"
-    r"|resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)"
-    r"|(down|up)samplers\.0\.conv))$"
-)
 
 
 def flux_name(path: str) -> tuple[str, int, int] | None:
@@ -166,20 +155,6 @@ def split_flux(name: str, factors: Factors, widths: Mapping[str, int]) -> PlainL
         if used.any():
             split[path] = Factors(factors.down[used], up[:, used])
     return split
-
-
-def flatten_unet(lora: PlainLora) -> tuple[dict[str, Factors], list[str]]:
-    """Put a UNet LoRA under kohya's names.
-
-    Args:
-        lora: by the layers' paths in the diffusers model.
-
-    Returns:
-        The factors by name, and the paths that diffusers' loader would not find again.
-    """
-    known = {path: factors for path, factors in lora.items() if _UNET_PATH.match(path)}
-    flat = {path.replace(".", "_"): factors for path, factors in known.items()}
-    return flat, [path for path in lora if path not in known]
 
 
 def _block_diagonal(held: Mapping[int, Factors], count: int) -> Factors:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 
+from moe_lora.checkpoint_reader import DIFFUSERS_KEY, DIFFUSERS_NAME
+from moe_lora.export.formats import Layout, kohya
 from moe_lora.export.formats.flux_names import flux_paths
 from moe_lora.export.formats.lora_config import Strength
-from moe_lora.export.formats.peft import METADATA_KEY, Format
+from moe_lora.export.formats.metadata import METADATA_KEY
 from moe_lora.export.listing import first_few
 from moe_lora.export.lora_factors import Factors
 from moe_lora.safetensors_io import read_json, read_tensors
-from moe_lora.stored import WEIGHTS_NAME
-
-Layout = Format | Literal["original"]
-"""Whose keys a file has; "original" are the dotted ones of a model's own code."""
+from moe_lora.stored import WEIGHTS_NAME, read_header
 
 _ROLES = {
     ".lora_A.weight": "down",
@@ -44,7 +42,7 @@ _NORM = re.compile(
 _TRAINING_ONLY = (".lora_velora_embed",)
 _PREFIXES: dict[str, Layout] = {
     "base_model.model.": "peft",
-    "lora_unet_": "kohya",
+    kohya.PREFIX: "kohya",
     "diffusion_model.": "original",
     "transformer.": "diffusers",
     "unet.": "diffusers",
@@ -126,7 +124,7 @@ def read_plain(path: str | os.PathLike[str], skip: Sequence[str] = ()) -> PlainF
             f"Expected one LoRA for every layer in {str(file)!r}, but some have several, with and "
             f"without {prefix!r}. Leave one kind out with `skip`."
         )
-    own = _json_header(file, header, METADATA_KEY)
+    own = read_header(file, header, METADATA_KEY) or {}
     base_model = (config or {}).get("base_model_name_or_path")
     norms = {k: v for k, v in tensors.items() if _NORM.match(k) and not k.startswith(tuple(skip))}
     return PlainFile(file, layout, layers, own, base_model, norms)
@@ -169,7 +167,7 @@ def _strength(
 ) -> Strength:
     if config is not None:
         return Strength(config, repr(str(file.parent / CONFIG_NAME)))
-    entries = _json_header(file, header, "lora_adapter_metadata")
+    entries = read_header(file, header, DIFFUSERS_KEY) or {}
     fields = {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
     if not fields and layout == "peft":
         raise ValueError(
@@ -183,7 +181,7 @@ def _locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
-        named = [f for f in files if f.name in (WEIGHTS_NAME, "pytorch_lora_weights.safetensors")]
+        named = [f for f in files if f.name in (WEIGHTS_NAME, DIFFUSERS_NAME)]
         if len(named or files) != 1:
             raise FileNotFoundError(
                 f"Expected one safetensors file in {str(path)!r}, but there are "
@@ -232,13 +230,3 @@ def _stored(
             "which an expert cannot. Merge it into the base model instead."
         )
     return StoredFactors(down, up.flatten(1), strength.of(name, rank, tensor_of.get("alpha")))
-
-
-def _json_header(file: Path, header: Mapping[str, str], key: str) -> dict[str, Any]:
-    try:
-        entries = json.loads(header.get(key, "{}"))
-    except ValueError as error:
-        raise ValueError(
-            f"Expected JSON as `{key}` in the header of {str(file)!r}, but got {error}."
-        ) from error
-    return entries if isinstance(entries, dict) else {}

@@ -1,41 +1,16 @@
-"""How a plain LoRA is laid out in a file, for each of its consumers."""
+"""Write the layout of PEFT: keys with `base_model.model.` and an adapter_config.json."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from moe_lora.export.formats.flux_names import PREFIX, flatten_unet, flux_name, fuse_flux
-from moe_lora.export.listing import first_few
 from moe_lora.export.lora_factors import PlainLora
-
-Format = Literal["diffusers", "peft", "kohya"]
-METADATA_KEY = "moe_lora"
-
-_UNET_ROOTS = re.compile(
-    r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)(\.|$)"
-)
-
-
-def header(**entries: Any) -> dict[str, str]:
-    """Return what moe_lora notes in a file's metadata: JSON, with the library's version."""
-    from moe_lora import __version__
-
-    return {METADATA_KEY: json.dumps({"version": __version__, **entries})}
-
-
-def is_unet(paths: Collection[str], base_class: str | None) -> bool:
-    """Tell whether layers belong to a UNet, by the model's class or else by their paths."""
-    if base_class is not None:
-        return "UNet" in base_class
-    return all(_UNET_ROOTS.match(path) for path in paths)
 
 
 def exact_targets(paths: Collection[str]) -> list[str] | str:
@@ -104,74 +79,15 @@ def peft_tensors(lora: PlainLora, prefix: str = "base_model.model.") -> dict[str
     tensors = {}
     for path, factors in lora.items():
         tensors[f"{prefix}{path}.lora_A.weight"] = factors.down
-        tensors[f"{prefix}{path}.lora_B.weight"] = _shaped_up(factors.down, factors.up)
+        tensors[f"{prefix}{path}.lora_B.weight"] = up_in_shape_of(factors.down, factors.up)
     return tensors
 
 
-def diffusers_file(
-    lora: PlainLora, base_class: str | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the header of a file for diffusers' `load_lora_weights`.
-
-    The header tells current diffusers ranks and alphas; alpha equals the rank, which is what
-    everything that does not read the header assumes.
+def up_in_shape_of(down: Tensor, up: Tensor) -> Tensor:
+    """Return the up factor as a file has it: a 1 x 1 convolution beside a convolution.
 
     Args:
-        lora: the plain LoRA.
-        base_class: class name of the base model, if it is known.
+        down: `(r, in)` or `(r, in, kh, kw)`.
+        up: `(out, r)`.
     """
-    component = "unet" if is_unet(lora, base_class) else "transformer"
-    fields = ranks_config({path: factors.rank for path, factors in lora.items()})
-    fields |= {"target_modules": exact_targets(lora)}
-    told = {f"{component}.{name}": value for name, value in fields.items()}
-    return peft_tensors(lora, f"{component}."), {"lora_adapter_metadata": json.dumps(told)}
-
-
-def kohya_tensors(lora: PlainLora, base_class: str | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a plain LoRA under kohya's keys, for Flux and for SD 1.5-like UNets.
-
-    Every layer has the same alpha, the largest rank, and `lora_up` makes up for it: diffusers loses
-    track of which layer an alpha belongs to when they differ.
-
-    Args:
-        lora: the plain LoRA.
-        base_class: class name of the base model, if it is known.
-
-    Raises:
-        ValueError: for another family of models, or for layers that diffusers' loader of this
-            layout drops without a word.
-    """
-    if is_unet(lora, base_class):
-        named, dropped = flatten_unet(lora)
-    elif _is_flux(lora, base_class):
-        named, dropped = fuse_flux(lora)
-    else:
-        raise ValueError(
-            'Expected a Flux transformer or a UNet for format="kohya", but the base model is '
-            f'{base_class or "unknown"}. Take format="diffusers" or "peft".'
-        )
-    if dropped:
-        raise ValueError(
-            "Expected layers that diffusers loads from kohya's layout, but it would silently drop "
-            f'{first_few(dropped)}. Take format="diffusers" or "peft", or leave these layers out '
-            "of `target_modules`."
-        )
-    alpha = max(factors.rank for factors in named.values())
-    tensors = {}
-    for name, factors in named.items():
-        up = factors.up * (factors.rank / alpha)
-        tensors[f"{PREFIX}{name}.lora_down.weight"] = factors.down
-        tensors[f"{PREFIX}{name}.lora_up.weight"] = _shaped_up(factors.down, up)
-        tensors[f"{PREFIX}{name}.alpha"] = torch.tensor(float(alpha))
-    return tensors
-
-
-def _is_flux(paths: Collection[str], base_class: str | None) -> bool:
-    if base_class is not None:
-        return base_class == "FluxTransformer2DModel"
-    # Other families share the names of the double blocks.
-    return any(path.startswith("single_transformer_blocks.") and flux_name(path) for path in paths)
-
-
-def _shaped_up(down: Tensor, up: Tensor) -> Tensor:
     return up if down.ndim == 2 else up.view(*up.shape, *[1] * (down.ndim - 2))

@@ -1,8 +1,11 @@
-"""The names that kohya's trainer gives the layers of SDXL, after the model's original code."""
+"""Names of a UNet's layers in flat layouts and in the original code of Stable Diffusion."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+
+from moe_lora.export.lora_factors import Factors, PlainLora
 
 _BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)_(\d+)_(?:(\d+)_)?(.+)$")
 _ROOT = {
@@ -20,6 +23,19 @@ _IN_RESNET = {
     "skip_connection": "conv_shortcut",
 }
 _MIDDLE = ("resnets_0", "attentions_0", "resnets_1")
+
+
+_UNET_ROOTS = re.compile(
+    r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)(\.|$)"
+)
+_UNET_PATH = re.compile(
+    r"(conv_in|conv_out|time_embedding\.linear_[12]"
+    r"|((down|up)_blocks\.\d+|mid_block)\."
+    r"(attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
+    r"(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))"
+    r"|resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)"
+    r"|(down|up)samplers\.0\.conv))$"
+)
 
 
 def diffusers_name(name: str, layers_per_block: int) -> str | None:
@@ -52,6 +68,27 @@ def diffusers_name(name: str, layers_per_block: int) -> str | None:
         return f"{blocks}_{'down' if down else 'up'}samplers_0_conv"
     kind = "resnets" if inner == "0" else "attentions"
     return f"{blocks}_{kind}_{layer}_{_renamed(rest)}"
+
+
+def is_unet(paths: Collection[str], base_class: str | None) -> bool:
+    """Tell whether layers belong to a UNet, by the model's class or else by their paths."""
+    if base_class is not None:
+        return "UNet" in base_class
+    return all(_UNET_ROOTS.match(path) for path in paths)
+
+
+def flatten_unet(lora: PlainLora) -> tuple[dict[str, Factors], list[str]]:
+    """Put a UNet LoRA under kohya's names.
+
+    Args:
+        lora: by the layers' paths in the diffusers model.
+
+    Returns:
+        The factors by name, and the paths that diffusers' loader would not find again.
+    """
+    known = {path: factors for path, factors in lora.items() if _UNET_PATH.match(path)}
+    flat = {path.replace(".", "_"): factors for path, factors in known.items()}
+    return flat, [path for path in lora if path not in known]
 
 
 def _renamed(rest: str) -> str:
