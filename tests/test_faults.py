@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from corrupt_checkpoints import CONFIG, FAULTS, WEIGHTS, config
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.adapter_files import load_adapter, save_adapter
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LAYER = "base_model.model.second.moe_lora_experts"
+from moe_lora.save_and_load import load_adapter, save_adapter
 
 
 class Wide(torch.nn.Module):
@@ -36,153 +33,9 @@ class Wide(torch.nn.Module):
         self.head = torch.nn.Linear(6, 2)
 
 
-@moe_lora.register_router("faults")
-class Scores(moe_lora.Router):
-    def __init__(self, start: float = 0.0, hidden_dim: int = 1):
-        super().__init__()
-        self.scores = torch.nn.Parameter(torch.full((hidden_dim, 3), start))
-
-    def logits(self, inputs):
-        return self.scores.sum(0).expand(inputs.batch_size, -1)
-
-
-def config(**kwargs) -> MoELoraConfig:
-    defaults = {
-        "r": 3,
-        "target_modules": ["first", "second"],
-        "modules_to_save": ["head"],
-        "router": "faults",
-        "router_kwargs": {"start": 0.5},
-        "init_lora_weights": False,
-    }
-    return MoELoraConfig(**{**defaults, **kwargs})
-
-
 @pytest.fixture
 def checkpoint(make_mlp, tmp_path) -> Path:
     return save_adapter(get_peft_model(make_mlp(), config()), tmp_path / "good")
-
-
-def edit_config(folder: Path, **entries):
-    file = folder / CONFIG
-    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
-
-
-def edit_weights(folder: Path, change):
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def truncate(folder: Path, name: str, keep: float):
-    file = folder / name
-    content = file.read_bytes()
-    file.write_bytes(content[: int(len(content) * keep)])
-
-
-def to_plain_lora(folder: Path, make_mlp):
-    shutil.rmtree(folder)
-    get_peft_model(make_mlp(), LoraConfig(target_modules=["first"])).save_pretrained(folder)
-
-
-def forget_config(folder: Path):
-    """Leave the weights without a config, beside them and in their header."""
-    edit_weights(folder, lambda tensors: None)
-    (folder / CONFIG).unlink()
-
-
-def to_diffusers_file(folder: Path):
-    forget_config(folder)
-    (folder / WEIGHTS).rename(folder / "pytorch_lora_weights.safetensors")
-
-
-def to_plain_weights(folder: Path):
-    names = ("base_model.model.first.lora_A.weight", "base_model.model.first.lora_B.weight")
-    save_file({name: torch.rand(2, 2) for name in names}, folder / WEIGHTS)
-
-
-def corrupt(folder: Path):
-    content = bytearray((folder / WEIGHTS).read_bytes())
-    content[0:8] = b"\xff" * 8
-    (folder / WEIGHTS).write_bytes(bytes(content))
-
-
-def drop(*endings):
-    return lambda t: [t.pop(n) for n in list(t) if n.endswith(endings)]
-
-
-def cut(name, *index):
-    return lambda t: t.update({name: t[name][index].contiguous()})
-
-
-S = slice
-FAULTS = {
-    "no folder": (shutil.rmtree, "Expected a checkpoint's folder"),
-    "no config": (forget_config, "Expected 'adapter_config.json' beside"),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), "Expected 'adapter_model.safetensors' in"),
-    "pickled weights": (
-        lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
-        "is a pickle, which is never loaded",
-    ),
-    "diffusers file": (to_diffusers_file, "or give `config`; a plain LoRA is loaded"),
-    "truncated config": (lambda f: truncate(f, CONFIG, 0.5), "Expected JSON in"),
-    "empty config": (lambda f: truncate(f, CONFIG, 0), "Expected JSON in"),
-    "config is no object": (lambda f: (f / CONFIG).write_text("[1]"), "`peft_type` is None"),
-    "foreign config": (lambda f: edit_config(f, peft_type="LORA"), "`peft_type` is 'LORA'"),
-    "unknown method": (lambda f: edit_config(f, peft_type="WHAT"), "`peft_type` is 'WHAT'"),
-    "impossible value": (lambda f: edit_config(f, lora_dropout=2), "`lora_dropout` to be a number"),
-    "wrong type": (lambda f: edit_config(f, r="8"), "`r` to be an integer in"),
-    "newer version": (
-        lambda f: edit_config(f, format_version=2, news="x"),
-        "written by a newer moe_lora. Upgrade",
-    ),
-    "unknown router": (lambda f: edit_config(f, router="nobody"), "register_router"),
-    "router of other arguments": (
-        lambda f: edit_config(f, router_kwargs={"depth": 3}),
-        "Expected `router_kwargs` to be arguments of Scores",
-    ),
-    "router of impossible widths": (
-        lambda f: edit_config(f, router_kwargs={"hidden_dim": "wide"}),
-        "Expected `router_kwargs` to be values that Scores can be built with",
-    ),
-    "router of negative widths": (
-        lambda f: edit_config(f, router_kwargs={"hidden_dim": -1}),
-        "Expected `router_kwargs` to be values that Scores can be built with",
-    ),
-    "router of other widths": (
-        lambda f: edit_config(f, router_kwargs={"hidden_dim": 2}),
-        r"scores' has the shape \(1, 3\) where \(2, 3\) is needed",
-    ),
-    "router not asked for": (
-        lambda f: edit_config(f, router=None, router_kwargs={}),
-        "router parameters that the config's router does not have",
-    ),
-    "truncated weights": (lambda f: truncate(f, WEIGHTS, 0.9), "whole safetensors file"),
-    "corrupt weights": (corrupt, "whole safetensors file"),
-    "empty weights": (lambda f: truncate(f, WEIGHTS, 0), "whole safetensors file"),
-    "plain LoRA weights": (to_plain_weights, "those of a plain LoRA"),
-    "wrong rank": (lambda f: edit_config(f, r=4), "rank, experts or router"),
-    "wrong rank in one layer": (
-        lambda f: edit_weights(f, cut(f"{LAYER}.lora_A", S(None), S(0, 2))),
-        r"second.*\(3, 2, 10\) where \(3, 3, 10\) is needed",
-    ),
-    "wrong experts": (
-        lambda f: edit_config(f, expert_names=["a", "b"], num_experts=2, router=None),
-        "does not have|rank, experts or router",
-    ),
-    "missing key": (lambda f: edit_weights(f, drop("second.moe_lora_experts.lora_B")), "are not"),
-    "missing layer": (lambda f: edit_weights(f, drop("lora_A", "lora_B")), "none of this method"),
-    "missing router": (lambda f: edit_weights(f, drop("scores")), "scores.*it is incomplete"),
-    "missing head": (lambda f: edit_weights(f, drop("head.bias")), "head.bias.*incomplete"),
-    "unexpected key": (
-        lambda f: edit_weights(f, lambda t: t.update({"base_model.model.head.x": torch.ones(1)})),
-        "tensors that the config does not ask for",
-    ),
-    "NaN": (
-        lambda f: edit_weights(f, lambda t: t[f"{LAYER}.lora_B"].view(-1)[:1].fill_(float("nan"))),
-        "1 of 7 tensors hold NaN or inf, such as .*second.*Take an earlier",
-    ),
-}
 
 
 def traces(model) -> dict:
@@ -266,7 +119,7 @@ def test_a_failure_after_the_injection_is_undone(make_mlp, checkpoint, monkeypat
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moe_lora.adapter_files.check_in_memory", interrupt)
+    monkeypatch.setattr("moe_lora.save_and_load.check_in_memory", interrupt)
     before = kept(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -302,6 +155,7 @@ STOCK_READS = {
     "config is no object",
     "foreign config",
     "unknown method",
+    "integer experts",
     "NaN",
 }
 
@@ -422,7 +276,7 @@ class TestSaving:
             raise OSError("disk full")
 
         if failing == "save_file":
-            monkeypatch.setattr("moe_lora.files.save_file", fail)
+            monkeypatch.setattr("moe_lora.safetensors_io.save_file", fail)
         else:
             monkeypatch.setattr(MoELoraConfig, "save_pretrained", fail)
         with pytest.raises(OSError, match="disk full"):
@@ -465,8 +319,8 @@ class TestSaving:
         before = {p.name: p.read_bytes() for p in checkpoint.iterdir()}
         program = f"""
 import os, signal, torch
-import moe_lora, moe_lora.files
-from moe_lora.adapter_files import save_adapter
+import moe_lora, moe_lora.safetensors_io
+from moe_lora.save_and_load import save_adapter
 from peft import get_peft_model
 
 def half(tensors, path, metadata):
@@ -474,7 +328,7 @@ def half(tensors, path, metadata):
     print("writing", flush=True)
     signal.pause()
 
-moe_lora.files.save_file = half
+moe_lora.safetensors_io.save_file = half
 model = torch.nn.Sequential(torch.nn.Linear(6, 6))
 model = get_peft_model(model, moe_lora.MoELoraConfig(target_modules=["0"]))
 save_adapter(model, {str(checkpoint)!r})

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import moe_lora
 from moe_lora import MoELoraConfig, RouterInputs, flow
-from moe_lora.adapter_files import load_adapter, save_adapter
 from moe_lora.losses import base_loss, boundary_loss, consistency_loss, detail_loss
 from moe_lora.masks import analyze
+from moe_lora.save_and_load import load_adapter, save_adapter
 
 examples = settings(
     max_examples=25,

@@ -18,7 +18,6 @@ from moe_lora import (
     tuner,
 )
 from moe_lora._version import __version__ as __version__
-from moe_lora.adapter_files import load_adapter, save_adapter
 from moe_lora.export import export_lora, from_loras, load_experts, save_experts
 from moe_lora.losses import RemovalLoss, compute_removal_task_loss
 from moe_lora.masks import extract_mask_info_from_batch
@@ -36,6 +35,7 @@ from moe_lora.routing import (
     set_router_inputs,
     set_routing_mode,
 )
+from moe_lora.save_and_load import load_adapter, save_adapter
 from moe_lora.tuner import (
     MoELoraConfig,
     MoELoraLinear,

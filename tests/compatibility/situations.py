@@ -299,7 +299,7 @@ FILES = [
         "Exporting while other adapters or wrappers are around the layers",
         "yes",
         "",
-        "export/test_company.py::test_beside_another_adapter",
+        "export/test_other_adapters_and_wrappers.py::test_beside_another_adapter",
     ),
     Situation(
         "A mixture beside LoRA and LoHa, added, trained, saved and deleted in any order",

@@ -24,6 +24,8 @@ from torch.optim import Optimizer
 import moe_lora
 
 ADAPTER, TRANSFORMER = "adapter_model.safetensors", "transformer"
+OF_A_ROUTER = re.compile(r"(^|\.)moe_router\.")
+"""The names of a router's parameters, in models and in files."""
 
 
 @dataclass
@@ -167,12 +169,16 @@ def load_model(model: nn.Module, folder: Path) -> list[str]:
     trainable = {n: id(p) for n, p in model.named_parameters() if p.requires_grad}
     missing = [name for name in outcome.missing_keys if name in trainable]
     wrong = [name for name in missing if trainable[name] not in of_router]
-    if wrong or outcome.unexpected_keys:
+    unknown = [name for name in outcome.unexpected_keys if not OF_A_ROUTER.search(name)]
+    if wrong or unknown:
         raise ValueError(
-            f"Expected {folder / ADAPTER} to hold what the options describe, but it lacks "
-            f"{wrong[:3]} and has {list(outcome.unexpected_keys)[:3]} besides."
+            f"Expected {folder / ADAPTER} to hold the adapter that the options describe, but it "
+            f"lacks {wrong[:3]} and also has {unknown[:3]}."
         )
-    return ["The checkpoint has no router: it starts fresh."] if missing else []
+    notes = ["The checkpoint has no router: it starts fresh."] if missing else []
+    if outcome.unexpected_keys:
+        notes.append("The checkpoint has a router, but this run asks none: it is left out.")
+    return notes
 
 
 def read_progress(folder: Path, data: dict[str, int]) -> tuple[Progress, str | None]:
@@ -197,12 +203,15 @@ def load_training_state(
 ) -> None:
     """Load the optimizer's state and the gradient scaler's.
 
-    Parameters that the checkpoint does not know keep a fresh optimizer state.
+    Parameters that the checkpoint does not know keep a fresh optimizer state. That of a router
+    which the run does not have is left out.
     """
     state = folder / "training_state"
     parameters = dict(accelerator.unwrap_model(model).named_parameters())
     for entry, value in load_file(state / "optimizer.safetensors").items():
         key, _, name = entry.partition("/")
+        if name not in parameters and OF_A_ROUTER.search(name):
+            continue
         parameter = parameters[name]
         home = "cpu" if key == "step" else parameter.device
         optimizer.state[parameter][key] = value.to(home)

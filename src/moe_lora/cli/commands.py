@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from moe_lora.export.base_files import merge_into_files
-from moe_lora.export.inspection import describe
-from moe_lora.export.mixture import write_mixture
-from moe_lora.export.sources import table_of_checkpoint
-from moe_lora.export.weights import choose_for_checkpoint
+from moe_lora.export.describe import describe
+from moe_lora.export.expert_table import table_of_checkpoint
+from moe_lora.export.fixed_weights import choose_for_checkpoint
+from moe_lora.export.merge_into_files import merge_into_files
+from moe_lora.export.to_lora import write_mixture
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from moe_lora.cli import commands
-from moe_lora.export.layouts import Format
+from moe_lora.export.formats import Format
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -1,9 +1,9 @@
 """Experts and mixtures to and from plain LoRA files."""
 
-from moe_lora.export.build import from_loras
-from moe_lora.export.experts import load_experts, save_experts
-from moe_lora.export.mixture import ExportReport, export_lora
-from moe_lora.export.weights import weights_for
+from moe_lora.export.fixed_weights import weights_for
+from moe_lora.export.from_loras import from_loras
+from moe_lora.export.save_and_load_experts import load_experts, save_experts
+from moe_lora.export.to_lora import ExportReport, export_lora
 
 __all__ = [
     "ExportReport",

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from options.parsing import parse_options
 from safetensors.torch import load_file
 from torch import Tensor
 
 import train
-from options.train_options import parse_options
 from training_run import checkpoints
 
 Arguments = Callable[..., list[str]]
@@ -179,12 +179,22 @@ def test_a_routed_run_goes_on_from_a_baseline_with_a_fresh_router(
     assert any("moe_router" in name for name in saved)
 
 
-def test_a_baseline_does_not_go_on_from_a_routed_run(
+def test_a_baseline_goes_on_from_a_routed_run_without_its_router(
     arguments: Arguments, all_losses: dict[str, Any], tmp_path: Path
 ) -> None:
     routed = run(arguments(**all_losses, output_dir=tmp_path / "routed"))
-    with pytest.raises(ValueError, match="moe_router"):
-        run(arguments(resume_from_checkpoint=routed, max_train_steps=4))
+    before = load_file(routed / "adapter_model.safetensors")
+    assert any("moe_router" in name for name in before)
+    still = {"learning_rate": 0.0, "max_train_steps": 4, "resume_from_checkpoint": routed}
+    baseline = run(arguments(**still))
+    log = (tmp_path / "logs" / "training.log").read_text()
+    assert "INFO - The checkpoint has a router, but this run asks none: it is left out." in log
+    after = load_file(baseline / "adapter_model.safetensors")
+    assert set(after) == {name for name in before if "moe_router" not in name}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    state = load_file(baseline / "training_state" / "optimizer.safetensors")
+    assert not any("moe_router" in name for name in state)
+    assert all(int(value) == 4 for name, value in state.items() if name.startswith("step/"))
 
 
 def test_other_targets_than_the_checkpoint_has_raise(arguments: Arguments, tmp_path: Path) -> None:

@@ -151,11 +151,22 @@ class StoredWeights:
         """
         tensors = adapter_tensors(model, adapter_name)
         expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        found = replace(self, shapes=self._named_for(bare_paths(model)))
-        problem = found._homeless(expected) or found._misshapen(expected)
-        problem = problem or found._missing(expected)
+        replace(self, shapes=self._named_for(bare_paths(model))).check_shapes(expected)
+
+    def check_shapes(self, expected: Shapes, target: str = "the model") -> None:
+        """Check that the tensors are exactly the expected ones.
+
+        Args:
+            expected: the shapes by name.
+            target: what the shapes are those of, for the message.
+
+        Raises:
+            ValueError: for tensors that are not expected, of other shapes, or missing; or when the
+                config is not that of the weights.
+        """
+        problem = self._homeless(expected) or self._misshapen(expected) or self._missing(expected)
         if problem is not None:
-            raise ValueError(f"Expected {str(self.path)!r} to fit the model, but {problem}")
+            raise ValueError(f"Expected {str(self.path)!r} to fit {target}, but {problem}")
         self.check_config()
 
     def _named_for(self, known: Collection[str]) -> Shapes:

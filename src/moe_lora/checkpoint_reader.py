@@ -1,0 +1,185 @@
+"""The one reader of the checkpoint format, for loading, inspecting and exporting."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.utils import CONFIG_NAME
+from peft.utils import WEIGHTS_NAME as PICKLE_NAME
+from torch import Tensor
+
+from moe_lora.safetensors_io import read_header, read_json, read_tensors, widened
+from moe_lora.tuner.config import PEFT_TYPE, MoELoraConfig
+from moe_lora.tuner.state_dict.names import EXPERTS_PART
+from moe_lora.tuner.state_dict.stored import CONFIG_KEY, WEIGHTS_NAME, StoredWeights
+from moe_lora.tuner.state_dict.stored import read_header as json_of_header
+
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+DIFFUSERS_KEY = "lora_adapter_metadata"
+"""Where diffusers writes the config of a LoRA into the header of its weights file."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Contents of a checkpoint.
+
+    Attributes:
+        config: the adapter's configuration; its `stored` has the weights file's path and shapes.
+        tensors: by the name in the file, on the CPU; without a pipeline component's name.
+    """
+
+    config: MoELoraConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def stored(self) -> StoredWeights:
+        """Return the shapes of the tensors."""
+        assert self.config.stored is not None
+        return self.config.stored
+
+
+def read_checkpoint(
+    directory: str | os.PathLike[str], config: MoELoraConfig | None = None
+) -> Checkpoint:
+    """Read a checkpoint without a model, in all ways in which `load_adapter` finds one.
+
+    Args:
+        directory: the folder of the checkpoint.
+        config: the adapter's configuration, for weights without one; by default that of the
+            folder or, where there is none, of the weights file's header.
+
+    Returns:
+        The config and the tensors, which are floating-point experts of finite values. Whether they
+        fit each other is left to `StoredWeights.check_fit` and `StoredWeights.check_shapes`.
+
+    Raises:
+        FileNotFoundError: when the folder or one of its two files is missing.
+        ValueError: when a file is corrupt, of another method or of a newer version; for NaN or inf.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"Expected a checkpoint's folder at {str(folder)!r}, but got none.")
+    given, config = config, copy.deepcopy(config)
+    if config is None and (folder / CONFIG_NAME).is_file():
+        file = folder / CONFIG_NAME
+        otherwise = "Load it with `peft.PeftModel.from_pretrained`."
+        config = _to_config(file, read_json(file), otherwise)
+    file = weights_file(folder)
+    tensors, header = read_tensors(file)
+    if config is None:
+        config, component = _config_of_header(file, header)
+        tensors = {
+            name.removeprefix(component): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(component)
+        }
+    stored = StoredWeights(file, {name: tuple(t.shape) for name, t in tensors.items()})
+    config.stored = stored if given is not None else stored.beside(config.meaning(), header)
+    stored.check_kind()
+    return Checkpoint(config, _checked(file, tensors))
+
+
+def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder has a mixture's config or weights (rather than a plain LoRA).
+
+    Args:
+        directory: the folder.
+
+    Raises:
+        ValueError: when the file that tells it is corrupt.
+    """
+    folder = Path(directory)
+    file = folder / CONFIG_NAME
+    if file.is_file() and read_json(file).get("peft_type") == PEFT_TYPE.value:
+        return True
+    try:
+        names, _ = read_header(weights_file(folder))
+    except FileNotFoundError:
+        return False
+    return any(EXPERTS_PART in name for name in names)
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the weights file of a checkpoint.
+
+    Args:
+        folder: the folder of the checkpoint.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    for name in (WEIGHTS_NAME, DIFFUSERS_NAME):
+        if (folder / name).is_file():
+            return folder / name
+    hint = "Save the adapter again, or take another copy of the folder."
+    if (folder / PICKLE_NAME).is_file():
+        hint = f"{PICKLE_NAME!r} is a pickle, which is never loaded: save as safetensors."
+    raise FileNotFoundError(
+        f"Expected {WEIGHTS_NAME!r} in {str(folder)!r}, but there is none. {hint}"
+    )
+
+
+def _config_of_header(file: Path, header: dict[str, str]) -> tuple[MoELoraConfig, str]:
+    """Return the config in a weights file, and the beginning of the keys that it is for."""
+    own = json_of_header(file, header, CONFIG_KEY)
+    if own is not None:
+        return _to_config(file, own, "Load it with the library that wrote it."), ""
+    entries = json_of_header(file, header, DIFFUSERS_KEY)
+    if entries is None:
+        raise FileNotFoundError(
+            f"Expected {CONFIG_NAME!r} beside {str(file)!r}, but there is none, and the file's "
+            "header has no config. Save the adapter again, take another copy of the folder, or "
+            "give `config`; a plain LoRA is loaded with diffusers' `load_lora_weights`."
+        )
+    # A pipeline's file has the component's name before every field and before every key.
+    kinds = {name[: -len("peft_type")]: kind for name, kind in entries.items() if _is_kind(name)}
+    mixtures = [component for component, kind in kinds.items() if kind == PEFT_TYPE.value]
+    if len(mixtures) > 1:
+        raise ValueError(
+            f"Expected one mixture in {str(file)!r}, but it has those of {sorted(mixtures)}. Save "
+            "each of them with moe_lora.save_adapter."
+        )
+    component = mixtures[0] if mixtures else ""
+    told = {k.removeprefix(component): v for k, v in entries.items() if k.startswith(component)}
+    otherwise = "It is a plain LoRA of diffusers: load that with `load_lora_weights`."
+    return _to_config(file, told, otherwise), component
+
+
+def _is_kind(name: str) -> bool:
+    return name == "peft_type" or name.endswith(".peft_type")
+
+
+def _to_config(file: Path, entries: dict[str, Any], otherwise: str) -> MoELoraConfig:
+    kind = entries.get("peft_type")
+    if kind != PEFT_TYPE.value:
+        raise ValueError(
+            f"Expected a {PEFT_TYPE.value} checkpoint in {str(file)!r}, but its `peft_type` is "
+            f"{kind!r}. {otherwise}"
+        )
+    try:
+        config = MoELoraConfig.from_peft_type(**MoELoraConfig.check_kwargs(**entries))
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"Cannot read {str(file)!r}: {error}") from error
+    assert isinstance(config, MoELoraConfig)
+    return config
+
+
+def _checked(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {name: widened(tensor) for name, tensor in tensors.items()}
+    odd = [n for n, t in tensors.items() if EXPERTS_PART in n and not t.is_floating_point()]
+    if odd:
+        raise ValueError(
+            f"Expected floating-point experts in {str(file)!r}, but {odd[0]!r} is "
+            f"{tensors[odd[0]].dtype}. Save the adapter again, or take an earlier copy."
+        )
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"Expected finite weights in {str(file)!r}, but {len(broken)} of {len(tensors)} "
+            f"tensors hold NaN or inf, such as {broken[0]!r}. Take an earlier checkpoint."
+        )
+    return tensors
