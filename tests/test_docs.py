@@ -32,13 +32,8 @@ from torch import Tensor
 import evaluate
 import moe_lora
 import remove
-from options.train_options import (
-    LossOptions,
-    MixtureOptions,
-    ModelOptions,
-    RunOptions,
-    parse_options,
-)
+from options.parsing import parse_options
+from options.train_options import LossOptions, MixtureOptions, ModelOptions, RunOptions
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "flux_removal"

@@ -31,7 +31,8 @@ from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
 from make_data import make_data
 from moe_lora import masks, plots
 from moe_lora.ablation import Specialization
-from options.train_options import TrainOptions, parse_options
+from options.parsing import parse_options
+from options.train_options import TrainOptions
 from removal_data.dataset import RemovalDataset
 from reporting.routing_figures import usage_over_training
 from train import train
@@ -133,6 +134,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="outputs/demo by default")
     parser.add_argument("--config", type=Path, default=CONFIG, help="options of train.py")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps in the evaluation")
+    parser.add_argument(
+        "--resume_from_checkpoint", choices=("latest",), help="go on after an interruption"
+    )
     parser.add_argument("--quick", action="store_true", help="a few samples and steps, for CI")
     return parser
 
@@ -151,9 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     flags = [str(args.config), "--train_data_dir", str(output / "data" / "train")]
     flags += ["--output_dir", str(output / "training"), "--logging_dir", str(output / "logs")]
+    if args.resume_from_checkpoint:
+        flags += ["--resume_from_checkpoint", args.resume_from_checkpoint]
     options = parse_options(flags + (QUICK_FLAGS if args.quick else []))
-    for stale in ("training", "logs", "checkpoint"):
-        shutil.rmtree(output / stale, ignore_errors=True)
+    stale = ("checkpoint",) if args.resume_from_checkpoint else ("checkpoint", "training", "logs")
+    for name in stale:
+        shutil.rmtree(output / name, ignore_errors=True)
     clock.begin("training", f"{options.max_train_steps} steps on {options.flux_fill_id}")
     trained = train(options)
     if step_of(trained) != options.max_train_steps:

@@ -21,7 +21,8 @@ from evaluation.measuring import Results, describe_samples, measure, run_pipelin
 from evaluation.specialization import measure_specialization
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline, to_pil_images
 from image_io.options import add_reading_flags, reading_options
-from options.train_options import BUNDLED_MODEL, parse_options
+from options.parsing import parse_options
+from options.train_options import BUNDLED_MODEL
 from removal_data.dataset import RemovalDataset
 
 BASE, TRAINED = "base", "trained"

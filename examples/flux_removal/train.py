@@ -19,7 +19,8 @@ from torch import Tensor
 from flux_fill.models import Conditioner, guidance_for, load_pipeline
 from moe_lora import RemovalLoss, flow
 from moe_lora.losses import RemovalLossOutput
-from options.train_options import TrainOptions, parse_options
+from options.parsing import parse_options
+from options.train_options import TrainOptions
 from removal_data.batches import (
     CachedDataset,
     LatentEncoder,

@@ -1,17 +1,12 @@
-"""The options of `train.py`, as flags and as YAML files."""
+"""The options of `train.py`, and what they need of each other."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-
-import yaml
-from transformers import HfArgumentParser
 
 from image_io.options import ReadingOptions
 from options.routing_options import (
@@ -130,7 +125,9 @@ class RunOptions(ReadingOptions):
 
     train_data_dir: str = field(metadata={"help": "Holds the folders src, mask, result and ref."})
     output_dir: str = option("outputs/flux_removal", "Where checkpoint-N goes.")
-    logging_dir: str = option("./logs", "Where training.log and the TensorBoard events go.")
+    logging_dir: str | None = option(
+        None, "Where training.log and the TensorBoard events go; logs in output_dir by default."
+    )
     report_to: Literal["tensorboard", "none"] = option("tensorboard", "Where curves go.")
     logging_steps: int = option(10, "Steps between two log entries.")
     checkpointing_steps: int = option(500, "Steps between two checkpoints.")
@@ -164,6 +161,7 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
     """Hold all options of a training run; what cannot be honored raises here."""
 
     def __post_init__(self) -> None:
+        self.logging_dir = self.logging_dir or str(Path(self.output_dir) / "logs")
         self.check_losses()
         self.check_mixture()
         check_balance(self)
@@ -284,48 +282,3 @@ LOSS_DEFAULTS = {
     name: LossOptions.__dataclass_fields__[f"{name}_loss_weight"].default
     for name in ("base", "boundary", "consistency", "detail")
 }
-
-
-def yaml_flags(path: Path) -> list[str]:
-    """Return the entries of a YAML file as flags, so that both are checked by the same parser."""
-    entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(entries, dict):
-        raise ValueError(f"Expected {path} to hold `option: value` lines, but got {entries!r}.")
-    flags: list[str] = []
-    for name, value in entries.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        flags.append(f"--{name}")
-        flags += [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
-    return flags
-
-
-def parse_options(arguments: Sequence[str] | None = None) -> TrainOptions:
-    """Read options from YAML files, which come first, and from flags, which win.
-
-    Args:
-        arguments: `[file.yaml ...] [--flag value ...]`; those of the command line by default.
-
-    Raises:
-        ValueError: for options that cannot be honored together. Unknown options and values end
-            the program with a message, as argparse does.
-    """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    flags: list[str] = []
-    while given and given[0].endswith((".yaml", ".yml")):
-        flags += yaml_flags(Path(given.pop(0)))
-    parser = HfArgumentParser(
-        TrainOptions,
-        prog="train.py",
-        usage="%(prog)s [config.yaml ...] --train_data_dir DIR [--option value ...]",
-        description="Train LoRA experts and their router to remove objects.",
-        allow_abbrev=False,
-    )
-    options, unknown = parser.parse_args_into_dataclasses(
-        flags + given, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        parser.error(f"unknown options: {' '.join(unknown)}")
-    result: TrainOptions = options
-    return result

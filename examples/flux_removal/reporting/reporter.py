@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -19,6 +20,32 @@ from moe_lora import RemovalLoss
 from moe_lora.losses import RemovalLossOutput
 from options.train_options import TrainOptions
 from reporting.routing_figures import RoutingFigures, usage_over_training
+
+RUN_NAME = "flux_removal"
+LOG, METRICS = "training.log", "metrics.jsonl"
+
+
+class TerminalHandler(logging.Handler):
+    """Write log lines to the terminal, above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+def put_aside(folder: Path) -> None:
+    """Rename the logs of an earlier run: training.log becomes training-1.log, and so on."""
+    names = (LOG, METRICS, RUN_NAME)
+
+    def renamed(name: str, number: int) -> Path:
+        path = folder / name
+        return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+    free = next(
+        n for n in itertools.count(1) if not any(renamed(name, n).exists() for name in names)
+    )
+    for name in names:
+        if (folder / name).exists():
+            (folder / name).rename(renamed(name, free))
 
 
 class LossWindow:
@@ -90,17 +117,19 @@ class Reporter:
         self.window, self.collapsed = LossWindow(), False
         self.figures: RoutingFigures | None = None
         self.folder = Path(options.logging_dir)
-        self.logger = logging.getLogger("flux_removal")
+        self.logger = logging.getLogger(RUN_NAME)
         self.logger.setLevel(logging.INFO)
         self.logger.propagate = False
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(self.folder / "training.log")
-            handler.setFormatter(logging.Formatter("%(levelname)s - %(message)s"))
-            self.logger.handlers = [handler]
+            if options.resume_from_checkpoint is None:
+                put_aside(self.folder)
+            self.logger.handlers = [logging.FileHandler(self.folder / LOG), TerminalHandler()]
+            for handler in self.logger.handlers:
+                handler.setFormatter(logging.Formatter("%(levelname)s - %(message)s"))
         else:
             self.logger.handlers = [logging.NullHandler()]
-        accelerator.init_trackers("flux_removal")
+        accelerator.init_trackers(RUN_NAME)
 
     def progress_bar(self, step: int) -> tqdm[NoReturn]:
         """Return a bar that stands at a step; the main process shows it."""
@@ -114,8 +143,6 @@ class Reporter:
     def say(self, message: str, level: int = logging.INFO) -> None:
         """Write a line to the log and to the terminal."""
         self.logger.log(level, message)
-        if self.accelerator.is_main_process:
-            tqdm.write(f"{logging.getLevelName(level)} - {message}")
 
     def entry(
         self,
@@ -168,10 +195,15 @@ class Reporter:
         adapted = self.accelerator.unwrap_model(model)
         temperature = adapted.peft_config[adapted.active_adapter].routing_temperature
         self.logger.info(stats.log_line())
+        if mode == "routed":
+            self.logger.info("Routing Statistics: %s", json.dumps(rounded(stats.as_dict())))
         self.logger.info("Routing Temperature: %s, Strategy: %s", round(temperature, 4), strategy)
-        if mode == "routed" and stats.is_collapsed() and not self.collapsed:
+        # A hint such as removal_only leaves one expert alone on purpose.
+        wanted = (self.options.task_hint or "").endswith("_only")
+        collapsed = mode == "routed" and stats.is_collapsed() and not wanted
+        if collapsed and not self.collapsed:
             self.say(stats.collapse_warning() or "", logging.WARNING)
-        self.collapsed = mode == "routed" and stats.is_collapsed()
+        self.collapsed = collapsed
         values = dict(zip(stats.expert_names, stats.mean_weights, strict=True))
         found = {f"routing/{name}": value for name, value in values.items()}
         if mode == "routed":
@@ -196,7 +228,7 @@ class Reporter:
         if last or (decision is not None and self.figures.due):
             self.figures.draw(step)
         if last:
-            figure = usage_over_training(self.folder / "metrics.jsonl")
+            figure = usage_over_training(self.folder / METRICS)
             self.figures.writer.add_figure("routing/usage", figure, step)
 
     def _write(self, values: dict[str, float], step: int) -> None:
@@ -207,8 +239,16 @@ class Reporter:
         }
         self.accelerator.log(curves, step=step)
         if self.accelerator.is_main_process:
-            with (self.folder / "metrics.jsonl").open("a") as file:
+            with (self.folder / METRICS).open("a") as file:
                 file.write(json.dumps({"step": step, **curves}) + "\n")
+
+
+def rounded(statistics: dict[str, int | list[float]]) -> dict[str, int | list[float]]:
+    """Return routing statistics with weights of two decimals."""
+    return {
+        name: [round(weight, 2) for weight in value] if isinstance(value, list) else value
+        for name, value in statistics.items()
+    }
 
 
 def mask_curves(batch: dict[str, Tensor]) -> dict[str, float]:

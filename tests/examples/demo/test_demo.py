@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import PeftConfig
@@ -9,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import demo
+import train
 from evaluation.measuring import REGIONS
 
 SMALL = """
@@ -31,6 +36,39 @@ def figures_in(folder: Path) -> set[str]:
     for file in folder.rglob("events.*"):
         found |= set(EventAccumulator(str(file)).Reload().Tags()["images"])
     return found
+
+
+def test_an_interrupted_demo_goes_on_by_the_flag_that_it_names(
+    random_flux_fill: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, output = tmp_path / "small.yaml", tmp_path / "demo"
+    config.write_text(SMALL.format(model=random_flux_fill))
+    flags = ["--quick", "--config", str(config), "--output_dir", str(output)]
+    step = train.training_step
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    class TrainedError(Exception):
+        """End the demo once it has trained."""
+
+    def stop(*arguments: Any) -> None:
+        raise TrainedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "training_step", interrupted)
+        assert demo.main(flags) == 1
+    advised = re.search(r"--resume_from_checkpoint latest", capsys.readouterr().out)
+    monkeypatch.setattr(demo, "evaluate", stop)  # all that follows is the same in every demo
+    with pytest.raises(TrainedError):
+        demo.main([*flags, *advised[0].split()])
+    assert (output / "checkpoint" / "adapter_model.safetensors").is_file()
+    lines = (output / "logs" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_quick_demo_leaves_all_that_it_promises(

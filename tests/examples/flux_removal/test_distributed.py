@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import train
 from flux_fill.models import load_checkpoint, load_pipeline
-from options.train_options import parse_options
+from options.parsing import parse_options
 from training_run.checkpoints import load_model
 from training_run.parts import build_model
 

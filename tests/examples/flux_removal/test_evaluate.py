@@ -10,7 +10,7 @@ from PIL import Image
 
 import evaluate
 import train
-from options.train_options import parse_options
+from options.parsing import parse_options
 
 
 @pytest.fixture(scope="module")

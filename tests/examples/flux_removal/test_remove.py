@@ -17,7 +17,8 @@ import remove
 import train
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
 from image_io.padding import pad_to_multiple
-from options.train_options import BUNDLED_MODEL, parse_options
+from options.parsing import parse_options
+from options.train_options import BUNDLED_MODEL
 
 Arguments = Callable[..., list[str]]
 

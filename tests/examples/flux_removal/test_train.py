@@ -15,7 +15,7 @@ from torch import Tensor
 
 import train
 from moe_lora.losses import ExpertSignals
-from options.train_options import parse_options
+from options.parsing import parse_options
 from removal_data.batches import CachedDataset
 
 Arguments = Callable[..., list[str]]
@@ -77,7 +77,9 @@ def test_the_log_has_the_documented_lines(
     number = r"-?\d+\.\d{4}"
     share = r"\d\.\d\d"
     usage = f"Expert Usage: removal={share}, background={share}, completion={share}"
-    first, routed = log_lines(tmp_path)[:5], log_lines(tmp_path)[5:10]
+    first, routed = log_lines(tmp_path)[:5], log_lines(tmp_path)[5:11]
+    statistics = ", ".join(rf'"expert_{i}_usage": \d+' for i in range(3))
+    weights = ", ".join([r"\d\.\d+"] * 3)
     patterns = [
         r"Epoch 1/1, Step 2/3",
         f"Total Loss: {number}, Base: {number}, Boundary: {number}, Consistency: {number}, "
@@ -85,6 +87,7 @@ def test_the_log_has_the_documented_lines(
         f"Component Losses: base={number}, boundary={number}, consistency={number}, "
         f"detail={number}",
         usage,
+        rf'Routing Statistics: \{{{statistics}, "current_weights": \[{weights}\]\}}',
         r"Routing Temperature: 1\.0, Strategy: soft",
     ]
     for line, pattern in zip(routed, patterns, strict=True):

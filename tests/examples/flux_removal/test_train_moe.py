@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import train
-from options.train_options import parse_options
+from options.parsing import parse_options
 
 SCRIPT = Path(train.__file__).with_name("train_moe.sh")
 

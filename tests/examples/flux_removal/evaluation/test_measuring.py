@@ -10,7 +10,7 @@ from PIL import Image
 from evaluation import measuring as evaluation
 from evaluation.measuring import measure, measure_samples, regions, run_pipeline, table
 from flux_fill.models import Conditioner, add_experts, load_pipeline
-from options.train_options import parse_options
+from options.parsing import parse_options
 from removal_data.dataset import RemovalDataset
 
 

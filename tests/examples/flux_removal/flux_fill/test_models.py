@@ -14,7 +14,8 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 
 from flux_fill import models
 from flux_fill.models import Conditioner, add_experts, guidance_for, load_checkpoint, load_pipeline
-from options.train_options import BUNDLED_MODEL, parse_options
+from options.parsing import parse_options
+from options.train_options import BUNDLED_MODEL
 
 
 def test_a_missing_folder_is_named() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from options import train_options as options
-from options.train_options import TrainOptions, parse_options
+from options.parsing import parse_options
+from options.train_options import TrainOptions
 
 DATA = ["--train_data_dir", "data"]
 EXAMPLES = Path(options.__file__).parents[2]
@@ -25,7 +26,7 @@ def test_the_documented_defaults() -> None:
     assert (found.consistency_loss_weight, found.detail_loss_weight) == (0.5, 0.2)
     assert (found.enable_boundary_loss, found.enable_mask_info) == (False, False)
     assert (found.batch_size, found.learning_rate) == (2, 1e-4)
-    assert (found.checkpointing_steps, found.logging_dir) == (500, "./logs")
+    assert found.checkpointing_steps == 500
     assert found.report_to == "tensorboard"
 
 
@@ -104,7 +105,7 @@ def test_specialized_losses_need_mask_info(name: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--detail_loss_weight", "0.5"], "--enable_detail_loss"),
+        (["--detail_loss_weight", "0.5", "--enable_detail_loss", "no"], "--enable_detail_loss"),
         (["--no_enable_base_loss"], "at least one loss"),
         (["--uniform_steps", "5"], "uniform_steps"),
         (["--task_hint", "removal_focus"], "task_hint"),
@@ -194,6 +195,34 @@ def test_who_asks_the_router(flags: list[str], without: bool, with_losses: bool)
 )
 def test_targets_are_names_a_rule_or_all(names: list[str], expected: list[str] | str) -> None:
     assert parse_options([*DATA, "--target_modules", *names]).targets == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "enabled"),
+    [
+        ("--boundary_loss_weight=0.8 --detail_loss_weight=0.5", {"boundary", "detail"}),
+        ("--consistency_loss_weight=0.8 --boundary_loss_weight=0.3", {"boundary", "consistency"}),
+        ("--boundary_loss_weight 0.3 --enable_boundary_loss no --detail_loss_weight 1", {"detail"}),
+        ("--enable_base_loss --base_loss_weight=1.0", set()),
+    ],
+)
+def test_the_weight_of_a_loss_enables_it(line: str, enabled: set[str]) -> None:
+    found = parse_options([*DATA, *line.split()])
+    losses = ("boundary", "consistency", "detail")
+    assert {name for name in losses if getattr(found, f"enable_{name}_loss")} == enabled
+    assert found.enable_mask_info is bool(enabled)
+    assert found.enable_base_loss
+
+
+def test_a_weight_in_a_file_enables_its_loss(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("detail_loss_weight: 0.5\n")
+    assert parse_options([str(file), *DATA]).routed
+
+
+def test_logs_go_into_the_folder_of_the_run() -> None:
+    assert parse_options([*DATA, "--output_dir", "mine"]).logging_dir == "mine/logs"
+    assert parse_options([*DATA, "--logging_dir", "./logs"]).logging_dir == "./logs"
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -16,7 +16,7 @@ import make_data as make_data_module
 import train
 from image_io.options import ReadingOptions
 from make_data import make_data
-from options.train_options import parse_options
+from options.parsing import parse_options
 from removal_data.batches import image_sizes
 from removal_data.dataset import RemovalDataset
 

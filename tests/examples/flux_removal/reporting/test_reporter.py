@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 import moe_lora
 from moe_lora import RemovalLoss
 from moe_lora.losses import RemovalLossOutput
-from options.train_options import parse_options
+from options.parsing import parse_options
 from reporting.reporter import LossWindow, Reporter
 
 
@@ -55,9 +56,9 @@ class Tokens(nn.Module):
 WEIGHTS = [0.45, 0.35, 0.20]
 
 
-def make_reporter(tmp_path: Path, report_to: str = "none") -> Reporter:
+def make_reporter(tmp_path: Path, report_to: str = "none", *more: str) -> Reporter:
     flags = ["--train_data_dir", "d", "--report_to", report_to, "--logging_dir", str(tmp_path)]
-    flags += ["--enable_detail_loss", "--enable_mask_info"]
+    flags += ["--enable_detail_loss", "--enable_mask_info", *more]
     accelerator = Accelerator(
         cpu=True,
         log_with=None if report_to == "none" else report_to,
@@ -96,6 +97,58 @@ def test_a_collapse_is_told_once_until_it_is_over(tmp_path: Path) -> None:
         if line.startswith("WARNING - The router has collapsed: removal_expert takes 97%")
     ]
     assert len(warnings) == 2
+
+
+def test_a_hint_that_leaves_one_expert_alone_is_no_collapse(tmp_path: Path) -> None:
+    alone = make_model([1.0, 0.0, 0.0])
+    report(make_reporter(tmp_path / "only", "none", "--task_hint", "removal_only"), alone, 1)
+    assert "WARNING" not in (tmp_path / "only" / "training.log").read_text()
+    report(make_reporter(tmp_path / "focus", "none", "--task_hint", "removal_focus"), alone, 1)
+    assert "WARNING" in (tmp_path / "focus" / "training.log").read_text()
+
+
+def test_usage_counts_and_current_weights_are_in_the_log(tmp_path: Path) -> None:
+    reporter, model = make_reporter(tmp_path), make_model(WEIGHTS)
+    report(reporter, model, 1)
+    report(reporter, model, 2, mode="uniform")
+    log = (tmp_path / "training.log").read_text()
+    (line,) = [line for line in log.splitlines() if "Routing Statistics" in line]
+    assert json.loads(line.partition(": ")[2]) == {
+        "expert_0_usage": 2,
+        "expert_1_usage": 0,
+        "expert_2_usage": 0,
+        "current_weights": WEIGHTS,
+    }
+
+
+def test_the_lines_of_the_log_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report(make_reporter(tmp_path), make_model(WEIGHTS), 1)
+    log = (tmp_path / "training.log").read_text()
+    assert log.count("\n") == 6
+    assert capsys.readouterr().out == log
+
+
+def test_a_new_run_puts_the_logs_of_another_aside(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        reporter = make_reporter(tmp_path, report_to="tensorboard")
+        report(reporter, make_model(WEIGHTS), step)
+        reporter.accelerator.end_training()
+    for name, step in (("-1", 1), ("-2", 2), ("", 3)):
+        (line,) = (tmp_path / f"metrics{name}.jsonl").read_text().splitlines()
+        assert json.loads(line)["step"] == step
+        assert f"Step {step}/10" in (tmp_path / f"training{name}.log").read_text()
+        events = events_of(tmp_path / f"flux_removal{name}").Scalars("loss/total")
+        assert [event.step for event in events] == [step]
+
+
+def test_a_run_that_goes_on_adds_to_its_logs(tmp_path: Path) -> None:
+    report(make_reporter(tmp_path), make_model(WEIGHTS), 1)
+    going_on = make_reporter(tmp_path, "none", "--resume_from_checkpoint", "latest")
+    report(going_on, make_model(WEIGHTS), 2)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert not list(tmp_path.glob("*-1*"))
 
 
 def test_statistics_start_anew_with_every_entry(tmp_path: Path) -> None:

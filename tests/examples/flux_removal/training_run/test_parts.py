@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train
 from moe_lora.schedules import Schedule, Setting, preset
-from options.train_options import parse_options
+from options.parsing import parse_options
 from training_run.schedule import build_schedule
 
 CONFIGS = Path(train.__file__).parent / "configs"
