@@ -26,12 +26,12 @@ from moe_lora.stored import input_width
 
 
 class LayerExperts(NamedTuple):
-    """Hold the experts of one layer.
+    """Experts of one layer.
 
     Attributes:
         lora_A: `(E, r, in)`, or `(E, r, in, kh, kw)` of a convolution.
         lora_B: `(out, E, r)`.
-        scaling: what the product is multiplied with.
+        scaling: the factor of the product `B A`.
     """
 
     lora_A: Tensor
@@ -41,7 +41,7 @@ class LayerExperts(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertTable:
-    """Hold all experts of one adapter, apart from any model.
+    """All experts of one adapter, independent of any model.
 
     Attributes:
         config: the adapter's configuration.
@@ -61,7 +61,11 @@ class ExpertTable:
         return self.config.experts
 
     def check_plain(self) -> None:
-        """Raise when the adapter trains whole modules, which no plain LoRA holds."""
+        """Check that the adapter trains experts only.
+
+        Raises:
+            ValueError: when it also trains whole modules, which no plain LoRA holds.
+        """
         if self.config.modules_to_save:
             raise ValueError(
                 f"Expected experts only, but the adapter trains "
