@@ -22,7 +22,7 @@ from moe_lora.router_building import build_router
 from moe_lora.routing.control import routed_module
 from moe_lora.routing.registry import counts_layers, router_names
 from moe_lora.state_dict_names import EXPERTS_PART, PREFIX, ROUTERS_PART
-from moe_lora.stored import input_width
+from moe_lora.stored import Shapes, input_width
 
 
 class LayerExperts(NamedTuple):
@@ -205,9 +205,6 @@ def table_of_checkpoint(
     return ExpertTable(config, layers, base_class, width), router
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
 def _layers(shapes: Shapes) -> list[str]:
     found = (name.partition(EXPERTS_PART)[0] for name in shapes if EXPERTS_PART in name)
     return list(dict.fromkeys(found))
@@ -227,39 +224,47 @@ def _expected_shapes(config: MoELoraConfig, shapes: Shapes) -> dict[str, tuple[i
                 expected[name] = (count, r, *sizes)
             else:
                 expected[name] = (shape[0] if shape else 1, count, r)
-    return {**expected, **_router_shapes(config, shapes, len(paths)), **_whole(config, shapes)}
+    return {
+        **expected,
+        **_router_shapes(config, shapes, len(paths)),
+        **_whole_modules(config, shapes),
+    }
 
 
-def _router_shapes(config: MoELoraConfig, shapes: Shapes, num_layers: int) -> Shapes:
-    held = {name: shape for name, shape in shapes.items() if ROUTERS_PART in name}
+def _router_shapes(
+    config: MoELoraConfig, shapes: Shapes, num_layers: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the config's router; those of the file where it is not registered."""
+    stored = {name: shape for name, shape in shapes.items() if ROUTERS_PART in name}
     if config.router is None:
         return {}
     if config.router not in router_names():
-        return held
+        return stored
     model = nn.Module()
     if config.base_in_channels is not None:
         model.config = SimpleNamespace(in_channels=config.base_in_channels)  # type: ignore[assignment]
     by_layer = counts_layers(config.router, config.router_kwargs)
-    router = build_router(config, model, True, num_layers if by_layer else None)
+    with torch.random.fork_rng(devices=[]):  # its parameters are drawn in vain
+        router = build_router(config, model, False, num_layers if by_layer else None)
     assert router is not None
-    prefix = next(iter(held), f"moe_router.{ROUTERS_PART}").partition(ROUTERS_PART)[0]
+    prefix = next(iter(stored), f"moe_router.{ROUTERS_PART}").partition(ROUTERS_PART)[0]
     return {
         f"{prefix}{ROUTERS_PART}{name}": tuple(tensor.shape)
         for name, tensor in router.state_dict().items()
     }
 
 
-def _whole(config: MoELoraConfig, shapes: Shapes) -> Shapes:
+def _whole_modules(config: MoELoraConfig, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Return the tensors of `modules_to_save`, which the base model alone could check."""
     found: dict[str, tuple[int, ...]] = {}
     for module in config.modules_to_save or ():
         part = f".{module}."
-        held = {
+        parameters = {
             name: shape
             for name, shape in shapes.items()
             if part in f".{name}" and EXPERTS_PART not in name and ROUTERS_PART not in name
         }
-        found |= held or {f"{module}.weight": ()}
+        found |= parameters or {f"{module}.weight": ()}
     return found
 
 
