@@ -144,9 +144,9 @@ def _config_of_header(file: Path, header: dict[str, str]) -> tuple[MoELoraConfig
             "each of them with moe_lora.save_adapter."
         )
     component = mixtures[0] if mixtures else ""
-    told = {k.removeprefix(component): v for k, v in entries.items() if k.startswith(component)}
+    fields = {k.removeprefix(component): v for k, v in entries.items() if k.startswith(component)}
     otherwise = "It is a plain LoRA of diffusers: load that with `load_lora_weights`."
-    return _to_config(file, told, otherwise), component
+    return _to_config(file, fields, otherwise), component
 
 
 def _is_kind(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Whole files or none: atomic writes, and reading that says in one sentence what is wrong."""
+"""Write files atomically, and read safetensors and JSON files with errors that name the file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _THREADS = threading.RLock()
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of `folder` when the context ends well.
+    """Yield a temporary folder that replaces `folder` when the context ends without an error.
 
     Args:
         folder: where the files shall be, all others in it are lost; its parents are created when
@@ -53,7 +53,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def updating(folder: Path, last: str | None = None) -> Iterator[Path]:
-    """Give a temporary folder whose files go into `folder` when the context ends well.
+    """Yield a temporary folder whose files go into `folder` when the context ends without an error.
 
     Each replaces its namesake; other files in the folder stay. Threads and, where the file system
     knows locks, processes take turns. What programs that were killed here left behind is removed.

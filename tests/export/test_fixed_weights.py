@@ -7,9 +7,9 @@ from peft import get_peft_model
 import moe_lora
 from moe_lora import MoELoraConfig, RouterInputs
 from moe_lora.export.fixed_weights import (
-    choose_for_checkpoint,
-    choose_for_model,
     weights_for,
+    weights_for_checkpoint,
+    weights_for_model,
 )
 from moe_lora.export.to_lora import export_lora
 
@@ -19,7 +19,7 @@ def one(inputs):
 
 
 def chosen(model, weights=None, inputs=None):
-    return choose_for_model(model, weights, adapter_name="default", inputs=inputs)
+    return weights_for_model(model, weights, adapter_name="default", inputs=inputs)
 
 
 class PerToken(moe_lora.Router):
@@ -40,7 +40,7 @@ class TestWhatIsFixed:
         )
         weights, _ = chosen(get_peft_model(make_mlp(), config))
         torch.testing.assert_close(weights, torch.tensor([0.5, 0.5, 0.0]))
-        weights, _ = choose_for_checkpoint(None, config)
+        weights, _ = weights_for_checkpoint(None, config)
         torch.testing.assert_close(weights, torch.tensor([0.5, 0.5, 0.0]))
 
     def test_uniform_mode_fixes_what_a_router_does_not(self, flux):
@@ -55,7 +55,7 @@ class TestWhatIsFixed:
         assert list(tmp_path.iterdir()) == []
         config = flux.peft_config["default"]
         with pytest.raises(ValueError, match="ThreeExpertRemovalRouter chooses them for every"):
-            choose_for_checkpoint(None, config)
+            weights_for_checkpoint(None, config)
 
 
 class TestWhatIsGiven:
@@ -99,7 +99,7 @@ class TestMean:
         with pytest.raises(ValueError, match="none were recorded"):
             chosen(flux, "mean")
         with pytest.raises(ValueError, match="a checkpoint holds no routing statistics"):
-            choose_for_checkpoint("mean", flux.peft_config["default"])
+            weights_for_checkpoint("mean", flux.peft_config["default"])
 
 
 class TestFor:

@@ -273,7 +273,7 @@ class TestFaults:
         def fail(*args):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(sys.modules["moe_lora.export.from_loras"], "_fill", fail)
+        monkeypatch.setattr(sys.modules["moe_lora.export.from_loras"], "_copy_expert", fail)
         self.check(make_flux(), {"a": good}, RuntimeError, "out of memory")
 
     def test_no_files(self, make_flux):

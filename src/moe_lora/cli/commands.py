@@ -1,4 +1,4 @@
-"""What the subcommands of `moe-lora` do and print."""
+"""The subcommands `inspect`, `export` and `merge`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 from moe_lora.export.describe import describe
 from moe_lora.export.expert_table import table_of_checkpoint
-from moe_lora.export.fixed_weights import choose_for_checkpoint
+from moe_lora.export.fixed_weights import weights_for_checkpoint
 from moe_lora.export.merge_into_files import merge_into_files
 from moe_lora.export.to_lora import write_mixture
 
 
 def inspect(options: argparse.Namespace) -> None:
-    """Print what a checkpoint or a plain LoRA holds."""
+    """Print the experts, ranks, layers and norms of a checkpoint or a plain LoRA."""
     found = describe(options.path)
-    print(json.dumps(found, indent=2) if options.json else _told(found))
+    print(json.dumps(found, indent=2) if options.json else _format_description(found))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -28,7 +28,7 @@ def export(options: argparse.Namespace) -> None:
     table, _ = table_of_checkpoint(options.checkpoint)
     report = write_mixture(
         table,
-        choose_for_checkpoint(options.weights, table.config),
+        weights_for_checkpoint(options.weights, table.config),
         options.out,
         format=options.format,
         rank=options.rank,
@@ -43,30 +43,32 @@ def export(options: argparse.Namespace) -> None:
 def merge(options: argparse.Namespace) -> None:
     """Write a base model with a fixed mixture merged in."""
     table, _ = table_of_checkpoint(options.checkpoint)
-    chosen = choose_for_checkpoint(options.weights, table.config)
+    chosen = weights_for_checkpoint(options.weights, table.config)
     lora = table.mixed(chosen.weights)
     files = merge_into_files(lora, options.base, options.out, table.base_class)
     weights = dict(zip(table.names, chosen.weights.tolist(), strict=True))
     if options.json:
-        told = {"path": options.out, "files": [str(f) for f in files], "layers": len(lora)}
-        print(json.dumps({**told, "weights": weights}, indent=2))
+        written = {"path": options.out, "files": [str(f) for f in files], "layers": len(lora)}
+        print(json.dumps({**written, "weights": weights}, indent=2))
     else:
         mixed = ", ".join(f"{name}={weight:.4g}" for name, weight in weights.items())
         print(f"{options.out}: {len(lora)} layers in {len(files)} files, {mixed}")
 
 
-def _told(found: dict[str, Any]) -> str:
+def _format_description(found: dict[str, Any]) -> str:
     layers: dict[str, Any] = found["layers"]
     ranks = Counter(layer["rank"] for layer in layers.values()).most_common()
-    told = ", ".join(f"rank {rank} in {count}" for rank, count in ranks)
+    ranks_text = ", ".join(f"rank {rank} in {count}" for rank, count in ranks)
     if found["kind"] == "mixture":
-        lines = [f"mixture of {len(found['experts'])} experts in {len(layers)} layers ({told})"]
+        lines = [
+            f"mixture of {len(found['experts'])} experts in {len(layers)} layers ({ranks_text})"
+        ]
         lines += [f"experts: {', '.join(found['experts'])}", f"router: {_router(found['router'])}"]
         columns = found["experts"]
         rows = {name: [layer["norms"][c] for c in columns] for name, layer in layers.items()}
         rows["all layers"] = [found["norms"][c] for c in columns]
     else:
-        lines = [f"plain LoRA in {len(layers)} layers ({told}), {found['layout']} layout"]
+        lines = [f"plain LoRA in {len(layers)} layers ({ranks_text}), {found['layout']} layout"]
         if found["moe_lora"] is not None:
             lines.append(f"moe_lora: {json.dumps(found['moe_lora'])}")
         columns = ["norm"]

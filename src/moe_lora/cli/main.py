@@ -1,4 +1,4 @@
-"""What the command `moe-lora` understands."""
+"""The command line of `moe-lora`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from moe_lora.cli import commands
+from moe_lora.cli.example import EXAMPLES, ListExamples, example
 from moe_lora.export.formats import Format
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -17,15 +18,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: the words after `moe-lora`; those of the process by default.
+        argv: the arguments after `moe-lora`; those of the process by default.
 
     Returns:
-        The exit code: 0, or 1 when something is wrong with the files, told in a sentence on stderr.
+        The exit code: 0, or 1 for a fault of the files, which one sentence on stderr names.
         A wrong command line ends the process with 2.
     """
-    options = parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], None] = options.run
     try:
+        options = parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], None] = options.run
         run(options)
     except (ValueError, TypeError, OSError) as error:
         print(f"moe-lora: {error}", file=sys.stderr)
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     root = argparse.ArgumentParser(
         prog="moe-lora",
-        description="Look into mixtures of LoRA experts, and take plain LoRAs out of them.",
+        description="Inspect mixtures of LoRA experts, and export them as plain LoRAs.",
     )
     sub = root.add_subparsers(required=True, metavar="COMMAND")
 
@@ -57,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("base", help="folder of a diffusers model or pipeline")
     merge.add_argument("out", help="a new folder, for the merged copy")
     _add_weights(merge)
+
+    copy = _command(sub, "example", example, "a copy of an example, ready to run")
+    copy.add_argument("name", choices=EXAMPLES, help="the example")
+    copy.add_argument("directory", help="a new or an empty folder")
+    copy.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    copy.add_argument("--list", action=ListExamples, help="print the examples")
     return root
 
 

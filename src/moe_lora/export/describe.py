@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_lora.checkpoint_reader import DIFFUSERS_NAME, is_checkpoint, weights_file
 from moe_lora.export.expert_table import ExpertTable, table_of_checkpoint
-from moe_lora.export.formats.lora_file import read_plain
+from moe_lora.export.formats.lora_file import read_lora_file
 from moe_lora.export.lora_factors import Factors
 from moe_lora.tuner.state_dict.stored import WEIGHTS_NAME
 
@@ -27,7 +27,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         strength and Frobenius norms of `s · B A` by layer) and `base` (`model`, `class`,
         `in_channels`, `None` where the files do not say). A mixture also has `experts`, `norms` by
         expert over all layers, and `router`; a plain LoRA `layout`, `norm`, and `moe_lora` with
-        what `export_lora` noted.
+        what `export_lora` wrote into the header.
 
     Raises:
         FileNotFoundError: when there is nothing, or a checkpoint lacks one of its files.
@@ -83,28 +83,28 @@ def _describe_table(table: ExpertTable, router: dict[str, Tensor]) -> dict[str, 
 
 
 def _describe_plain(path: Path) -> dict[str, Any]:
-    plain = read_plain(path)
+    plain = read_lora_file(path)
     layers = {
         name: {
             "rank": stored.down.shape[0],
             "in": list(stored.down.shape[1:]),
             "out": stored.up.shape[0],
-            "scaling": stored.scale,
+            "scaling": stored.scaling,
             "norm": stored.factors().norm(),
         }
         for name, stored in plain.layers.items()
     }
-    noted = plain.metadata
+    metadata = plain.metadata
     return {
         "layout": plain.layout,
         "layers": layers,
         "norm": _total(layer["norm"] for layer in layers.values()),
         "base": {
-            "model": plain.base_model or noted.get("base_model"),
-            "class": noted.get("base_class"),
-            "in_channels": noted.get("in_channels"),
+            "model": plain.base_model or metadata.get("base_model"),
+            "class": metadata.get("base_class"),
+            "in_channels": metadata.get("in_channels"),
         },
-        "moe_lora": noted or None,
+        "moe_lora": metadata or None,
     }
 
 

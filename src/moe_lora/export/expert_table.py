@@ -16,22 +16,19 @@ from moe_lora.export.lora_factors import Factors, PlainLora
 from moe_lora.routing.lookup import routed_module
 from moe_lora.routing.routers.registry import counts_layers, router_names
 from moe_lora.tuner.base_layer import RoutedLayer
-from moe_lora.tuner.config import MoELoraConfig
-from moe_lora.tuner.experts import MoELoraExperts
 from moe_lora.tuner.router_container.building import build_router
-from moe_lora.tuner.state_dict.adapter_tensors import check_in_memory
 from moe_lora.tuner.state_dict.module_paths import bare_modules, bare_path
 from moe_lora.tuner.state_dict.names import EXPERTS_PART, PREFIX, ROUTERS_PART
-from moe_lora.tuner.state_dict.stored import input_width
+from moe_lora.tuner.state_dict.stored import Shapes, input_width
 
 
 class LayerExperts(NamedTuple):
-    """Hold the experts of one layer.
+    """Experts of one layer.
 
     Attributes:
         lora_A: `(E, r, in)`, or `(E, r, in, kh, kw)` of a convolution.
         lora_B: `(out, E, r)`.
-        scaling: what the product is multiplied with.
+        scaling: the factor of the product `B A`.
     """
 
     lora_A: Tensor
@@ -41,7 +38,7 @@ class LayerExperts(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertTable:
-    """Hold all experts of one adapter, apart from any model.
+    """All experts of one adapter, independent of any model.
 
     Attributes:
         config: the adapter's configuration.
@@ -61,7 +58,11 @@ class ExpertTable:
         return self.config.experts
 
     def check_plain(self) -> None:
-        """Raise when the adapter trains whole modules, which no plain LoRA holds."""
+        """Check that the adapter trains experts only.
+
+        Raises:
+            ValueError: when it also trains whole modules, which no plain LoRA holds.
+        """
         if self.config.modules_to_save:
             raise ValueError(
                 f"Expected experts only, but the adapter trains "
@@ -201,9 +202,6 @@ def table_of_checkpoint(
     return ExpertTable(config, layers, base_class, width), router
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
 def _layers(shapes: Shapes) -> list[str]:
     found = (name.partition(EXPERTS_PART)[0] for name in shapes if EXPERTS_PART in name)
     return list(dict.fromkeys(found))
@@ -223,39 +221,47 @@ def _expected_shapes(config: MoELoraConfig, shapes: Shapes) -> dict[str, tuple[i
                 expected[name] = (count, r, *sizes)
             else:
                 expected[name] = (shape[0] if shape else 1, count, r)
-    return {**expected, **_router_shapes(config, shapes, len(paths)), **_whole(config, shapes)}
+    return {
+        **expected,
+        **_router_shapes(config, shapes, len(paths)),
+        **_whole_modules(config, shapes),
+    }
 
 
-def _router_shapes(config: MoELoraConfig, shapes: Shapes, num_layers: int) -> Shapes:
-    held = {name: shape for name, shape in shapes.items() if ROUTERS_PART in name}
+def _router_shapes(
+    config: MoELoraConfig, shapes: Shapes, num_layers: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the config's router; those of the file where it is not registered."""
+    stored = {name: shape for name, shape in shapes.items() if ROUTERS_PART in name}
     if config.router is None:
         return {}
     if config.router not in router_names():
-        return held
+        return stored
     model = nn.Module()
     if config.base_in_channels is not None:
         model.config = SimpleNamespace(in_channels=config.base_in_channels)  # type: ignore[assignment]
     by_layer = counts_layers(config.router, config.router_kwargs)
-    router = build_router(config, model, True, num_layers if by_layer else None)
+    with torch.random.fork_rng(devices=[]):  # its parameters are drawn in vain
+        router = build_router(config, model, False, num_layers if by_layer else None)
     assert router is not None
-    prefix = next(iter(held), f"moe_router.{ROUTERS_PART}").partition(ROUTERS_PART)[0]
+    prefix = next(iter(stored), f"moe_router.{ROUTERS_PART}").partition(ROUTERS_PART)[0]
     return {
         f"{prefix}{ROUTERS_PART}{name}": tuple(tensor.shape)
         for name, tensor in router.state_dict().items()
     }
 
 
-def _whole(config: MoELoraConfig, shapes: Shapes) -> Shapes:
+def _whole_modules(config: MoELoraConfig, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Return the tensors of `modules_to_save`, which the base model alone could check."""
     found: dict[str, tuple[int, ...]] = {}
     for module in config.modules_to_save or ():
         part = f".{module}."
-        held = {
+        parameters = {
             name: shape
             for name, shape in shapes.items()
             if part in f".{name}" and EXPERTS_PART not in name and ROUTERS_PART not in name
         }
-        found |= held or {f"{module}.weight": ()}
+        found |= parameters or {f"{module}.weight": ()}
     return found
 
 

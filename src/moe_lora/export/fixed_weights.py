@@ -23,8 +23,8 @@ CHOICES = (
 )
 
 
-class ChosenWeights(NamedTuple):
-    """Pair fixed weights with where they come from.
+class FixedWeights(NamedTuple):
+    """Fixed weights and their origin.
 
     Attributes:
         weights: `(E,)`, float32, on the CPU.
@@ -47,7 +47,7 @@ def weights_for(
     adapter_name: str = "default",
     **kwargs: Any,
 ) -> Tensor:
-    """Ask a model's router what it says for one input, without calling the model.
+    """Compute the routing weights of one input, without calling the model.
 
     The router reads what `model(*args, **kwargs)` would give it: FLUX Fill and 9-channel inpainting
     models carry image and mask in their own inputs, others get the mask here. It answers in
@@ -58,7 +58,7 @@ def weights_for(
         args: positional arguments of the call; its batch is 1.
         mask: `(1, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
         image: `(1, 3, H, W)`, in [0, 1]; with it the mask's `detail_complexity` is known.
-        mask_info: an already analysed mask, instead of `mask` and `image`.
+        mask_info: an already analyzed mask, instead of `mask` and `image`.
         task_hint: as in `set_router_inputs`.
         grid_size: `(rows, columns)` of the model's image tokens.
         adapter_name: whose router.
@@ -99,20 +99,20 @@ def weights_for(
         per = "sample" if weights.ndim == 2 else "layer" if router.num_layers else "token"
         raise ValueError(
             f"Expected routing weights of one input, but {type(router).__name__} gives them per "
-            f"{per}, in the shape {tuple(weights.shape)}. Give a batch of 1, or average them "
+            f"{per}, in the shape {tuple(weights.shape)}. Pass a batch of 1, or average them "
             "yourself and pass the result as `weights`."
         )
     return weights[0].float().cpu()
 
 
-def choose(
+def resolve_weights(
     weights: Tensor | Sequence[float] | str | None,
     names: Sequence[str],
     *,
     fixed: Callable[[], Tensor | None],
     mean: Callable[[], Tensor],
-) -> ChosenWeights:
-    """Settle what `weights` means.
+) -> FixedWeights:
+    """Resolve `weights` to numbers.
 
     Args:
         weights: numbers, an expert's name, "uniform", "mean", or `None` for what the routing fixes.
@@ -121,19 +121,21 @@ def choose(
         mean: returns the `(E,)` mean of recorded weights.
 
     Raises:
-        TypeError: for something that is no weights at all.
-        ValueError: for weights that do not fit, or that say nothing.
+        TypeError: for an object that is no sequence of numbers.
+        ValueError: for weights of another shape, of NaN, inf or zeros only, or an unknown name.
     """
     count = len(names)
     if weights is None:
-        settled = fixed()
-        return _checked(torch.ones(count) / count if settled is None else settled, count, "fixed")
+        fixed_weights = fixed()
+        return _checked(
+            torch.ones(count) / count if fixed_weights is None else fixed_weights, count, "fixed"
+        )
     if not isinstance(weights, str):
         return _checked(torch.as_tensor(weights), count, "given")
     if weights in names:
-        return ChosenWeights(torch.eye(count)[list(names).index(weights)], "expert")
+        return FixedWeights(torch.eye(count)[list(names).index(weights)], "expert")
     if weights == "uniform":
-        return ChosenWeights(torch.ones(count) / count, "uniform")
+        return FixedWeights(torch.ones(count) / count, "uniform")
     if weights == "mean":
         return _checked(mean(), count, "mean")
     raise ValueError(
@@ -141,22 +143,22 @@ def choose(
     )
 
 
-def choose_for_model(
+def weights_for_model(
     model: nn.Module,
     weights: Tensor | Sequence[float] | str | None,
     *,
     adapter_name: str,
     inputs: Mapping[str, Any] | None,
-) -> ChosenWeights:
-    """Settle what `weights` means for an adapted model; see `export_lora`."""
+) -> FixedWeights:
+    """Resolve the `weights` of `export_lora` for an adapted model."""
     if (isinstance(weights, str) and weights == "for") != (inputs is not None):
         raise ValueError(
             'Expected `inputs` together with weights="for", and with no other weights, but got '
             f"weights={weights!r} and {'no ' if inputs is None else ''}`inputs`."
         )
     if inputs is not None:
-        asked = weights_for(model, adapter_name=adapter_name, **inputs)
-        return ChosenWeights(asked, "for")
+        weights = weights_for(model, adapter_name=adapter_name, **inputs)
+        return FixedWeights(weights, "for")
     state = routing_state(model)
 
     def fixed() -> Tensor | None:
@@ -174,13 +176,13 @@ def choose_for_model(
             )
         return means
 
-    return choose(weights, state.expert_names[adapter_name], fixed=fixed, mean=mean)
+    return resolve_weights(weights, state.expert_names[adapter_name], fixed=fixed, mean=mean)
 
 
-def choose_for_checkpoint(
+def weights_for_checkpoint(
     weights: Sequence[float] | str | None, config: MoELoraConfig
-) -> ChosenWeights:
-    """Settle what `weights` means for a checkpoint, which records no statistics."""
+) -> FixedWeights:
+    """Resolve the `weights` of an export for a checkpoint, which has no statistics."""
 
     def fixed() -> Tensor | None:
         if config.router is None:
@@ -191,18 +193,18 @@ def choose_for_checkpoint(
             temperature=config.routing_temperature,
             top_k=config.top_k,
         )
-        settled = router.fixed_weights()
-        if settled is None:
+        fixed_weights = router.fixed_weights()
+        if fixed_weights is None:
             raise _input_dependent(type(router).__name__)
-        return settled
+        return fixed_weights
 
     def mean() -> Tensor:
         raise ValueError(
             'Expected a model in memory for weights="mean", but a checkpoint holds no routing '
-            "statistics. Give the numbers instead."
+            "statistics. Pass the numbers instead."
         )
 
-    return choose(weights, config.experts, fixed=fixed, mean=mean)
+    return resolve_weights(weights, config.experts, fixed=fixed, mean=mean)
 
 
 def _input_dependent(router: str) -> ValueError:
@@ -224,7 +226,7 @@ def _in_eval(router: Router, inputs: Any) -> Tensor:
             module.training = True
 
 
-def _checked(weights: Tensor, count: int, source: str) -> ChosenWeights:
+def _checked(weights: Tensor, count: int, source: str) -> FixedWeights:
     weights = weights.detach().float().cpu()
     if weights.shape != (count,):
         raise ValueError(
@@ -234,4 +236,4 @@ def _checked(weights: Tensor, count: int, source: str) -> ChosenWeights:
         raise ValueError(
             f"Expected finite `weights` that are not all 0, but got {weights.tolist()}."
         )
-    return ChosenWeights(weights, source)
+    return FixedWeights(weights, source)

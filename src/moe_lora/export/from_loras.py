@@ -1,4 +1,4 @@
-"""A mixture out of plain LoRAs that exist."""
+"""Build a mixture from plain LoRA files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def from_loras(
     skip: Sequence[str] = (),
     **options: Any,
 ) -> nn.Module:
-    """Build a mixture out of plain LoRA files and inject it into a model, in place.
+    """Build a mixture from plain LoRA files and inject it into a model, in place.
 
     Every file becomes one expert: at one-hot weights the mixture is exactly that LoRA. Ranks and
     alphas may differ from file to file and from layer to layer; a layer has the largest rank that
@@ -52,12 +52,12 @@ def from_loras(
         FileNotFoundError: when a file is missing.
         TypeError: when the model is a `PeftModel`; give the model inside it.
         ValueError: when a file cannot be read, is more than a plain LoRA, was trained on base
-            weights that its initialisation changed, speaks of layers that the model does not have,
+            weights that its initialization changed, names layers that the model does not have,
             or has other sizes; when layers are inside wrappers; or when the adapter's name is
             taken. The model is then as it was.
     """
     if isinstance(model, PeftModel):
-        raise TypeError("Expected the base model, but got a PeftModel. Give its base model.")
+        raise TypeError("Expected the base model, but got a PeftModel. Pass its base model.")
     if not files:
         raise ValueError("Expected at least one file to build experts of, but got none.")
     if adapter_name in getattr(model, "peft_config", {}):
@@ -70,7 +70,7 @@ def from_loras(
         layers = experts_by_layer(model, adapter_name)
         for index, lora in enumerate(loras.values()):
             for path, stored in lora.items():
-                _fill(layers[path], index, stored)
+                _copy_expert(layers[path], index, stored)
     return model
 
 
@@ -116,7 +116,7 @@ def _inject(model: nn.Module, config: MoELoraConfig, adapter_name: str) -> None:
 
 
 @torch.no_grad()
-def _fill(experts: MoELoraExperts, index: int, stored: StoredFactors) -> None:
+def _copy_expert(experts: MoELoraExperts, index: int, stored: StoredFactors) -> None:
     # Rows of A beyond the file's rank keep what they were drawn as, so that they can be trained;
     # B is zero there.
     factors = stored.factors()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """Hold one layer of a plain LoRA, whose change of the weight is `up @ down`.
+    """One layer of a plain LoRA, whose change of the weight is `up @ down`.
 
     The strength (alpha / rank) is already in `up`.
 

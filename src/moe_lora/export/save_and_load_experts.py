@@ -1,4 +1,4 @@
-"""Single experts to plain LoRA files, and back into a mixture."""
+"""Save each expert as a plain LoRA, and load plain LoRAs as experts of a mixture."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ def save_experts(
     table = table_of_model(model, adapter_name)
     table.check_plain()
     check_expert_names(table.names)  # they become folders, and a config may be changed
-    held = experts_by_layer(routed_module(model), adapter_name)
-    check_finite({f"{path}.{n}": p for path, e in held.items() for n, p in e.named_parameters()})
-    lora_config = _plain_config(table.config, held)
+    layers = experts_by_layer(routed_module(model), adapter_name)
+    check_finite({f"{path}.{n}": p for path, e in layers.items() for n, p in e.named_parameters()})
+    lora_config = _plain_config(table.config, layers)
     folders = []
     for index, name in enumerate(table.names):
         lora = {
             path: Factors(experts.lora_A[index], experts.lora_B[:, index])
             for path, experts in table.layers.items()
         }
-        noted = header(expert=name, base_class=table.base_class, in_channels=table.in_channels)
+        metadata = header(expert=name, base_class=table.base_class, in_channels=table.in_channels)
         folder = Path(directory) / name
         with updating(folder, last=CONFIG_NAME) as temporary:
-            write_tensors(temporary / WEIGHTS_NAME, peft_tensors(lora), noted)
+            write_tensors(temporary / WEIGHTS_NAME, peft_tensors(lora), metadata)
             lora_config.save_pretrained(str(temporary))
         folders.append(folder)
     return folders
@@ -81,7 +81,7 @@ def load_experts(
     adapter_name: str = "default",
     skip: Sequence[str] = (),
 ) -> list[str]:
-    """Load experts into a mixture that exists, each into the place that its name has there.
+    """Load experts into an existing mixture, each in the place of its name.
 
     All files are read and checked before a weight changes; on an error the model is as it was.
 
@@ -121,7 +121,7 @@ def load_experts(
         _check_fits(name, stored, layers)
     for name, stored in loaded.items():
         for path, factors in stored.items():
-            _put(layers[path], table.names.index(name), factors)
+            _copy_expert(layers[path], table.names.index(name), factors)
     return list(loaded)
 
 
@@ -167,11 +167,11 @@ def _check_fits(
 
 
 @torch.no_grad()
-def _put(experts: MoELoraExperts, index: int, stored: StoredFactors) -> None:
+def _copy_expert(experts: MoELoraExperts, index: int, stored: StoredFactors) -> None:
     # At the scaling that it was saved with, an expert returns bit by bit.
     up = widened(stored.up)
-    if stored.scale != experts.base_scaling:
-        up = up * (stored.scale / experts.base_scaling)
+    if stored.scaling != experts.base_scaling:
+        up = up * (stored.scaling / experts.base_scaling)
     experts.lora_A[index].copy_(stored.down)
     experts.lora_B[:, index].copy_(up)
 

@@ -1,4 +1,4 @@
-"""One plain LoRA out of a mixture under fixed weights."""
+"""Export a mixture under fixed weights as one plain LoRA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_lora.checkpoint_reader import DIFFUSERS_NAME
 from moe_lora.export.compression import compress
 from moe_lora.export.expert_table import ExpertTable, table_of_model
-from moe_lora.export.fixed_weights import ChosenWeights, choose_for_model
+from moe_lora.export.fixed_weights import FixedWeights, weights_for_model
 from moe_lora.export.formats import Format
 from moe_lora.export.formats.diffusers import diffusers_file
 from moe_lora.export.formats.kohya import kohya_tensors
@@ -30,7 +30,7 @@ from moe_lora.tuner.state_dict.stored import WEIGHTS_NAME
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Tell what `export_lora` wrote.
+    """Report of `export_lora`.
 
     Attributes:
         path: the file, or the folder of format "peft".
@@ -75,7 +75,7 @@ def export_lora(
     """Write one plain LoRA that equals the mixture under fixed weights.
 
     `A = cat(A_e)`, `B = cat(w_e · s · B_e)`, over the experts whose weight is not 0. The strength
-    is in `B` and alpha equals the rank, so that no loader can get it wrong.
+    is in `B` and alpha equals the rank, so that no loader can misread it.
 
     Args:
         model: the adapted model, or a wrapper around it.
@@ -98,25 +98,31 @@ def export_lora(
     Raises:
         TypeError: for a dtype that is not floating point.
         ValueError: when `weights` is `None` and the router chooses them for every input; for
-            weights, a rank or a format that cannot be honoured; for NaN or inf in what would be
+            weights, a rank or a format that cannot be honored; for NaN or inf in what would be
             written; for layers that a consumer of the format would silently drop; or when a folder
             holds other files.
     """
     table = table_of_model(model, adapter_name)
-    chosen = choose_for_model(model, weights, adapter_name=adapter_name, inputs=inputs)
+    chosen = weights_for_model(model, weights, adapter_name=adapter_name, inputs=inputs)
     return write_mixture(table, chosen, path, format=format, rank=rank, dtype=dtype)
 
 
 def write_mixture(
     table: ExpertTable,
-    chosen: ChosenWeights,
+    chosen: FixedWeights,
     path: str | os.PathLike[str],
     *,
     format: Format = "diffusers",
     rank: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> ExportReport:
-    """Write a mixture that is already apart from its model; see `export_lora`."""
+    """Write the mixture of a table of experts; see `export_lora`.
+
+    Args:
+        table: the experts.
+        chosen: the fixed weights.
+        path: as in `export_lora`; so are the other arguments.
+    """
     if format not in get_args(Format):
         raise ValueError(
             f"Expected `format` to be one of {list(get_args(Format))}, but got {format!r}."
@@ -131,7 +137,7 @@ def write_mixture(
     if dtype is not None:
         lora = {path: Factors(f.down.to(dtype), f.up.to(dtype)) for path, f in lora.items()}
     report = ExportReport(
-        path=_target(Path(path), format),
+        path=_output_path(Path(path), format),
         format=format,
         weights=dict(zip(table.names, chosen.weights.tolist(), strict=True)),
         source=chosen.source,
@@ -164,20 +170,20 @@ def _check_range(lora: PlainLora, dtype: torch.dtype | None) -> None:
 
 
 def _write(lora: PlainLora, table: ExpertTable, report: ExportReport) -> None:
-    noted = _noted(table, report)
+    metadata = _metadata(table, report)
     if report.format == "peft":
         config = plain_config(lora, table.config.base_model_name_or_path)
         with replacing(report.path) as temporary:
-            write_tensors(temporary / WEIGHTS_NAME, peft_tensors(lora), noted)
+            write_tensors(temporary / WEIGHTS_NAME, peft_tensors(lora), metadata)
             config.save_pretrained(str(temporary))
     elif report.format == "diffusers":
         tensors, own = diffusers_file(lora, table.base_class)
-        write_tensors(report.path, tensors, {**noted, **own})
+        write_tensors(report.path, tensors, {**metadata, **own})
     else:
-        write_tensors(report.path, kohya_tensors(lora, table.base_class), noted)
+        write_tensors(report.path, kohya_tensors(lora, table.base_class), metadata)
 
 
-def _noted(table: ExpertTable, report: ExportReport) -> dict[str, str]:
+def _metadata(table: ExpertTable, report: ExportReport) -> dict[str, str]:
     return header(
         weights=report.weights,
         weights_from=report.source,
@@ -188,7 +194,7 @@ def _noted(table: ExpertTable, report: ExportReport) -> dict[str, str]:
     )
 
 
-def _target(path: Path, format: Format) -> Path:
+def _output_path(path: Path, format: Format) -> Path:
     if format != "peft":
         file = path if path.suffix == ".safetensors" else path / DIFFUSERS_NAME
         if file.is_dir() or (file != path and path.exists() and not path.is_dir()):

@@ -28,11 +28,11 @@ from torch import nn
 
 from moe_lora.export import from_loras
 from moe_lora.export.formats.lora_config import (
-    HONORED,
+    ADDS_TENSORS,
     REFUSED,
-    TOLD_BY_KEYS,
+    USED,
     WITHOUT_EFFECT,
-    Strength,
+    LoraScaling,
 )
 
 CONFIG = "adapter_config.json"
@@ -62,7 +62,7 @@ def difference(make_mlp, model, folder):
 
 
 def test_every_field_of_peft_has_one_decision():
-    decided = [*HONORED, *TOLD_BY_KEYS, *WITHOUT_EFFECT, *REFUSED]
+    decided = [*USED, *ADDS_TENSORS, *WITHOUT_EFFECT, *REFUSED]
     assert sorted(decided) == sorted(field.name for field in dataclasses.fields(LoraConfig))
 
 
@@ -119,7 +119,7 @@ INITS = {
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.filterwarnings("ignore")
-def test_an_initialisation_that_changes_the_base_is_refused(make_mlp, tmp_path, init):
+def test_an_initialization_that_changes_the_base_is_refused(make_mlp, tmp_path, init):
     value, prepare, fields = INITS[init]
     model = trained(make_mlp, tmp_path, prepare, init_lora_weights=value, **fields)
     bare = make_mlp()
@@ -139,12 +139,12 @@ def test_loftq_which_quantises_the_base_is_refused():
     config = LoraConfig(init_lora_weights=True, loftq_config={}).to_dict()
     config |= {"init_lora_weights": "loftq", "loftq_config": vars(LoftQConfig())}
     with pytest.raises(ValueError, match="'loftq' changed the base weights"):
-        Strength(config, "here")
+        LoraScaling(config, "here")
 
 
-def test_what_a_later_peft_may_call_an_initialisation_is_refused():
+def test_what_a_later_peft_may_call_an_initialization_is_refused():
     with pytest.raises(ValueError, match="'next' changed the base weights"):
-        Strength({"lora_alpha": 1, "init_lora_weights": "next"}, "here")
+        LoraScaling({"lora_alpha": 1, "init_lora_weights": "next"}, "here")
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -243,7 +243,7 @@ def test_the_indices_of_tokens_come_with_tensors(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"new_method": {"a": 1}}, "moe_lora knows in here, but got 'new_method'"),
+        ({"new_method": {"a": 1}}, "known fields of a LoRA in here, but got 'new_method'"),
         ({"lora_alpha": float("nan")}, "a finite number as `lora_alpha`"),
         ({"lora_alpha": "8"}, "a finite number as `lora_alpha`"),
         ({"lora_alpha": True}, "a finite number as `lora_alpha`"),
@@ -255,14 +255,12 @@ def test_the_indices_of_tokens_come_with_tensors(tmp_path):
 )
 def test_fields_of_no_use(fields, message):
     with pytest.raises(ValueError, match=message):
-        Strength({"lora_alpha": 1, **fields}, "here")
+        LoraScaling({"lora_alpha": 1, **fields}, "here")
 
 
 def test_unknown_fields_that_are_off_do_not_matter():
-    assert (
-        Strength({"lora_alpha": 4, "merge_weights": False, "enable": None}, "").of("x", 2, None)
-        == 2
-    )
+    scaling = LoraScaling({"lora_alpha": 4, "merge_weights": False, "enable": None}, "")
+    assert scaling.of_layer("x", 2, None) == 2
 
 
 def test_a_rank_that_is_not_the_configs(make_mlp, tmp_path):
@@ -276,9 +274,9 @@ def test_a_rank_that_is_not_the_configs(make_mlp, tmp_path):
 @pytest.mark.parametrize("alpha", [torch.tensor(float("nan")), torch.tensor(math.inf)])
 def test_alphas_of_the_file_are_finite(alpha):
     with pytest.raises(ValueError, match="a finite number as `alpha of x`"):
-        Strength(None, "here").of("x", 2, alpha)
+        LoraScaling(None, "here").of_layer("x", 2, alpha)
     with pytest.raises(ValueError, match=r"one number as alpha of 'x' in here, .* \(2,\)"):
-        Strength(None, "here").of("x", 2, torch.ones(2))
+        LoraScaling(None, "here").of_layer("x", 2, torch.ones(2))
 
 
 def test_stock_peft_agrees_on_ranks_and_alphas(make_mlp, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_lora.export.formats.lora_file import read_plain
+from moe_lora.export.formats.lora_file import read_lora_file
 
 
 def lora(prefix="", a=".lora_A.weight", b=".lora_B.weight", rank=2, **extra):
@@ -15,7 +15,7 @@ def lora(prefix="", a=".lora_A.weight", b=".lora_B.weight", rank=2, **extra):
 
 def read(tmp_path, tensors, metadata=None, **kwargs):
     save_file(tensors, tmp_path / "a.safetensors", metadata)
-    return read_plain(tmp_path / "a.safetensors", **kwargs)
+    return read_lora_file(tmp_path / "a.safetensors", **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_the_layouts_and_no_word_of_strength(tmp_path, prefix, a, b, layout):
     plain = read(tmp_path, lora(prefix, a, b))
     assert plain.layout == layout
     assert list(plain.layers) == ["x"]
-    assert plain.layers["x"].scale == 1.0
+    assert plain.layers["x"].scaling == 1.0
     assert plain.metadata == {}
 
 
@@ -50,7 +50,7 @@ def test_dotted_names_of_the_original_code(tmp_path, prefix):
 def test_alpha_beside_the_factors(tmp_path):
     tensors = lora("lora_unet_", ".lora_down.weight", ".lora_up.weight")
     plain = read(tmp_path, {**tensors, "lora_unet_x.alpha": torch.tensor(3.0)})
-    assert plain.layers["x"].scale == 1.5
+    assert plain.layers["x"].scaling == 1.5
     torch.testing.assert_close(plain.layers["x"].factors().delta(), torch.full((4, 3), 3.0))
 
 
@@ -67,16 +67,16 @@ def test_alpha_in_the_header_or_in_the_config(tmp_path, fields, scale):
     config = {"r": 2, "lora_alpha": 10, **fields}
     header = json.dumps({f"transformer.{k}": v for k, v in config.items()})
     plain = read(tmp_path, lora("transformer."), {"lora_adapter_metadata": header})
-    assert plain.layers["x"].scale == pytest.approx(scale)
+    assert plain.layers["x"].scaling == pytest.approx(scale)
 
     folder = tmp_path / "folder"
     folder.mkdir()
     save_file(lora("base_model.model."), folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
     for path in (folder, folder / "adapter_model.safetensors"):
-        plain = read_plain(path)
+        plain = read_lora_file(path)
         assert plain.layout == "peft"
-        assert plain.layers["x"].scale == pytest.approx(scale)
+        assert plain.layers["x"].scaling == pytest.approx(scale)
 
 
 def test_eight_bit_floats_are_read(tmp_path):
@@ -96,9 +96,9 @@ def test_a_folder_with_several_files_is_ambiguous(tmp_path):
     for name in ("a", "b"):
         save_file(lora("transformer."), tmp_path / f"{name}.safetensors")
     with pytest.raises(FileNotFoundError, match="Expected one safetensors file"):
-        read_plain(tmp_path)
+        read_lora_file(tmp_path)
     save_file(lora("transformer."), tmp_path / "pytorch_lora_weights.safetensors")
-    assert read_plain(tmp_path).path.name == "pytorch_lora_weights.safetensors"
+    assert read_lora_file(tmp_path).path.name == "pytorch_lora_weights.safetensors"
 
 
 @pytest.mark.parametrize("key", ["lora_adapter_metadata", "moe_lora"])
@@ -112,4 +112,4 @@ def test_a_config_without_alpha(tmp_path):
     save_file(lora("base_model.model."), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(ValueError, match="Expected a finite number as `lora_alpha`"):
-        read_plain(tmp_path)
+        read_lora_file(tmp_path)

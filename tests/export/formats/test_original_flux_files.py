@@ -139,7 +139,7 @@ def test_diffusers_makes_the_same_of_a_file_of_the_real_size(tmp_path):
     theirs = {key.removeprefix("transformer."): value for key, value in theirs.items()}
     assert sorted(ours) == sorted({k.partition(".lora_")[0] for k in theirs if ".lora_" in k})
     for path, stored in ours.items():
-        assert stored.scale == 1.0
+        assert stored.scaling == 1.0
         assert torch.equal(stored.up, theirs[f"{path}.lora_B.weight"])
         down = theirs[f"{path}.lora_A.weight"]
         if path == "norm_out.linear":

@@ -27,5 +27,5 @@ def diffusers_file(
     component = "unet" if is_unet(lora, base_class) else "transformer"
     fields = ranks_config({path: factors.rank for path, factors in lora.items()})
     fields |= {"target_modules": exact_targets(lora)}
-    told = {f"{component}.{name}": value for name, value in fields.items()}
-    return peft_tensors(lora, f"{component}."), {DIFFUSERS_KEY: json.dumps(told)}
+    fields = {f"{component}.{name}": value for name, value in fields.items()}
+    return peft_tensors(lora, f"{component}."), {DIFFUSERS_KEY: json.dumps(fields)}

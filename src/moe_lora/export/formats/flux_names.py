@@ -39,7 +39,7 @@ _FLUX_ROOT = {
     "final_layer_adaLN_modulation_1": "norm_out.linear",
     "final_layer_linear": "proj_out",
 }
-# The halves of this layer's output, shift and scale, stand in the other order.
+# The halves of this layer's output, shift and scale, are in the other order.
 _SWAPPED = "final_layer_adaLN_modulation_1"
 # proj_mlp is four times as wide as each of q, k and v in every Flux model.
 _MLP_RATIO = 4
@@ -49,7 +49,7 @@ _BLOCK_NAME = re.compile(r"(double|single)_blocks_(\d+)_(.+)$")
 
 
 def flux_name(path: str) -> tuple[str, int, int] | None:
-    """Return where a layer of Flux's blocks goes: the name, its part of it, and how many there are.
+    """Return the fused name of a layer, the layer's index in it, and the number of layers in it.
 
     Example:
         >>> flux_name("single_transformer_blocks.7.proj_mlp")
@@ -66,7 +66,7 @@ def flux_name(path: str) -> tuple[str, int, int] | None:
 
 
 def flux_paths(name: str) -> tuple[str, ...]:
-    """Return the layers that a name of kohya's Flux layout stands for; none if it is no such name.
+    """Return the layers that a name of Flux's original code covers; none for any other name.
 
     Example:
         >>> flux_paths("double_blocks_0_img_mod_lin")
@@ -84,7 +84,7 @@ def flux_paths(name: str) -> tuple[str, ...]:
 
 
 def flux_norm(key: str) -> str:
-    """Return which norm of a Flux model a key of the original code stands for.
+    """Return the path of the norm that a key of the original code names.
 
     Example:
         >>> flux_norm("double_blocks.3.txt_attn.norm.key_norm.scale")
@@ -97,7 +97,7 @@ def flux_norm(key: str) -> str:
 
 
 def fuse_flux(lora: PlainLora) -> tuple[dict[str, Factors], list[str]]:
-    """Put a Flux LoRA under kohya's names; fused projections become block-diagonal.
+    """Rename a Flux LoRA to kohya's names; fused projections become block-diagonal.
 
     `A = cat(A_q, A_k, A_v)`, `B = diag(B_q, B_k, B_v)`; a part without a LoRA has no columns.
 
@@ -124,7 +124,7 @@ def fuse_flux(lora: PlainLora) -> tuple[dict[str, Factors], list[str]]:
 
 
 def split_flux(name: str, factors: Factors, widths: Mapping[str, int]) -> PlainLora:
-    """Take a LoRA under one of kohya's Flux names apart into the layers that it stands for.
+    """Split a LoRA under one of kohya's Flux names into the layers that the name covers.
 
     Columns of `up` that are zero throughout a part are left out of it, with their rows of `down`:
     a block-diagonal LoRA returns to its parts, and a part without a LoRA vanishes. One that is zero

@@ -1,4 +1,4 @@
-"""What a plain LoRA's config says: how strong it is, and whether it is one at all."""
+"""The scaling that a LoRA's config asks for, and whether the config is that of a plain LoRA."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from moe_lora.export.listing import first_few
 
-HONORED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")
+USED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")
 """Fields that decide what the factors mean."""
 
-TOLD_BY_KEYS = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices")
+ADDS_TENSORS = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices")
 """Fields that only add tensors to a file, where they are an error if they change anything."""
 
 WITHOUT_EFFECT = (
@@ -38,7 +38,7 @@ WITHOUT_EFFECT = (
     "lora_dropout",
     "velora_config",
     "runtime_config",
-    # Options of an initialisation or a variant, which is judged by its own field.
+    # Options of an initialization or a variant, which is judged by its own field.
     "loftq_config",
     "eva_config",
     "corda_config",
@@ -49,7 +49,7 @@ WITHOUT_EFFECT = (
 """Fields that leave the output of the stored factors as it is."""
 
 REFUSED = {
-    "use_dora": "normalises the adapted weight (DoRA)",
+    "use_dora": "normalizes the adapted weight (DoRA)",
     "alora_invocation_tokens": "acts after certain tokens only (aLoRA)",
     "use_qalora": "pools the layer's input (QALoRA)",
     "monteclora_config": "draws its weights at random (MonteCLoRA)",
@@ -62,11 +62,11 @@ REFUSED = {
 }
 """Fields that make more of a LoRA than `s · B A`, and what they do."""
 
-# All others subtract the first B A from the base weights, or quantise these.
+# All others subtract the first B A from the base weights, or quantize these.
 _KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 
-def check_plain_lora(fields: Mapping[str, Any], where: str) -> None:
+def check_is_plain_lora(fields: Mapping[str, Any], where: str) -> None:
     """Check that a config describes factors whose change of a weight is `s · B A`.
 
     Args:
@@ -74,7 +74,7 @@ def check_plain_lora(fields: Mapping[str, Any], where: str) -> None:
         where: names the config in errors.
 
     Raises:
-        ValueError: for a variant that is more than that, for an initialisation that changed the
+        ValueError: for a variant that is more than that, for an initialization that changed the
             base weights, or for a field that is unknown and set.
     """
     for name, value in fields.items():
@@ -83,24 +83,24 @@ def check_plain_lora(fields: Mapping[str, Any], where: str) -> None:
                 f"Expected a plain LoRA in {where}, but by `{name}` it {REFUSED[name]}, which an "
                 "expert cannot. Merge it into the base model instead."
             )
-    known = {*HONORED, *TOLD_BY_KEYS, *WITHOUT_EFFECT, *REFUSED}
+    known = {*USED, *ADDS_TENSORS, *WITHOUT_EFFECT, *REFUSED}
     unknown = sorted(name for name, value in fields.items() if name not in known and value)
     if unknown:
         raise ValueError(
-            f"Expected the fields of a LoRA that moe_lora knows in {where}, but got "
+            f"Expected known fields of a LoRA in {where}, but got "
             f"{first_few(unknown)}. Remove what does not change the LoRA's output."
         )
     init = fields.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in _KEEP_THE_BASE:
         raise ValueError(
-            f"Expected a LoRA of the unchanged base model in {where}, but its initialisation "
+            f"Expected a LoRA of the unchanged base model in {where}, but its initialization "
             f"{init!r} changed the base weights. Convert it with PEFT: "
             "save_pretrained(folder, path_initial_model_for_weight_conversion=...)."
         )
 
 
-class Strength:
-    """Know the scale of every layer of a file, from the config or from alphas in the file.
+class LoraScaling:
+    """Scaling of every layer of a file, from the config or from alphas in the file.
 
     Args:
         fields: those of PEFT's `LoraConfig`, as JSON values; `None` when nothing is said, and alpha
@@ -115,12 +115,12 @@ class Strength:
         self.fields, self.where = fields, where
         if fields is None:
             return
-        check_plain_lora(fields, where)
+        check_is_plain_lora(fields, where)
         self._number("lora_alpha", fields.get("lora_alpha"))
         self.patterns = {name: self._pattern(name) for name in ("rank_pattern", "alpha_pattern")}
 
-    def of(self, name: str, rank: int, alpha: Tensor | None) -> float:
-        """Return what `up @ down` of a layer is multiplied with.
+    def of_layer(self, name: str, rank: int, alpha: Tensor | None) -> float:
+        """Return the factor of `up @ down` of a layer.
 
         Args:
             name: the layer's path.
@@ -143,7 +143,7 @@ class Strength:
         if expected != rank:
             raise ValueError(
                 f"Expected {name!r} to have rank {expected}, as {self.where} says, but got {rank}: "
-                "its strength is unknown."
+                "its scaling is unknown."
             )
         value = float(self._of_layer("alpha_pattern", name, self.fields["lora_alpha"]))
         return value / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)

@@ -1,4 +1,4 @@
-"""Read plain LoRA files, in whatever layout their makers chose."""
+"""Read plain LoRA files of any layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_lora.checkpoint_reader import DIFFUSERS_KEY, DIFFUSERS_NAME
 from moe_lora.export.formats import Layout, kohya
 from moe_lora.export.formats.flux_names import flux_paths
-from moe_lora.export.formats.lora_config import Strength
+from moe_lora.export.formats.lora_config import LoraScaling
 from moe_lora.export.formats.metadata import METADATA_KEY
 from moe_lora.export.listing import first_few
 from moe_lora.export.lora_factors import Factors
@@ -50,27 +50,27 @@ _PREFIXES: dict[str, Layout] = {
 
 
 class StoredFactors(NamedTuple):
-    """Hold one layer as a file has it: its change of the weight is `scale · up @ down`.
+    """One layer as a file has it: its change of the weight is `scaling · up @ down`.
 
     Attributes:
         down: `(r, in)` or `(r, in, kh, kw)`.
         up: `(out, r)`.
-        scale: alpha / rank.
+        scaling: alpha / rank.
     """
 
     down: Tensor
     up: Tensor
-    scale: float
+    scaling: float
 
     def factors(self) -> Factors:
         """Return the factors with the strength in `up`, which is then at least float32."""
         precise = torch.promote_types(self.up.dtype, torch.float32)
-        return Factors(self.down.to(precise), self.up.to(precise) * self.scale)
+        return Factors(self.down.to(precise), self.up.to(precise) * self.scaling)
 
 
 @dataclass(frozen=True)
-class PlainFile:
-    """Hold a plain LoRA as its file names it.
+class LoraFile:
+    """A plain LoRA, by the names of its file.
 
     Attributes:
         path: the weights' file.
@@ -89,7 +89,7 @@ class PlainFile:
     norms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def read_plain(path: str | os.PathLike[str], skip: Sequence[str] = ()) -> PlainFile:
+def read_lora_file(path: str | os.PathLike[str], skip: Sequence[str] = ()) -> LoraFile:
     """Read a plain LoRA: a file, or a folder with one.
 
     Args:
@@ -99,7 +99,7 @@ def read_plain(path: str | os.PathLike[str], skip: Sequence[str] = ()) -> PlainF
     Raises:
         FileNotFoundError: when there is nothing.
         TypeError: when `skip` is a string.
-        ValueError: when it is corrupt, no plain LoRA, or of unknown strength.
+        ValueError: when it is corrupt, no plain LoRA, or of unknown scaling.
     """
     if isinstance(skip, str):
         raise TypeError(f"Expected `skip` to be a list of beginnings of keys, but got {skip!r}.")
@@ -109,14 +109,14 @@ def read_plain(path: str | os.PathLike[str], skip: Sequence[str] = ()) -> PlainF
     prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in roles)), "")
     original = not prefix and any(flux_paths(name.replace(".", "_")) for name in roles)
     layout = "original" if original else _PREFIXES.get(prefix, "diffusers")
-    strength = _strength(file, layout, prefix, config, header)
+    scaling = _scaling_of(file, layout, prefix, config, header)
     if foreign or not roles:
         raise ValueError(
             f"Expected the keys of a plain LoRA in {str(file)!r}, but got "
             f"{first_few(foreign) if foreign else 'none'}."
         )
     layers = {
-        name.removeprefix(prefix): _stored(file, name, name.removeprefix(prefix), held, strength)
+        name.removeprefix(prefix): _stored(file, name, name.removeprefix(prefix), held, scaling)
         for name, held in roles.items()
     }
     if len(layers) < len(roles):
@@ -127,7 +127,7 @@ def read_plain(path: str | os.PathLike[str], skip: Sequence[str] = ()) -> PlainF
     own = read_header(file, header, METADATA_KEY) or {}
     base_model = (config or {}).get("base_model_name_or_path")
     norms = {k: v for k, v in tensors.items() if _NORM.match(k) and not k.startswith(tuple(skip))}
-    return PlainFile(file, layout, layers, own, base_model, norms)
+    return LoraFile(file, layout, layers, own, base_model, norms)
 
 
 def _by_layer(
@@ -153,20 +153,20 @@ def _by_layer(
             raise ValueError(
                 f"Expected floating-point tensors in {str(file)!r}, but {key!r} is {tensor.dtype}."
             )
-        # Eight-bit floats know no arithmetic.
+        # torch has no arithmetic of 8-bit floats.
         held[role] = tensor.float() if tensor.element_size() == 1 else tensor
     return roles, foreign
 
 
-def _strength(
+def _scaling_of(
     file: Path,
     layout: Layout,
     prefix: str,
     config: dict[str, Any] | None,
     header: Mapping[str, str],
-) -> Strength:
+) -> LoraScaling:
     if config is not None:
-        return Strength(config, repr(str(file.parent / CONFIG_NAME)))
+        return LoraScaling(config, repr(str(file.parent / CONFIG_NAME)))
     entries = read_header(file, header, DIFFUSERS_KEY) or {}
     fields = {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
     if not fields and layout == "peft":
@@ -174,7 +174,7 @@ def _strength(
             f"Expected a {CONFIG_NAME} beside {str(file)!r}, which tells how strong the LoRA "
             "is, but there is none."
         )
-    return Strength(fields or None, f"the header of {str(file)!r}")
+    return LoraScaling(fields or None, f"the header of {str(file)!r}")
 
 
 def _locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
@@ -200,7 +200,7 @@ def _locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
 
 
 def _stored(
-    file: Path, raw: str, name: str, tensor_of: Mapping[str, Tensor], strength: Strength
+    file: Path, raw: str, name: str, tensor_of: Mapping[str, Tensor], scaling: LoraScaling
 ) -> StoredFactors:
     missing = [role for role in ("down", "up") if role not in tensor_of]
     if missing:
@@ -229,4 +229,4 @@ def _stored(
             f"Expected a plain LoRA in {str(file)!r}, but {raw!r} also changes the layer's bias, "
             "which an expert cannot. Merge it into the base model instead."
         )
-    return StoredFactors(down, up.flatten(1), strength.of(name, rank, tensor_of.get("alpha")))
+    return StoredFactors(down, up.flatten(1), scaling.of_layer(name, rank, tensor_of.get("alpha")))

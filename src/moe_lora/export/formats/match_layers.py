@@ -1,4 +1,4 @@
-"""Find the layers of a model that a plain LoRA file speaks of."""
+"""Match the names in a plain LoRA file to the layers of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lora.export.formats.flux_names import flux_norm, flux_paths, split_flux
-from moe_lora.export.formats.lora_file import PlainFile, StoredFactors, read_plain
+from moe_lora.export.formats.lora_file import LoraFile, StoredFactors, read_lora_file
 from moe_lora.export.formats.unet_names import diffusers_name
 from moe_lora.export.listing import first_few
 from moe_lora.export.lora_factors import Factors
@@ -34,7 +34,7 @@ def read_lora_for(
         ValueError: when it cannot be read, is more than a plain LoRA, names layers that the model
             does not have or one of them twice, or has other sizes than they have.
     """
-    plain, layers = read_plain(path, skip), _layers(model)
+    plain, layers = read_lora_file(path, skip), _layers(model)
     flat = _flat_names(layers)
     widths = {name: shape[0] for name, shape in layers.items()}
     found: dict[str, StoredFactors] = {}
@@ -50,7 +50,7 @@ def read_lora_for(
             split = {target: stored}
         elif parts and all(part in layers for part in parts):
             factors = split_flux(plain_name, Factors(stored.down, stored.up), widths)
-            split = {part: StoredFactors(*f, stored.scale) for part, f in factors.items()}
+            split = {part: StoredFactors(*f, stored.scaling) for part, f in factors.items()}
         else:
             unknown.append(name)
             continue
@@ -63,7 +63,7 @@ def read_lora_for(
         found |= split
     if unknown:
         raise ValueError(
-            f"Expected {str(plain.path)!r} to speak of layers of the {type(model).__name__} only, "
+            f"Expected {str(plain.path)!r} to name layers of the {type(model).__name__} only, "
             f"but it has no {first_few(unknown)}. Leave keys that do not matter here out with "
             "`skip`."
         )
@@ -81,7 +81,7 @@ def _flat_names(layers: Iterable[str]) -> dict[str, str]:
     return {flat: names[0] for flat, names in named.items() if len(names) == 1}
 
 
-def _check_norms(plain: PlainFile, model: nn.Module) -> None:
+def _check_norms(plain: LoraFile, model: nn.Module) -> None:
     weights = {path: getattr(m, "weight", None) for path, m in _base_layers(model).items()}
     for key, scale in plain.norms.items():
         path = flux_norm(key)
@@ -103,7 +103,7 @@ def _layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
         if not isinstance(base, nn.Linear | nn.Conv2d):
             continue
         if isinstance(base, nn.Linear):
-            # A quantised weight may have another shape.
+            # A quantized weight may have another shape.
             shapes[name] = (base.out_features, base.in_features)
         else:
             shapes[name] = (base.out_channels, base.in_channels // base.groups, *base.kernel_size)
@@ -119,7 +119,7 @@ def _fitted(
     name: str,
     stored: StoredFactors,
     shape: tuple[int, ...],
-    plain: PlainFile,
+    plain: LoraFile,
     model: nn.Module,
 ) -> StoredFactors:
     down = stored.down

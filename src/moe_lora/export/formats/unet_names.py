@@ -78,7 +78,7 @@ def is_unet(paths: Collection[str], base_class: str | None) -> bool:
 
 
 def flatten_unet(lora: PlainLora) -> tuple[dict[str, Factors], list[str]]:
-    """Put a UNet LoRA under kohya's names.
+    """Rename a UNet LoRA to kohya's names.
 
     Args:
         lora: by the layers' paths in the diffusers model.
