@@ -16,7 +16,10 @@ from moe_lora.export.lora_factors import Factors, PlainLora
 from moe_lora.routing.lookup import routed_module
 from moe_lora.routing.routers.registry import counts_layers, router_names
 from moe_lora.tuner.base_layer import RoutedLayer
+from moe_lora.tuner.config import MoELoraConfig
+from moe_lora.tuner.experts import MoELoraExperts
 from moe_lora.tuner.router_container.building import build_router
+from moe_lora.tuner.state_dict.adapter_tensors import check_in_memory
 from moe_lora.tuner.state_dict.module_paths import bare_modules, bare_path
 from moe_lora.tuner.state_dict.names import EXPERTS_PART, PREFIX, ROUTERS_PART
 from moe_lora.tuner.state_dict.stored import Shapes, input_width
