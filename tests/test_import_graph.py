@@ -31,7 +31,8 @@ ARROWS: dict[str, set[str]] = {
     "schedules": {"losses", "routing"},
     "ablation": {"losses", "routing", "tuner"},
     "plots": {"ablation", "masks"},
-    "cli": {"export"},
+    "planning": {"routing", "tuner"},
+    "cli": {"export", "planning", "tuner"},
 }
 # Tensor functions that any codebase can use, and tables.
 INDEPENDENT = ("families", "flow", "losses", "masks", "metrics")

@@ -49,6 +49,7 @@ SUBMODULES = {
     "losses",
     "masks",
     "metrics",
+    "planning",
     "plots",
     "routing",
     "schedules",

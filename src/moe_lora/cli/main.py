@@ -9,6 +9,7 @@ from typing import get_args
 
 from moe_lora.cli import commands
 from moe_lora.cli.example import EXAMPLES, ListExamples, example
+from moe_lora.cli.plan import add_plan_arguments, plan
 from moe_lora.export.formats import Format
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     root = argparse.ArgumentParser(
         prog="moe-lora",
-        description="Inspect mixtures of LoRA experts, and export them as plain LoRAs.",
+        description="Plan trainings of mixtures of LoRA experts, inspect and export mixtures.",
     )
     sub = root.add_subparsers(required=True, metavar="COMMAND")
 
@@ -58,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("base", help="folder of a diffusers model or pipeline")
     merge.add_argument("out", help="a new folder, for the merged copy")
     _add_weights(merge)
+
+    plan_command = _command(sub, "plan", plan, "memory and disk that a training needs")
+    add_plan_arguments(plan_command)
 
     copy = _command(sub, "example", example, "a copy of an example, ready to run")
     copy.add_argument("name", choices=EXAMPLES, help="the example")

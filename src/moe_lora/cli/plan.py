@@ -1,0 +1,63 @@
+"""The subcommand `plan`: memory and disk that a training needs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+
+from moe_lora.planning import OPTIMIZERS, PRECISIONS, example_call, model_on_meta, plan_training
+from moe_lora.tuner.config import MoELoraConfig
+
+
+def add_plan_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `plan` to its parser."""
+    command.add_argument(
+        "model", help="folder of a diffusers model or pipeline, or its name on the Hub"
+    )
+    command.add_argument("--r", type=int, default=64, help="rank of each expert")
+    command.add_argument("--num_experts", type=int, default=3, help="experts per layer")
+    command.add_argument(
+        "--target_modules",
+        nargs="+",
+        help='name endings, or one regex, or "all-linear"; the family\'s default otherwise',
+    )
+    command.add_argument("--router", help="name of a registered router")
+    command.add_argument("--height", type=int, default=1024, help="of the images, in pixels")
+    command.add_argument("--width", type=int, default=1024, help="of the images, in pixels")
+    command.add_argument("--batch_size", type=int, default=1, help="samples per device and step")
+    command.add_argument("--text_tokens", type=int, default=512, help="tokens of a prompt")
+    command.add_argument("--base_precision", choices=PRECISIONS, default="bf16")
+    command.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    command.add_argument(
+        "--no_checkpointing",
+        action="store_true",
+        help="keep all activations instead of computing those of each block again",
+    )
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Print what a training needs."""
+    model = model_on_meta(options.model)
+    targets = options.target_modules
+    if targets is not None and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
+        targets = targets[0]  # a regex, or "all-linear"
+    config = MoELoraConfig(
+        r=options.r,
+        lora_alpha=options.r,
+        num_experts=options.num_experts,
+        target_modules=targets,
+        router=options.router,
+    )
+    call = example_call(
+        model, options.height, options.width, options.batch_size, options.text_tokens
+    )
+    found = plan_training(
+        model,
+        config,
+        call,
+        base_precision=options.base_precision,
+        optimizer=options.optimizer,
+        checkpointing=not options.no_checkpointing,
+    )
+    print(json.dumps(found.as_dict(), indent=2) if options.json else found)
