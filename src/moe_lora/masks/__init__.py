@@ -8,7 +8,9 @@ as its samples one by one. Nothing here knows of PEFT, of diffusers or of the tu
   router reads. `extract_mask_info_from_batch` does it for a training batch.
 - `boundary_band`, `to_latent` and `to_tokens` say where a mask lies.
 - `from_flux_fill` and `from_inpainting_unet` read the mask back out of what stock models are fed.
-- `composite` pastes a result back into the untouched source.
+- `composite` pastes a prediction into the source, `keep_source` keeps of the source what the model
+  did not change on purpose, and `correct_seam` takes the step along the mask's edge out of either,
+  by `harmonic_extension`.
 - `augment` draws masks anew as users draw them, too tight and too loose; `augmentation` holds what
   it draws from. `distance_to_mask` measures how far pixels are from a mask.
 - `check_mask` is what all of them ask of a mask.
@@ -26,11 +28,13 @@ from __future__ import annotations
 from moe_lora.masks.analysis import analyze
 from moe_lora.masks.augmentation import augment
 from moe_lora.masks.batch import extract_mask_info_from_batch
-from moe_lora.masks.compositing import composite
+from moe_lora.masks.compositing import composite, keep_source
 from moe_lora.masks.distance import distance_to_mask
 from moe_lora.masks.info import MaskInfo
+from moe_lora.masks.laplace import harmonic_extension
 from moe_lora.masks.readers import from_flux_fill, from_inpainting_unet
 from moe_lora.masks.regions import boundary_band, to_latent, to_tokens
+from moe_lora.masks.seam_correction import correct_seam
 from moe_lora.masks.validation import check_mask
 
 __all__ = [
@@ -40,10 +44,13 @@ __all__ = [
     "boundary_band",
     "check_mask",
     "composite",
+    "correct_seam",
     "distance_to_mask",
     "extract_mask_info_from_batch",
     "from_flux_fill",
     "from_inpainting_unet",
+    "harmonic_extension",
+    "keep_source",
     "to_latent",
     "to_tokens",
 ]
