@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 .PHONY: demo test docs clean
 
 demo: $(READY)
-	$(BIN)/python examples/flux_removal/demo.py
+	$(BIN)/python examples/demo/demo.py
 
 # One process a core, each with one thread; the tests of a file stay together and share set-ups.
 test: $(READY)

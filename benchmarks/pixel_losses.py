@@ -24,7 +24,7 @@ from moe_lora.losses import (
 from moe_lora.losses.windows import Window
 
 WHOLE = "whole"
-TRAINED_VAE = Path(__file__).parents[1] / "examples" / "flux_removal" / "tiny_flux_fill" / "vae"
+TRAINED_VAE = Path(__file__).parents[1] / "examples" / "tiny_flux_fill" / "model" / "vae"
 
 
 def build_vae(width: int, device: str, dtype: torch.dtype) -> AutoencoderKL:

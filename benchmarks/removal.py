@@ -27,26 +27,21 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "flux_removal"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
 
 from removal_report import write_report
 from removal_rows import ROWS, available, options_of, read_base, variants
 
-from checkpoints import step_of
-from dataset import RemovalDataset
-from evaluation import SMALLEST_REGION, Results, measure_samples, run_pipeline
-from make_data import make_data, save_picture
-from models import Conditioner, load_checkpoint, load_pipeline
-from moe_lora import Specialisation
-from moe_lora.metrics import mask_sizes
-from options import parse_options
-from specialise import specialise
-from train import train
+import evaluate
+import make_data
+import train
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-BASE_MODEL, BATCH = "base", 8
+BASE_MODEL = "base"
+MEASURING = ("--batch_size", "8", "--device", "cpu", "--dtype", "fp32")
 ALL_LOSSES = ("base_loss", "boundary_loss", "consistency_loss", "detail_loss")
 SHARED_WITH_MEASURING = (
-    *("flux_fill_id", "batch_size", "max_sigma"),
+    *("batch_size", "max_sigma"),
     *("weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
 )
 
@@ -64,7 +59,8 @@ def prepare_data(folder: Path, *, train_scenes: int, scenes: int, size: int) -> 
     stamp = folder / "complete.json"
     if not stamp.exists():
         ours = folder.with_name(f"{folder.name}.{os.getpid()}")
-        make_data(ours, train_count=train_scenes, test_count=scenes, size=size)
+        counts = ["--train_count", str(train_scenes), "--test_count", str(scenes)]
+        make_data.main(["--output_dir", str(ours), *counts, "--size", str(size)])
         try:
             ours.rename(folder)
         except OSError:
@@ -94,11 +90,9 @@ def run_one(
     checkpoint = train_one(folder, settings["train"], data)
     trained = time.monotonic() - start
     result = {"row": name, "losses": losses, "seed": seed, "parameters": count(checkpoint)}
-    measured = evaluate(folder, checkpoint, settings, data)
+    measured = measure(folder, checkpoint, settings, data, ablate=not ROWS[name].plain)
     seconds = {"training": round(trained, 1), "evaluation": measured.pop("seconds")}
     entries = result | {"seconds": seconds} | measured
-    if not ROWS[name].plain:
-        entries["specialisation"] = specialisation_of(checkpoint, settings, data).as_dict()
     write_atomically(folder / "result.json", json.dumps(entries, indent=1))
     print(f"{folder.name}: done in {time.monotonic() - start:.0f} s", flush=True)
 
@@ -139,12 +133,10 @@ def train_one(folder: Path, entries: dict[str, Any], data: Path) -> Path:
         "resume_from_checkpoint": "latest",
     }
     write_atomically(file, yaml.safe_dump(entries | where))
-    options = parse_options([str(file)])
-    trained = train(options)
-    if step_of(trained) != options.max_train_steps:
-        raise StoppedError(
-            f"{folder.name} was stopped at {trained.name}; it will go on from there."
-        )
+    train.main([str(file)])
+    trained = folder / "training" / f"checkpoint-{entries['max_train_steps']}"
+    if not trained.is_dir():
+        raise StoppedError(f"{folder.name} was stopped; it will go on from its last checkpoint.")
     trained.rename(kept)
     shutil.rmtree(kept / "training_state")
     shutil.rmtree(folder / "training")
@@ -161,57 +153,50 @@ def count(checkpoint: Path) -> dict[str, int]:
     return numbers
 
 
-def evaluate(
-    folder: Path, checkpoint: Path | None, settings: dict[str, Any], data: Path
+def measure(
+    folder: Path,
+    checkpoint: Path | None,
+    settings: dict[str, Any],
+    data: Path,
+    *,
+    ablate: bool = False,
 ) -> dict[str, Any]:
-    """Run the stock pipeline on the test scenes, measure the pictures, and keep them."""
+    """Run `evaluate.py` on the test scenes, and return its measurements.
+
+    Args:
+        folder: of the run; it keeps the images.
+        checkpoint: of the run; None for the base model.
+        settings: of the run.
+        data: the scenes.
+        ablate: measure losses and metrics without each expert, too.
+    """
     start = time.monotonic()
-    options = parse_options(["--train_data_dir", str(data), *model_flags(settings["train"])])
-    pipe = load_pipeline(options.flux_fill_id)
+    output = folder / "evaluation"
+    flags = ["--data_dir", str(data / "test"), "--output_dir", str(output), *MEASURING]
+    flags += ["--steps", str(settings["evaluation"]["denoising_steps"])]
+    if "flux_fill_id" in settings["train"]:
+        flags += ["--flux_fill_id", settings["train"]["flux_fill_id"]]
     if checkpoint is not None:
-        load_checkpoint(pipe, checkpoint)
-    dataset = RemovalDataset(data / "test")
-    steps = settings["evaluation"]["denoising_steps"]
-    found = run_pipeline(pipe, Conditioner(pipe), dataset, steps=steps, batch_size=BATCH)
-    (folder / "pictures").mkdir(exist_ok=True)
-    for stem, image in zip(dataset.stems, found.images, strict=True):
-        picture = image.clamp(0, 1).permute(1, 2, 0).numpy()
-        save_picture(folder / "pictures" / f"{stem}.png", picture)
-    samples = measure_all(found, dataset)
-    return {"samples": samples, "seconds": round(time.monotonic() - start, 1)}
+        flags += ["--checkpoint", str(checkpoint)]
+    if ablate:
+        file = folder / "ablation.yaml"
+        write_atomically(file, yaml.safe_dump(ablation_options(settings["train"])))
+        flags += ["--ablate_experts", str(file)]
+    evaluate.main(flags)
+    found = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    (samples,) = found["samples"].values()
+    lines = (data / "test" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    kinds = {entry["stem"]: entry["mask"] for entry in map(json.loads, lines)}
+    measured = {"samples": [sample | {"kind": kinds[sample["stem"]]} for sample in samples]}
+    if ablate:
+        measured["specialization"] = found["specialization"]
+    return measured | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def specialisation_of(checkpoint: Path, settings: dict[str, Any], data: Path) -> Specialisation:
-    """Leave out one expert at a time on the test scenes; by all losses, whatever trained it."""
-    everything = {f"enable_{name}": True for name in (*ALL_LOSSES, "mask_info")}
-    known = {k: v for k, v in settings["train"].items() if k in SHARED_WITH_MEASURING}
-    given = {"train_data_dir": data} | known | everything
-    options = parse_options([word for k, v in given.items() for word in (f"--{k}", str(v))])
-    steps = settings["evaluation"]["denoising_steps"]
-    return specialise(options, checkpoint, RemovalDataset(data / "test"), steps=steps)
-
-
-def model_flags(entries: dict[str, Any]) -> list[str]:
-    return ["--flux_fill_id", entries["flux_fill_id"]] if "flux_fill_id" in entries else []
-
-
-def measure_all(found: Results, dataset: RemovalDataset) -> list[dict[str, Any]]:
-    """Return what is known of every sample: its mask, its metrics, its routing weights."""
-    path = dataset.folder / "metadata.jsonl"
-    told = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    kinds = {entry["stem"]: entry["mask"] for entry in told}
-    sizes = mask_sizes(torch.stack([dataset[i]["mask"] for i in range(len(dataset))]))
-    samples: list[dict[str, Any]] = [
-        {"stem": stem, "kind": kinds[stem], "size": size}
-        for stem, size in zip(dataset.stems, sizes, strict=True)
-    ]
-    for name, measured in measure_samples(found.images, dataset).items():
-        values = measured.tolist(1 if name == "seam_error" else SMALLEST_REGION)
-        for sample, value in zip(samples, values, strict=True):
-            sample[name] = value
-    for sample, weights in zip(samples, found.weights, strict=False):
-        sample["routing"] = [round(weight, 4) for weight in weights.tolist()]
-    return samples
+def ablation_options(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return options with all losses, whatever the run was trained by."""
+    known = {name: entries[name] for name in SHARED_WITH_MEASURING if name in entries}
+    return known | {f"enable_{name}": True for name in (*ALL_LOSSES, "mask_info")}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -227,7 +212,7 @@ def measure_base(
     which = {name: base[name] for name in ("flux_fill_id",) if name in base}
     settings = {"train": which, "evaluation": evaluation}
     if not begin(folder, settings):
-        entries = {"row": BASE_MODEL} | evaluate(folder, None, settings, data)
+        entries = {"row": BASE_MODEL} | measure(folder, None, settings, data)
         write_atomically(folder / "result.json", json.dumps(entries, indent=1))
 
 
@@ -239,7 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--rows", nargs="+", help=f"of {list(ROWS)}; all that this version can run by default")
-    add("--losses", action="store_true", help="only with the specialised losses")
+    add("--losses", action="store_true", help="only with the specialized losses")
     add("--no_losses", action="store_true", help="only without them")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--steps", type=int, help="of training; those of --config by default")

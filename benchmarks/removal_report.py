@@ -1,4 +1,4 @@
-"""What `removal.py` tells of its runs: tables in Markdown, and a sheet of pictures."""
+"""What `removal.py` tells of its runs: tables in Markdown, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
 from removal_rows import ROWS
-from torch import Tensor
+from removal_sheet import draw_sheet
 
-from dataset import RemovalDataset
 from moe_lora.specialising import PAIRS
-from pictures import contact_sheet, show_mask
 
-COLUMNS = 6
 KINDS, SIZES = ("blob", "stroke", "box"), ("small", "medium", "large")
 NONE = "–"
 
@@ -157,11 +151,11 @@ def table_of_differences(runs: Runs, baseline: str, losses: str) -> str:
     return markdown(["row", *(c.title for c in METRICS)], rows)
 
 
-def table_of_specialisation(runs: Runs) -> str:
+def table_of_specialization(runs: Runs) -> str:
     """Write what each expert is for: its share of the rise of its own component, and the mean."""
     rows = []
     for variant, seeds in runs.items():
-        found = [run["specialisation"] for run in seeds.values() if "specialisation" in run]
+        found = [run["specialization"] for run in seeds.values() if "specialization" in run]
         if found:
             pairs = found[0]["pairs"]
             own = [spread([entry["shares"][expert] for entry in found], 2) for expert in pairs]
@@ -213,9 +207,9 @@ def report(runs: Runs, base: dict[str, Any] | None, baseline: str, losses: str) 
         f"Difference to {ROWS[baseline].title}, {compared}: mean, and in brackets seed by seed. "
         "✓: ahead in every seed; ✗: behind in every seed.",
         table_of_differences(runs, baseline, losses),
-        "Specialisation: leaving out one expert after the other, the share of a component's rises "
-        "that is its own expert's; a third without specialisation. The score is the mean.",
-        table_of_specialisation(runs),
+        "Specialization: leaving out one expert after the other, the share of a component's rises "
+        "that is its own expert's; a third without specialization. The score is the mean.",
+        table_of_specialization(runs),
         "PSNR inside the mask by kind and size of the mask:",
         table_of_groups(runs, "psnr/inside", 2),
         "PSNR in the effect region by kind and size of the mask:",
@@ -224,35 +218,14 @@ def report(runs: Runs, base: dict[str, Any] | None, baseline: str, losses: str) 
     return "\n\n".join(parts) + "\n"
 
 
-def read_picture(path: Path) -> Tensor:
-    with Image.open(path) as picture:
-        array = np.array(picture.convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
-
-
-def draw_sheet(out: Path, runs: Runs) -> None:
-    """Write the sheet: scenes from small to large masks across, one row per variant."""
-    dataset = RemovalDataset(out / "data" / "test")
-    items = [dataset[index] for index in range(len(dataset))]
-    order = sorted(range(len(items)), key=lambda i: float(items[i]["mask"].mean()))
-    groups = np.array_split(order, min(COLUMNS, len(order)))
-    shown = [int(group[len(group) // 2]) for group in groups]
-    lines = {
-        "source": {i: items[i]["src"] for i in shown},
-        "mask": {i: show_mask(items[i]["src"], items[i]["mask"]) for i in shown},
-    }
-    folders = {"base model": out / "runs" / "base"}
+def image_folders(out: Path, runs: Runs) -> dict[str, Path]:
+    """Return where the base model's images and those of every row's first seed are."""
+    folders = {"base model": out / "runs" / "base" / "evaluation" / "images" / "base"}
     for variant, seeds in runs.items():
         name, losses = variant
         run = f"{name}-{'losses' if losses else 'base'}-{min(seeds)}"
-        folders[title_of(variant)] = out / "runs" / run
-    for label, folder in folders.items():
-        files = {i: folder / "pictures" / f"{dataset.stems[i]}.png" for i in shown}
-        if all(file.is_file() for file in files.values()):
-            lines[label] = {i: read_picture(file) for i, file in files.items()}
-    lines["truth"] = {i: items[i]["result"] for i in shown}
-    rows = [{dataset.stems[i]: line[i] for i in shown} for line in lines.values()]
-    contact_sheet(rows, out / "contact_sheet.png", labels=list(lines))
+        folders[title_of(variant)] = out / "runs" / run / "evaluation" / "images" / "trained"
+    return folders
 
 
 def write_report(out: Path, baseline: str, losses: str) -> str:
@@ -264,5 +237,5 @@ def write_report(out: Path, baseline: str, losses: str) -> str:
     runs, base = read_runs(out)
     text = report(runs, base, baseline, losses)
     (out / "report.md").write_text(text, encoding="utf-8")
-    draw_sheet(out, runs)
+    draw_sheet(out / "data" / "test", image_folders(out, runs), out / "contact_sheet.png")
     return text

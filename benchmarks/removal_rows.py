@@ -10,9 +10,12 @@ from typing import Any
 import yaml
 
 import moe_lora
-from options import MixtureOptions, RunOptions, TrainOptions
+from train import parse_options
 
-SPECIALISED = ("boundary", "consistency", "detail")
+DEFAULTS = vars(parse_options(["--train_data_dir", "unused"]))
+"""The options of `train.py`."""
+
+SPECIALIZED = ("boundary", "consistency", "detail")
 OF_A_ROUTER = (
     *("router", "router_kwargs", "routing_temperature", "routing_strategy", "top_k", "task_hint"),
     *("load_balancing_weight", "router_z_weight", "router_learning_rate"),
@@ -31,7 +34,7 @@ class Row:
             the scale that uniform weights give to a mixture.
         rate: its learning rate over the one that is given. Weights below 1 make the experts' steps
             small: each kind of row learned best at its own rate.
-        needs_losses: without the specialised losses it is another row's double.
+        needs_losses: without the specialized losses it is another row's double.
         optional: run only when it is asked for.
     """
 
@@ -67,7 +70,7 @@ ROWS: dict[str, Row] = {
 def missing(row: Row) -> str | None:
     """Return what this version lacks for a row, `None` where it lacks nothing."""
     for name, value in row.flags.items():
-        if name not in TrainOptions.__dataclass_fields__:
+        if name not in DEFAULTS:
             return f"the option `{name}` of train.py"
         if name == "router" and value not in moe_lora.router_names():
             return f"the router {value!r}; it has {list(moe_lora.router_names())}"
@@ -108,7 +111,7 @@ def read_base(config: Path, changes: list[str], steps: int | None) -> dict[str, 
     base: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
     for change in changes:
         name, equals, value = change.partition("=")
-        if not equals or name not in TrainOptions.__dataclass_fields__:
+        if not equals or name not in DEFAULTS:
             raise ValueError(
                 f"Expected OPTION=VALUE with an option of train.py, but got {change!r}."
             )
@@ -127,14 +130,14 @@ def read_base(config: Path, changes: list[str], steps: int | None) -> dict[str, 
 def options_of(row: Row, losses: bool, seed: int, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of one run, as a YAML file of `train.py` holds them."""
     entries = dict(base) | row.flags | {"seed": seed}
-    for name in SPECIALISED:
+    for name in SPECIALIZED:
         entries[f"enable_{name}_loss"] = losses
         if not losses:
             entries.pop(f"{name}_loss_weight", None)
     entries["enable_mask_info"] = losses
     if row.rate != 1:
-        usual = RunOptions.__dataclass_fields__["learning_rate"].default
-        given = float(entries.get("learning_rate", usual))  # YAML takes 1e-3 for a word
+        # YAML reads 1e-3 as a string.
+        given = float(entries.get("learning_rate", DEFAULTS["learning_rate"]))
         entries["learning_rate"] = given * row.rate
     routed = entries.get("routing") == "always"
     if not routed:
@@ -146,10 +149,10 @@ def options_of(row: Row, losses: bool, seed: int, base: Mapping[str, Any]) -> di
 
 def plain_options(row: Row, entries: Mapping[str, Any]) -> dict[str, Any]:
     """Turn the options of a mixture into those of PEFT's LoRA of the same size."""
-    defaults = MixtureOptions()
-    experts = entries.get("num_experts", defaults.num_experts)
-    rank = experts * entries.get("lora_r", defaults.lora_r)
-    scale = entries.get("lora_alpha", defaults.lora_alpha) * experts
+    given = DEFAULTS | dict(entries)
+    experts = given["num_experts"]
+    rank = experts * given["lora_r"]
+    scale = given["lora_alpha"] * experts
     share = 1 / experts if row.scale == "share" else float(row.scale)
     kept = {name: value for name, value in entries.items() if name != "num_experts"}
     return kept | {"adapter": "lora", "lora_r": rank, "lora_alpha": scale * share}

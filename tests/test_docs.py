@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -27,9 +29,16 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
+import evaluate
 import moe_lora
 import remove
-from options import LossOptions, MixtureOptions, ModelOptions, RunOptions, parse_options
+from options.train_options import (
+    LossOptions,
+    MixtureOptions,
+    ModelOptions,
+    RunOptions,
+    parse_options,
+)
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "flux_removal"
@@ -37,6 +46,7 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs" / "guides").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
 ]
 API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -192,23 +202,37 @@ def script_commands() -> Iterator[Any]:
             if scripts:
                 start = words.index(scripts[0])
                 yield pytest.param(
-                    Path(scripts[0]).name, words[start + 1 :], id=f"{page.stem}: {' '.join(words)}"
+                    scripts[0], words[start + 1 :], id=f"{page.stem}: {' '.join(words)}"
                 )
+
+
+def given_to_accelerate(command: list[str], folder: Path) -> list[str]:
+    """Run a command as the page prints it, and return what it gives to `accelerate launch`."""
+    recorder = folder / "accelerate"
+    recorder.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/given\n')
+    recorder.chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    subprocess.run(command, env=os.environ | {"PATH": path}, check=True)
+    given = (folder / "given").read_text().splitlines()
+    assert given[:2] == ["launch", "train.py"]
+    return given[2:]
 
 
 @pytest.mark.parametrize(("script", "arguments"), list(script_commands()))
 def test_commands_are_understood(
-    script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+    script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source = (EXAMPLE / script).read_text(encoding="utf-8")
     monkeypatch.chdir(EXAMPLE)
     if script == "train_moe.sh":
-        arguments = ["--train_data_dir", *arguments]
+        arguments = given_to_accelerate(["bash", script, *arguments], tmp_path)
     if script in ("train.py", "train_moe.sh"):
         options = parse_options(arguments)
         assert isinstance(options.train_data_dir, str)
     elif script == "remove.py":
         remove.build_parser().parse_args(arguments)
+    elif script == "evaluate.py":
+        evaluate.parse(arguments)
     else:
         assert {flag for flag in flags_in(arguments) if f'"{flag}"' not in source} == set()
 

@@ -1,4 +1,7 @@
-"""The examples show what users may rely on: they import public names of moe_lora only."""
+"""The examples show what users may rely on: they import public names of moe_lora only.
+
+Benchmarks use the examples as users do: through the command lines of their scripts.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,10 @@ import moe_lora
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = sorted(EXAMPLES.rglob("*.py"))
+BENCHMARKS = sorted((EXAMPLES.parent / "benchmarks").glob("*.py"))
+COMMAND_LINE = {"main", "parse_options"}
+"""What a benchmark may use of a script."""
+
 OPEN_MODULES = {
     "moe_lora": moe_lora,
     "moe_lora.flow": moe_lora.flow,
@@ -50,7 +57,8 @@ def private_uses(code: str) -> set[str]:
 
 
 def test_there_are_examples() -> None:
-    assert {"train.py", "remove.py", "demo.py"} <= {file.name for file in FILES}
+    scripts = {"train.py", "remove.py", "evaluate.py", "demo.py", "make_data.py"}
+    assert scripts <= {file.name for file in FILES}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(EXAMPLES)))
@@ -77,3 +85,57 @@ def test_examples_use_public_names_only(file: Path) -> None:
 )
 def test_the_reader_sees_every_kind_of_use(code: str, wrong: set[str]) -> None:
     assert private_uses(code) == wrong
+
+
+def modules_of_the_examples() -> tuple[set[str], set[str]]:
+    """Return the modules that the folders of the examples hold: scripts, and all others."""
+    scripts, inner = set(), set()
+    for path in EXAMPLES.glob("*/*"):
+        if path.suffix == ".py":
+            is_script = 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+            (scripts if is_script else inner).add(path.stem)
+        elif any(path.glob("*.py")):
+            inner.add(path.name)
+    return scripts, inner
+
+
+def inner_uses(code: str) -> set[str]:
+    """Return what a benchmark uses of an example beyond the command lines of its scripts."""
+    scripts, inner = modules_of_the_examples()
+    wrong, renamed = set(), {name: name for name in scripts}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            wrong |= {a.name for a in node.names if a.name.split(".")[0] in inner}
+            renamed |= {a.asname: a.name for a in node.names if a.asname and a.name in scripts}
+        elif isinstance(node, ast.ImportFrom):
+            module = (node.module or "").split(".")[0]
+            used = {f"{node.module}.{a.name}" for a in node.names if a.name not in COMMAND_LINE}
+            wrong |= {module} if module in inner else used if module in scripts else set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            script = renamed.get(node.value.id)
+            if script is not None and node.attr not in COMMAND_LINE:
+                wrong.add(f"{script}.{node.attr}")
+    return wrong
+
+
+@pytest.mark.parametrize("file", BENCHMARKS, ids=lambda file: file.name)
+def test_benchmarks_use_the_command_lines_of_the_examples_only(file: Path) -> None:
+    assert inner_uses(file.read_text(encoding="utf-8")) == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("from removal_data.dataset import RemovalDataset", {"removal_data"}),
+        ("import evaluation.measuring", {"evaluation.measuring"}),
+        ("def late():\n    from scenes import random_scene", {"scenes"}),
+        ("from train import training_step", {"train.training_step"}),
+        ("import train as t\nt.training_step", {"train.training_step"}),
+        ("import evaluate\nevaluate.run_models()", {"evaluate.run_models"}),
+        ("import evaluate\nevaluate.main([])\nfrom train import parse_options", set()),
+        ("import torch, yaml\nfrom measuring import machine", set()),
+    ],
+)
+def test_inner_uses_are_found(code: str, wrong: set[str]) -> None:
+    assert inner_uses(code) == wrong

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shlex
@@ -22,7 +21,7 @@ from PIL import Image
 from removal_rows import ROWS, Row
 from safetensors.torch import load_file
 
-from options import MixtureOptions, TrainOptions, parse_options
+from train import parse_options
 
 CONFIG = {
     "lora_r": 2,
@@ -104,22 +103,24 @@ def test_every_sample_is_measured_and_kept(finished: Path) -> None:
             assert sample["size"] in removal_report.SIZES
             assert sample["psnr/whole"] > 5
             assert ("routing" in sample) == name.startswith("routed")
-            picture = Image.open(finished / "runs" / name / "pictures" / f"{sample['stem']}.png")
-            assert picture.size == (32, 32)
+            images = finished / "runs" / name / "evaluation" / "images"
+            model = "base" if name == "base" else "trained"
+            image = Image.open(images / model / f"{sample['stem']}.png")
+            assert image.size == (32, 32)
     assert not list(finished.glob("runs/*/training"))
 
 
 def test_every_mixture_is_measured_without_each_of_its_experts(finished: Path) -> None:
     found = results(finished)
-    assert "specialisation" not in found["plain-losses-0"]
+    assert "specialization" not in found["plain-losses-0"]
     for name in ("uniform-losses-0", "routed-losses-0"):
-        entry = found[name]["specialisation"]
+        entry = found[name]["specialization"]
         assert set(entry["pairs"].values()) == {"boundary", "consistency", "detail"}
         assert {"base", "psnr/inside"} < set(entry["baseline"])
         assert 0 <= entry["score"] <= 1
     by_seed = removal_report.read_runs(finished)[0]
-    told = removal_report.table_of_specialisation(by_seed)
-    routed = found["routed-losses-0"]["specialisation"]
+    told = removal_report.table_of_specialization(by_seed)
+    routed = found["routed-losses-0"]["specialization"]
     wanted = [*routed["shares"].values(), routed["score"]]
     assert line(told, "mixture routed + losses")[1:] == [f"{share:.2f}" for share in wanted]
     assert "plain" not in told
@@ -131,8 +132,8 @@ def test_what_is_finished_is_not_run_again(
     def forbidden(*arguments: Any) -> None:
         raise AssertionError
 
-    for name in ("train", "run_pipeline", "make_data"):
-        monkeypatch.setattr(removal, name, forbidden)
+    for script in (removal.train, removal.evaluate, removal.make_data):
+        monkeypatch.setattr(script, "main", forbidden)
     assert run(finished, config, "--rows", "plain", "routed", "--losses", "--seeds", "0") == 0
 
 
@@ -149,14 +150,14 @@ def test_a_folder_goes_on_with_its_own_settings_only(finished: Path, config: Pat
 def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(
     finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = removal.train
+    whole = removal.train.main
 
-    def stop_early(options: TrainOptions) -> Path:
-        return whole(dataclasses.replace(options, max_train_steps=1))
+    def stop_early(arguments: list[str]) -> None:
+        whole([*arguments, "--max_train_steps", "1"])
 
     flags = ("--rows", "routed", "--losses", "--seeds", "0")
     with monkeypatch.context() as patch:
-        patch.setattr(removal, "train", stop_early)
+        patch.setattr(removal.train, "main", stop_early)
         assert run(tmp_path, config, *flags) == 1
     assert set(results(tmp_path)) == {"base"}
     assert run(tmp_path, config, *flags) == 0
@@ -169,13 +170,13 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(
 def test_two_processes_may_write_the_data_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_data = removal.make_data
+    write = removal.make_data.main
 
-    def late(folder: Path, **counts: int) -> None:
-        make_data(folder, **counts)
-        make_data(tmp_path / "data", **counts)
+    def late(arguments: list[str]) -> None:
+        write(arguments)
+        write(["--output_dir", str(tmp_path / "data"), *arguments[2:]])
 
-    monkeypatch.setattr(removal, "make_data", late)
+    monkeypatch.setattr(removal.make_data, "main", late)
     found = removal.prepare_data(tmp_path / "data", train_scenes=1, scenes=1, size=32)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert (found / "complete.json").is_file()
@@ -186,7 +187,7 @@ def test_rows_differ_in_nothing_but_what_they_are_about() -> None:
     allowed = {
         *("adapter", "num_experts", "lora_r", "lora_alpha", "routing", "uniform_steps"),
         *("enable_mask_info", "expert_signals", "learning_rate", *removal_rows.OF_A_ROUTER),
-        *(f"enable_{name}_loss" for name in removal_rows.SPECIALISED),
+        *(f"enable_{name}_loss" for name in removal_rows.SPECIALIZED),
     }
     known = [name for name in ROWS if removal_rows.missing(ROWS[name]) is None]
     runs = removal_rows.variants(known, [False, True])
@@ -197,7 +198,7 @@ def test_rows_differ_in_nothing_but_what_they_are_about() -> None:
         assert entries["seed"] == 7
         flags = [w for k, v in entries.items() for w in (f"--{k}", str(v))]
         options = parse_options(["--train_data_dir", "d", *flags])
-        assert options.specialised is losses
+        assert options.specialized is losses
         assert options.routed is (not ROWS[name].plain and name != "uniform")
         rank = options.lora_r * (1 if ROWS[name].plain else options.num_experts)
         assert rank == 3 * base["lora_r"]
@@ -214,7 +215,7 @@ def test_a_plain_lora_has_the_scale_of_an_expert(scale: float | str, expected: f
     assert entries["lora_alpha"] / entries["lora_r"] == pytest.approx(expected)
     assert "num_experts" not in entries
     usual = removal_rows.options_of(Row("x", plain=True), False, 0, {})
-    assert usual["lora_r"] == 3 * MixtureOptions().lora_r
+    assert usual["lora_r"] == 3 * removal_rows.DEFAULTS["lora_r"]
 
 
 def test_a_row_learns_at_its_own_multiple_of_the_given_rate(tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_a_row_learns_at_its_own_multiple_of_the_given_rate(tmp_path: Path) -> N
     ]
     assert [float(rate) for rate in rates] == pytest.approx([1e-3, 3e-3])
     usual = removal_rows.options_of(Row("x", rate=2.0), False, 0, {})["learning_rate"]
-    assert usual == 2 * TrainOptions(train_data_dir="d").learning_rate
+    assert usual == 2 * removal_rows.DEFAULTS["learning_rate"]
 
 
 def test_phases_keep_their_share_of_the_steps(tmp_path: Path) -> None:
@@ -375,7 +376,7 @@ def test_the_report_and_the_sheet_are_written(
     for title in ("base model", "plain LoRA + losses", "mixture routed + losses"):
         assert len(line(text, title)) == 10
     sheet = np.array(Image.open(finished / "contact_sheet.png"))
-    rows = len(("source", "mask", "base", "plain", "uniform", "routed", "truth"))
+    rows = len(("source", "mask", "base", "plain", "uniform", "routed", "target"))
     assert sheet.shape[0] == 26 + rows * (64 + 6) + 6
     source = Image.open(finished / "data" / "test" / "src" / "0001.png")
     assert sheet.shape[1] > 2 * (2 * source.width + 6)

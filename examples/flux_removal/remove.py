@@ -1,4 +1,4 @@
-"""Remove an object from a picture with a trained checkpoint, through the stock Fill pipeline.
+"""Remove an object from an image with a trained checkpoint, through the stock Fill pipeline.
 
 python remove.py --image photo.png --mask mask.png --checkpoint outputs/mine/checkpoint-1000
 """
@@ -15,15 +15,21 @@ import torch
 from diffusers import FluxFillPipeline
 from PIL import Image
 
+from flux_fill.models import (
+    Conditioner,
+    guidance_for,
+    load_checkpoint,
+    load_pipeline,
+    to_pil_images,
+)
 from image_io.mask_reading import mask_from_alpha, read_mask
 from image_io.metadata import read_exif
 from image_io.options import ReadingOptions, add_reading_flags, reading_options
 from image_io.padding import MULTIPLE, pad_to_multiple
-from image_io.reading import Picture, read_picture
-from image_io.writing import check_output, default_suffix, write_picture
-from models import Conditioner, guidance_for, load_checkpoint, load_pipeline, to_pictures
+from image_io.reading import LoadedImage, read_image
+from image_io.writing import check_output, default_suffix, write_image
 from moe_lora.masks import composite
-from options import BUNDLED_MODEL
+from options.train_options import BUNDLED_MODEL
 
 FEATHER = 4
 """Pixels of soft edge around the mask, where the background is kept."""
@@ -42,9 +48,9 @@ def remove_object(
     guidance_scale: float | None = None,
     ref: Image.Image | None = None,
 ) -> Image.Image:
-    """Return the picture with what the mask covers, and its shadow, removed.
+    """Return the image with what the mask covers, and its shadow, removed.
 
-    The picture is padded to multiples of 16 pixels, never resized, and the result is cropped to
+    The image is padded to multiples of 16 pixels, never resized, and the result is cropped to
     its size.
 
     Args:
@@ -55,7 +61,7 @@ def remove_object(
         steps: of denoising.
         seed: of the noise.
         guidance_scale: for models with guidance embeddings; 30 when `None`.
-        ref: the reference for Redux; the picture itself when `None`.
+        ref: the reference for Redux; the image itself when `None`.
     """
     guidance = guidance_for(pipe.transformer, guidance_scale, 1)
     padded, padded_mask = pad_to_multiple(image, mask)
@@ -78,7 +84,7 @@ def remove_object(
 def keep_background(
     result: Image.Image, image: Image.Image, mask: Image.Image, feather: int
 ) -> Image.Image:
-    """Paste the result into the picture, which stays as it was `feather + 1` pixels off the mask.
+    """Paste the result into the image, which stays as it was `feather + 1` pixels off the mask.
 
     Without it every pixel changes a little, since the VAE encodes and decodes all of them. With it
     a shadow outside the mask stays, too.
@@ -90,10 +96,10 @@ def keep_background(
         feather: pixels around the mask in which the two are blended.
     """
     made, before, where = (
-        torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1)[None] / 255
-        for picture in (result, image, mask)
+        torch.from_numpy(np.atleast_3d(np.array(value))).permute(2, 0, 1)[None] / 255
+        for value in (result, image, mask)
     )
-    return to_pictures(composite(made, before, where, feather))[0]
+    return to_pil_images(composite(made, before, where, feather))[0]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -104,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--image", type=Path, required=True, help="the picture")
+    parser.add_argument("--image", type=Path, required=True, help="the image")
     parser.add_argument(
         "--mask", type=Path, help="white = remove; what is transparent in the image by default"
     )
@@ -117,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--flux_fill_id", default=str(BUNDLED_MODEL), help="the base model")
     parser.add_argument("--flux_redux_id", help="as in training")
-    parser.add_argument("--ref", type=Path, help="reference for Redux; the picture by default")
+    parser.add_argument("--ref", type=Path, help="reference for Redux; the image by default")
     parser.add_argument("--prompt", help="as in training")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -164,21 +170,21 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ReadingO
 
 def read_inputs(
     args: argparse.Namespace, options: ReadingOptions
-) -> tuple[Picture, Image.Image, bytes | None]:
-    """Return the picture, its mask in mode L, and its EXIF data, once `args.output` is checked.
+) -> tuple[LoadedImage, Image.Image, bytes | None]:
+    """Return the image, its mask in mode L, and its EXIF data, once `args.output` is checked.
 
     Raises:
         FileNotFoundError, ValueError: when a file cannot be read, or the mask is empty.
         FileExistsError, OSError, ValueError: when the output cannot be written.
     """
-    picture, exif = read_picture(args.image, options.background or "white"), read_exif(args.image)
-    args.output = args.output or Path("removed").with_suffix(default_suffix(picture))
+    loaded, exif = read_image(args.image, options.background or "white"), read_exif(args.image)
+    args.output = args.output or Path("removed").with_suffix(default_suffix(loaded))
     if args.mask is None:
-        mask = mask_from_alpha(picture, options)
+        mask = mask_from_alpha(loaded, options)
         # What was transparent is filled, so that the result is opaque.
-        picture = dataclasses.replace(picture, rgb=picture.bare, alpha=None)
+        loaded = dataclasses.replace(loaded, rgb=loaded.bare, alpha=None)
     else:
-        mask = read_mask(args.mask, picture.rgb.size, options, image=args.image)
+        mask = read_mask(args.mask, loaded.rgb.size, options, image=args.image)
     if not mask.any():
         raise ValueError(
             f"Expected something to remove in the mask {args.mask or args.image}, but it is empty. "
@@ -186,21 +192,21 @@ def read_inputs(
         )
     check_output(
         args.output,
-        picture,
+        loaded,
         [path for path in (args.image, args.mask, args.ref) if path is not None],
         exif=exif,
         overwrite=args.overwrite,
         flatten=options.background is not None,
     )
-    return picture, Image.fromarray(mask.astype(np.uint8) * 255), exif
+    return loaded, Image.fromarray(mask.astype(np.uint8) * 255), exif
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run as a program."""
     args, options = parse(arguments)
-    picture, mask, exif = read_inputs(args, options)
-    image = picture.rgb
-    ref = read_picture(args.ref, options.background or "white").rgb if args.ref else None
+    loaded, mask, exif = read_inputs(args, options)
+    image = loaded.rgb
+    ref = read_image(args.ref, options.background or "white").rgb if args.ref else None
     pipe = load_pipeline(args.flux_fill_id, dtype=DTYPES[args.dtype], device=args.device)
     load_checkpoint(pipe, args.checkpoint)
     conditioner = Conditioner(pipe, prompt=args.prompt, redux_id=args.flux_redux_id)
@@ -220,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if args.keep_background:
         result = keep_background(result, image, mask, args.feather)
-    write_picture(result, args.output, picture, exif)
+    write_image(result, args.output, loaded, exif)
     print(f"Wrote {args.output}.")
 
 

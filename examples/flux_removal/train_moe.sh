@@ -1,22 +1,30 @@
 #!/usr/bin/env bash
 # Train in routing mode: all four losses, three experts and their router.
 #
-#   bash train_moe.sh [flags of train.py]
+#   bash train_moe.sh [DATA] [flags of train.py]
 #
-# By itself it trains the bundled tiny model on triplets that make_data.py writes. For FLUX.1 Fill:
+# DATA holds the folders src, mask, result and, if wanted, ref. It is looked up in the directory of
+# the call, then beside this script; all other paths are relative to this script. Without DATA,
+# make_data.py writes triplets, and without FLUX_FILL_ID the bundled tiny model is trained.
+# For FLUX.1 Fill:
 #
 #   FLUX_FILL_ID=black-forest-labs/FLUX.1-Fill-dev \
 #   FLUX_REDUX_ID=black-forest-labs/FLUX.1-Redux-dev \
-#   TRAIN_DATA_DIR=my_triplets MIXED_PRECISION=bf16 \
-#   bash train_moe.sh --gradient_checkpointing --vae_checkpointing
-#
-# TRAIN_DATA_DIR holds the folders src, mask, result and, if wanted, ref.
+#   MIXED_PRECISION=bf16 \
+#   bash train_moe.sh my_triplets --gradient_checkpointing --vae_checkpointing
 set -euo pipefail
 
-here=$(cd "$(dirname "$0")" && pwd)
 data=${TRAIN_DATA_DIR:-}
+if [[ $# -gt 0 && $1 != -* ]]; then
+  data=$1
+  shift
+fi
+if [[ -d $data ]]; then
+  data=$(cd "$data" && pwd)
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")"
 if [[ -z $data ]]; then
-  python "$here/make_data.py" --output_dir outputs/data
+  python ../demo/make_data.py --output_dir outputs/data
   data=outputs/data/train
 fi
 models=()
@@ -24,7 +32,7 @@ models=()
 [[ -n ${FLUX_REDUX_ID:-} ]] && models+=(--flux_redux_id "$FLUX_REDUX_ID")
 
 # shellcheck disable=SC2086  # ACCELERATE_FLAGS is a list, for example "--num_processes 4"
-accelerate launch ${ACCELERATE_FLAGS:-} "$here/train.py" \
+accelerate launch ${ACCELERATE_FLAGS:-} train.py \
   ${models[@]+"${models[@]}"} \
   --train_data_dir "$data" \
   --output_dir "${OUTPUT_DIR:-outputs/flux_removal}" \

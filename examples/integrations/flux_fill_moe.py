@@ -1,4 +1,4 @@
-"""Fine-tune FLUX.1 Fill on pictures with masks; start it with `accelerate launch`."""
+"""Fine-tune FLUX.1 Fill on images with masks; start it with `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--pretrained_model_name_or_path", default="black-forest-labs/FLUX.1-Fill-dev")
     add("--data_dir", required=True, help="holds images/ and masks/ with equal file names")
-    add("--prompt", default="", help="of all pictures")
+    add("--prompt", default="", help="of all images")
     add("--output_dir", default="flux-fill-adapter")
     add("--rank", type=int, default=16)
     add("--resolution", type=int, default=512, help="a multiple of 16")

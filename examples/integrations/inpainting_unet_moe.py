@@ -1,4 +1,4 @@
-"""Fine-tune a nine-channel inpainting UNet on pictures with masks; for `accelerate launch`."""
+"""Fine-tune a nine-channel inpainting UNet on images with masks; for `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="stable-diffusion-v1-5/stable-diffusion-inpainting",
     )
     add("--data_dir", required=True, help="holds images/ and masks/ with equal file names")
-    add("--prompt", default="", help="of all pictures")
+    add("--prompt", default="", help="of all images")
     add("--output_dir", default="inpainting-unet-adapter")
     add("--rank", type=int, default=16)
     add("--resolution", type=int, default=512, help="a multiple of 64")

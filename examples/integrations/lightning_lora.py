@@ -1,4 +1,4 @@
-"""Fine-tune an unconditional UNet for RePaint on pictures with masks, with Lightning."""
+"""Fine-tune an unconditional UNet for RePaint on images with masks, with Lightning."""
 
 from __future__ import annotations
 

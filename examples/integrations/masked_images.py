@@ -1,4 +1,4 @@
-"""Pictures with masks, from two folders whose files have the same names."""
+"""Images with masks, from two folders whose files have the same names."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class MaskedImages(Dataset[dict[str, Tensor]]):
         resolution: of the square that both are cropped and scaled to, in pixels.
 
     Raises:
-        FileNotFoundError: when there are no pictures, or one has no mask.
+        FileNotFoundError: when there are no images, or one has no mask.
     """
 
     def __init__(self, folder: str, resolution: int) -> None:
         self.size = (resolution, resolution)
         self.images = sorted(path for path in Path(folder, "images").glob("*") if path.is_file())
         if not self.images:
-            raise FileNotFoundError(f"Expected pictures in {Path(folder, 'images')}, but got none.")
+            raise FileNotFoundError(f"Expected images in {Path(folder, 'images')}, but got none.")
         self.masks = [Path(folder, "masks", path.name) for path in self.images]
         for mask in self.masks:
             if not mask.is_file():

@@ -21,7 +21,7 @@ class RuleTableRouter(Router):
     """Look the weights up by the mask's area, in one table for smooth edges and one for ragged.
 
     Args:
-        areas: shares of the picture between one row and the next, ascending.
+        areas: shares of the image between one row and the next, ascending.
         tables: smooth and ragged: a row of weights, one per expert, for every range of areas.
     """
 

@@ -79,8 +79,8 @@ def write_triplets(folder: Path, sizes: list[tuple[int, int]]) -> Path:
         mask[8 : 24 + 4 * (index % 4), 16:40] = 255
         for name in ("src", "result", "ref"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            Image.fromarray(picture).save(folder / name / f"{index:03d}.png")
+            image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(image).save(folder / name / f"{index:03d}.png")
         (folder / "mask").mkdir(exist_ok=True)
         Image.fromarray(mask).save(folder / "mask" / f"{index:03d}.png")
     return folder

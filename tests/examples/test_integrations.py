@@ -292,20 +292,20 @@ def test_the_routed_script_trains_every_expert_and_the_router(
 
 
 def fill(kind: str, source: Path, adapter: Path | None, mask: Image.Image) -> tuple[Tensor, Any]:
-    """Run the stock pipeline, with an adapter; return its picture and the last routing."""
-    picture = Image.new("RGB", (64, 64), (200, 90, 40))
+    """Run the stock pipeline, with an adapter; return its image and the last routing."""
+    image = Image.new("RGB", (64, 64), (200, 90, 40))
     generator = torch.Generator().manual_seed(0)
     if kind == "lightning":
         pipe = RePaintPipeline.from_pretrained(
             source, scheduler=RePaintScheduler(num_train_timesteps=100)
         )
         keep = Image.eval(mask, lambda value: 255 - value)
-        settings = {"image": picture, "mask_image": keep, "jump_n_sample": 1}
+        settings = {"image": image, "mask_image": keep, "jump_n_sample": 1}
     else:
         pipe = (
             FluxFillPipeline if kind == "flux_fill" else StableDiffusionInpaintPipeline
         ).from_pretrained(source, safety_checker=None)
-        settings = {"prompt": "", "image": picture, "mask_image": mask, "height": 64, "width": 64}
+        settings = {"prompt": "", "image": image, "mask_image": mask, "height": 64, "width": 64}
     pipe.set_progress_bar_config(disable=True)
     model = adapted(pipe)
     if adapter is not None:
@@ -349,9 +349,9 @@ def test_accumulation_and_checkpointing_work_as_before(
     assert all(v.any() for name, v in state.items() if name.endswith("lora_B"))
 
 
-def test_a_picture_without_a_mask_is_an_error(tmp_path: Path) -> None:
+def test_a_image_without_a_mask_is_an_error(tmp_path: Path) -> None:
     images = importlib.import_module("masked_images").MaskedImages
-    with pytest.raises(FileNotFoundError, match="Expected pictures"):
+    with pytest.raises(FileNotFoundError, match="Expected images"):
         images(str(tmp_path), 64)
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")

@@ -44,7 +44,7 @@ def test_every_file_is_short_and_holds_one_router() -> None:
         assert name in moe_lora.router_names()
 
 
-def picture_mask(kind: str) -> Image.Image:
+def image_mask(kind: str) -> Image.Image:
     """Return a mask of 64x64 pixels: a small or large square, a large star."""
     mask = Image.new("L", (64, 64), 0)
     if kind == "small":
@@ -62,11 +62,11 @@ def picture_mask(kind: str) -> Image.Image:
 def call(
     pipe: FluxFillPipeline, mask: str = "large", *prompts: int
 ) -> tuple[Tensor, RoutingDecision | None]:
-    """Run the stock pipeline; return its pictures and the routing of its last step."""
+    """Run the stock pipeline; return its images and the routing of its last step."""
     embeds = [torch.Generator().manual_seed(prompt) for prompt in prompts or [0]]
     result = pipe(
         image=Image.new("RGB", (64, 64), (200, 90, 40)),
-        mask_image=picture_mask(mask),
+        mask_image=image_mask(mask),
         prompt_embeds=torch.cat([torch.randn(1, 4, 8, generator=g) for g in embeds]),
         pooled_prompt_embeds=torch.cat([3 * torch.randn(1, 8, generator=g) for g in embeds]),
         height=64,
@@ -141,11 +141,11 @@ def test_a_saved_router_is_loaded_and_used_by_the_stock_pipeline(
     assert set(trained) == {name for name, _ in router.named_parameters()}
     for name, parameter in router.named_parameters():
         assert torch.equal(parameter, trained[name])
-    picture, decision = call(pipe)
-    assert not torch.equal(picture, plain)
+    image, decision = call(pipe)
+    assert not torch.equal(image, plain)
     torch.testing.assert_close(decision.weights.sum(-1), torch.ones(decision.weights.shape[:-1]))
     with moe_lora.route(pipe.transformer, decision.weights):
-        torch.testing.assert_close(call(pipe)[0], picture, atol=1e-4, rtol=0)
+        torch.testing.assert_close(call(pipe)[0], image, atol=1e-4, rtol=0)
 
 
 def moe_lora_file(folder: Path) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ def test_the_convolution_follows_the_mask_around_each_token(
     assert weights.shape == (1, 16, 3)
     assert torch.equal(weights, call(pipe, "small", 1)[1].weights)
     router = router_of(pipe.transformer)
-    mask = torch.from_numpy(np.array(picture_mask("small")) / 255).float()[None, None]
+    mask = torch.from_numpy(np.array(image_mask("small")) / 255).float()[None, None]
     covered = masks.to_tokens(mask, (4, 4)).view(4, 4)
     # A token's logits, by a loop over its neighbourhood of 5x5 tokens.
     first, last = router.net[0], router.net[2]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe_lora.losses import LatentDecoder, boundary_loss, consistency_loss, detail_loss
 from moe_lora.losses.windows import Window
 
-TRAINED = Path(__file__).parents[2] / "examples" / "flux_removal" / "tiny_flux_fill" / "vae"
+TRAINED = Path(__file__).parents[2] / "examples" / "tiny_flux_fill" / "model" / "vae"
 WINDOW = Window(1, 2, 5, 6)
 WINDOWS = [WINDOW, Window(0, 0, 4, 3), Window(5, 6, 10, 8), Window(4, 4, 5, 5)]
 

@@ -39,7 +39,7 @@ class ImageFile:
     """What an image file stores.
 
     Attributes:
-        pixels: upright, in the file's own mode; of several pictures in a file the first.
+        pixels: upright, in the file's own mode; of several images in a file the first.
         format: Pillow's name of the file's format.
         tags: those of a TIFF file; of other files none.
     """

@@ -11,7 +11,7 @@ from image_io.annotations import read_annotations
 from image_io.image_files import IMAGE_SUFFIXES, load, named
 from image_io.mask_values import Mask, from_image, from_levels, near, select_label
 from image_io.options import ReadingOptions
-from image_io.reading import Picture
+from image_io.reading import LoadedImage
 
 MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".json")
 
@@ -100,12 +100,12 @@ def read_mask(
     return change(mask, options)
 
 
-def mask_from_alpha(picture: Picture, options: ReadingOptions) -> Mask:
+def mask_from_alpha(loaded: LoadedImage, options: ReadingOptions) -> Mask:
     """Return the transparent part of an image as its mask.
 
     Raises:
         ValueError: when the image is opaque.
     """
-    if picture.alpha is None:
+    if loaded.alpha is None:
         raise ValueError("Expected --mask for an image without transparent pixels, but got none.")
-    return change(np.array(picture.alpha) < 128, options)
+    return change(np.array(loaded.alpha) < 128, options)

@@ -16,7 +16,7 @@ DESCRIPTIVE = (
     *(Base.Copyright, Base.XResolution, Base.YResolution, Base.ResolutionUnit, Base.HostComputer),
     *(Base.Rating, Base.XPTitle, Base.XPComment, Base.XPAuthor, Base.XPKeywords, Base.XPSubject),
 )
-"""What a TIFF file says of its picture; its other tags say how it is stored."""
+"""What a TIFF file says of its image; its other tags say how it is stored."""
 
 OFFSETS = (IFD.Interop, 0x0201, 0x0202)
 """Where other blocks lie in the old file; the last two are its thumbnail, with the object in it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import ImageColor
 
-from routing_options import option
+from options.routing_options import option
 
 
 @dataclass(kw_only=True)

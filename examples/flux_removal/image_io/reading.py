@@ -20,7 +20,7 @@ LOWEST_VALUES, HIGHEST_VALUES = (340, 280), (341, 281)
 
 
 @dataclass(frozen=True)
-class Picture:
+class LoadedImage:
     """An image as models read it, and as its file stores it.
 
     Attributes:
@@ -89,11 +89,11 @@ def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return both.convert(both.mode[:-1]), None if alpha.getextrema()[0] == 255 else alpha
 
 
-def read_picture(path: Path, background: str = "white") -> Picture:
+def read_image(path: Path, background: str = "white") -> LoadedImage:
     """Read an image file of any kind.
 
     It is turned upright, converted to sRGB by its ICC profile, and scaled to 8 bits by the range
-    of its values. Of several pictures in a file the first is read.
+    of its values. Of several images in a file the first is read.
 
     Args:
         path: of the file.
@@ -113,4 +113,4 @@ def read_picture(path: Path, background: str = "white") -> Picture:
         if alpha is not None:
             behind = Image.new("RGB", bare.size, ImageColor.getrgb(background)[:3])
             rgb = Image.composite(bare, behind, alpha)
-        return Picture(rgb, alpha, bare, stored, profile if stored else None, file.format)
+        return LoadedImage(rgb, alpha, bare, stored, profile if stored else None, file.format)

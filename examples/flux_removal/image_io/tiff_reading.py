@@ -14,7 +14,7 @@ def read_color_tiff(path: Path) -> Image.Image:
     """Read the first page of a TIFF file as upright 8-bit RGB, RGBA or L.
 
     Raises:
-        ValueError: when its pixels are neither grey nor RGB.
+        ValueError: when its pixels are neither gray nor RGB.
     """
     import tifffile  # only few files need it
 
@@ -25,7 +25,7 @@ def read_color_tiff(path: Path) -> Image.Image:
     if values.ndim == 3 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
         values = np.moveaxis(values, 0, -1)
     if values.dtype.kind == "c" or values.shape[2:] not in ((), (3,), (4,)):
-        raise ValueError(f"its pixels are {values.dtype} of shape {values.shape}, not grey or RGB")
+        raise ValueError(f"its pixels are {values.dtype} of shape {values.shape}, not gray or RGB")
     scaled = to_eight_bits(values, value_range(values, page.bitspersample))
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         scaled = 255 - scaled

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 
 from image_io.color_profiles import from_srgb
 from image_io.image_files import HAS_HEIF
-from image_io.reading import Picture
+from image_io.reading import LoadedImage
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "BMP": ".bmp", "WEBP"
 SUFFIXES |= {"AVIF": ".avif", "HEIF": ".heic"}
 
 
-def default_suffix(source: Picture) -> str:
+def default_suffix(source: LoadedImage) -> str:
     """Return the suffix for the format of a source, `.png` for one that is not written."""
     return SUFFIXES.get(source.format, ".png")
 
 
-def check_format(output: Path, source: Picture, exif: bytes | None, *, flatten: bool) -> None:
+def check_format(output: Path, source: LoadedImage, exif: bytes | None, *, flatten: bool) -> None:
     """Raise unless the format that a suffix names can hold an image like its source.
 
     Raises:
@@ -91,7 +91,7 @@ def check_format(output: Path, source: Picture, exif: bytes | None, *, flatten: 
 
 def check_output(
     output: Path,
-    source: Picture,
+    source: LoadedImage,
     inputs: Iterable[Path],
     *,
     exif: bytes | None = None,
@@ -130,7 +130,7 @@ def check_output(
                 )
 
 
-def without_background(image: Image.Image, source: Picture) -> Image.Image:
+def without_background(image: Image.Image, source: LoadedImage) -> Image.Image:
     """Take the background out of half transparent pixels, so that it is not seen twice.
 
     Args:
@@ -154,7 +154,9 @@ def in_profile(image: Image.Image, profile: bytes, kind: Format) -> Image.Image 
     return converted if converted.mode in kind.modes else None
 
 
-def restore(image: Image.Image, source: Picture, kind: Format) -> tuple[Image.Image, bytes | None]:
+def restore(
+    image: Image.Image, source: LoadedImage, kind: Format
+) -> tuple[Image.Image, bytes | None]:
     """Return an image as its source is stored: its profile, its transparency, unchanged pixels.
 
     A profile that the format cannot hold is replaced by sRGB's.
@@ -185,8 +187,8 @@ def restore(image: Image.Image, source: Picture, kind: Format) -> tuple[Image.Im
     return image, profile
 
 
-def write_picture(
-    image: Image.Image, output: Path, source: Picture, exif: bytes | None = None
+def write_image(
+    image: Image.Image, output: Path, source: LoadedImage, exif: bytes | None = None
 ) -> None:
     """Write an image in the format that its suffix names, with what the source's file held.
 

@@ -1,0 +1,130 @@
+"""Write removal triplets made of real photographs as image files.
+
+The layout is OUT/{train,test}/{src,mask,result,ref}/NNNN.png, beside a metadata.jsonl for each
+split. Train and test use different photographs. The same seeds give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from scenes import MASK_KINDS, Array, Scene, random_scene
+
+SEEDS = {"train": 11, "test": 12}
+STAMP = "complete.json"
+"""The file that says what a folder holds; only folders with it are changed."""
+
+FOLDERS = ("src", "mask", "result", "ref")
+
+
+def save_image(path: Path, array: Array) -> None:
+    """Write `(H, W)` or `(H, W, 3)`, in [0, 1], as a PNG file."""
+    image = Image.fromarray(np.round(array * 255).astype(np.uint8))
+    image.save(path, compress_level=1)
+
+
+def describe(scene: Scene, stem: str) -> dict[str, str | float]:
+    """Return what the metadata says of a scene."""
+    return {
+        "stem": stem,
+        "photograph": scene.photograph,
+        "object": scene.object_kind,
+        "mask": scene.mask_kind,
+        "area": round(float(scene.mask.mean()), 4),
+    }
+
+
+def write_scene(folder: Path, split: str, size: int, index: int) -> str:
+    """Write the files of one scene, which depends on nothing but its index; return its metadata."""
+    rng = np.random.default_rng((SEEDS[split], index))
+    scene = random_scene(rng, split, size, mask_kind=MASK_KINDS[index % len(MASK_KINDS)])
+    stem = f"{index:04d}"
+    for name in FOLDERS:
+        save_image(folder / name / f"{stem}.png", getattr(scene, name))
+    return json.dumps(describe(scene, stem))
+
+
+def write_split(folder: Path, split: str, count: int, size: int, *, before: int) -> None:
+    """Write `count` scenes of a split, which had `before`; the mask kinds take turns."""
+    for name in FOLDERS:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count, before):
+            (folder / name / f"{index:04d}.png").unlink(missing_ok=True)
+    with ThreadPoolExecutor() as threads:
+        lines = list(threads.map(partial(write_scene, folder, split, size), range(count)))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def read_stamp(output: Path) -> dict[str, Any] | None:
+    """Return what was written into a folder before; None for one that is empty or missing.
+
+    Raises:
+        FileExistsError: when the folder holds anything that was not written here.
+    """
+    try:
+        found = json.loads((output / STAMP).read_text(encoding="utf-8"))
+        if {"train", "test", "size", "seeds"} <= set(found):
+            return dict(found)
+    except FileNotFoundError:
+        if not output.is_dir() and not output.exists():
+            return None
+        if output.is_dir() and not any(output.iterdir()):
+            return None
+    except (ValueError, TypeError, NotADirectoryError):
+        pass
+    raise FileExistsError(
+        f"Expected {output} to be a new or empty folder, or one that make_data.py wrote, but it "
+        "holds other files. Name another --output_dir."
+    )
+
+
+def make_data(
+    output: Path, *, train_count: int = 480, test_count: int = 48, size: int = 128
+) -> None:
+    """Write both splits, unless the folder already holds exactly them.
+
+    Raises:
+        FileExistsError: when the folder holds anything that was not written here.
+    """
+    wanted = {"train": train_count, "test": test_count, "size": size, "seeds": SEEDS}
+    found = read_stamp(output) or {"train": 0, "test": 0}
+    if found == wanted:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    # Until all is written, the stamp tells whose folder it is, and all files that may be there.
+    most = {split: max(wanted[split], found[split]) for split in ("train", "test")}
+    (output / STAMP).write_text(json.dumps(wanted | most | {"complete": False}))
+    write_split(output / "train", "train", train_count, size, before=found["train"])
+    write_split(output / "test", "test", test_count, size, before=found["test"])
+    (output / STAMP).write_text(json.dumps(wanted))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the data that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--train_count", type=int, default=480)
+    parser.add_argument("--test_count", type=int, default=48)
+    parser.add_argument("--size", type=int, default=128, help="side in pixels, a multiple of 16")
+    args = parser.parse_args(arguments)
+    if args.size < 32 or args.size % 16:
+        parser.error(f"Expected --size to be a multiple of 16 from 32 up, but got {args.size}.")
+    make_data(
+        args.output_dir,
+        train_count=args.train_count,
+        test_count=args.test_count,
+        size=args.size,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Measure a checkpoint on held-out triplets: a table, the predictions, a contact sheet, numbers.
+
+python evaluate.py --data_dir data/test --checkpoint outputs/mine/checkpoint-1000
+
+The folder --output_dir receives contact_sheet.png, metrics.json (every metric of every sample), and
+images/MODEL/STEM.png, where MODEL is `trained` or `base`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.comparison_sheet import draw_comparison
+from evaluation.measuring import Results, describe_samples, measure, run_pipeline, table
+from evaluation.specialization import measure_specialization
+from flux_fill.models import Conditioner, load_checkpoint, load_pipeline, to_pil_images
+from image_io.options import add_reading_flags, reading_options
+from options.train_options import BUNDLED_MODEL, parse_options
+from removal_data.dataset import RemovalDataset
+
+BASE, TRAINED = "base", "trained"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def run_models(args: argparse.Namespace, dataset: RemovalDataset) -> dict[str, Results]:
+    """Run the base model, the checkpoint, or both with the same noise, in the stock pipeline."""
+    pipe = load_pipeline(args.flux_fill_id, dtype=DTYPES[args.dtype], device=args.device)
+    conditioner = Conditioner(pipe, prompt=args.prompt, redux_id=args.flux_redux_id)
+    settings = {
+        "steps": args.steps,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "guidance_scale": args.guidance_scale,
+    }
+    found = {}
+    if args.base_model or args.checkpoint is None:
+        found[BASE] = run_pipeline(pipe, conditioner, dataset, **settings)
+    if args.checkpoint is not None:
+        load_checkpoint(pipe, args.checkpoint)
+        found[TRAINED] = run_pipeline(pipe, conditioner, dataset, **settings)
+    return found
+
+
+def write_images(found: Results, dataset: RemovalDataset, folder: Path) -> None:
+    """Write the predictions under the names of their samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, image in zip(dataset.stems, found.images, strict=True):
+        to_pil_images(image[None])[0].save(folder / f"{stem}.png")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data_dir", type=Path, required=True, help="holds src, mask, result and, if wanted, ref")
+    add("--checkpoint", type=Path, help="a folder checkpoint-N; the base model alone without it")
+    add("--base_model", action="store_true", help="measure the base model beside the checkpoint")
+    add(
+        "--ablate_experts",
+        nargs="+",
+        metavar="CONFIG",
+        help="measure losses and metrics without each expert, too; options of train.py as YAML "
+        "files decide which losses, at which noise levels",
+    )
+    add("--output_dir", type=Path, default=Path("outputs") / "evaluation", help="where all goes")
+    add("--rows", type=int, default=8, help="samples on the contact sheet")
+    add("--flux_fill_id", default=str(BUNDLED_MODEL), help="the base model")
+    add("--flux_redux_id", help="as in training")
+    add("--prompt", help="as in training")
+    add("--guidance_scale", type=float, help="30 where the model reads one")
+    add("--steps", type=int, default=20, help="denoising steps")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--batch_size", type=int, default=8, help="samples of one size per call")
+    add("--device", default="cuda" if cuda else "cpu", help="where to run")
+    add("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="of weights")
+    add_reading_flags(parser)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; options that cannot be honored end the program with a message."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.checkpoint is None and (args.base_model or args.ablate_experts):
+        parser.error("--base_model and --ablate_experts need --checkpoint")
+    for name in ("steps", "batch_size", "rows"):
+        if getattr(args, name) < 1:
+            parser.error(f"expected --{name} to be >= 1, but got {getattr(args, name)}")
+    try:
+        args.reading = reading_options(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run as a program."""
+    args = parse(arguments)
+    output: Path = args.output_dir
+    dataset = RemovalDataset(args.data_dir, reading=args.reading)
+    found = run_models(args, dataset)
+    means = {name: measure(results.images, dataset) for name, results in found.items()}
+    entries: dict[str, Any] = {"steps": args.steps, "seed": args.seed, "psnr": means}
+    entries["samples"] = {
+        name: describe_samples(results, dataset) for name, results in found.items()
+    }
+    for name, results in found.items():
+        write_images(results, dataset, output / "images" / name)
+    images = {name: results.images for name, results in found.items()}
+    draw_comparison(dataset, images, output / "contact_sheet.png", rows=args.rows)
+    print(table(means))
+    if args.ablate_experts:
+        given = ["--train_data_dir", str(args.data_dir), "--flux_fill_id", args.flux_fill_id]
+        options = parse_options([*args.ablate_experts, *given])
+        rises = measure_specialization(options, args.checkpoint, dataset, steps=args.steps)
+        entries["specialization"] = rises.as_dict()
+        print(f"\n{rises}")
+    (output / "metrics.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    print(f"Look at {output / 'contact_sheet.png'}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Batches of one image size, in an order that can be taken up anywhere, and their latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from diffusers import FluxFillPipeline
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from image_io.image_files import read_size
+from moe_lora import flow, masks
+from moe_lora.masks.augmentation import AUGMENTATIONS
+from removal_data.dataset import RemovalDataset
+
+
+def image_sizes(dataset: RemovalDataset) -> list[tuple[int, int]]:
+    """Return the width and height of every upright sample, read from the files' headers."""
+    sizes = []
+    for stem in dataset.stems:
+        try:
+            sizes.append(read_size(dataset.files["src"][stem]))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"Cannot use `src` of sample {stem!r}: {error}") from error
+    return sizes
+
+
+class BucketBatches(Sampler[list[int]]):
+    """Deal batches of equally sized samples, without end.
+
+    The order depends on seed and position only, so that a run can be taken up anywhere. Every
+    process deals its own share, as many batches as the others.
+
+    Args:
+        sizes: of all samples; a batch holds samples of one size.
+        batch_size: samples per batch; the last of a size in an epoch may be smaller.
+        seed: another seed, another order.
+        start: how many batches to skip.
+        process: the index of this process among `processes`.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        batch_size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.buckets: dict[tuple[int, int], list[int]] = {}
+        for index, size in enumerate(sizes):
+            self.buckets.setdefault(size, []).append(index)
+        self.batch_size, self.seed, self.start = batch_size, seed, start
+        self.process, self.processes = process, processes
+        dealt = sum(math.ceil(len(bucket) / batch_size) for bucket in self.buckets.values())
+        self.batches_per_epoch = math.ceil(dealt / processes)
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """Return this process's batches of an epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        batches: list[list[int]] = []
+        for bucket in self.buckets.values():
+            order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()]
+            batches += [
+                order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)
+            ]
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        wanted = self.batches_per_epoch * self.processes
+        batches += [batches[i % len(batches)] for i in range(wanted - len(batches))]
+        return batches[self.process :: self.processes]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = self.start
+        while True:
+            number, offset = divmod(position, self.batches_per_epoch)
+            for batch in self.epoch(number)[offset:]:
+                yield batch
+                position += 1
+
+
+class Latents(NamedTuple):
+    """Hold what the transformer reads of a batch, but for the noise.
+
+    Attributes:
+        x0: packed latents of the wanted result, `(B, T, 4C)`.
+        condition: packed latents of the masked source, and the packed mask, `(B, T, 4C + 256)`.
+        image_ids: row and column of every token, `(T, 3)`.
+        height: of the unpacked latents.
+        width: of the unpacked latents.
+    """
+
+    x0: Tensor
+    condition: Tensor
+    image_ids: Tensor
+    height: int
+    width: int
+
+
+class LatentEncoder:
+    """Encode batches as the stock Fill pipeline does.
+
+    Args:
+        pipe: the Fill pipeline.
+    """
+
+    def __init__(self, pipe: FluxFillPipeline) -> None:
+        self.pipe, self.vae = pipe, pipe.vae
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Return mean and log variance `(B, 2C, h, w)` of images `(B, 3, H, W)` in [-1, 1]."""
+        parameters: Tensor = self.vae.encode(
+            images.to(self.vae.device, self.vae.dtype)
+        ).latent_dist.parameters
+        return parameters
+
+    def batch_moments(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the moments of the result and of the source without what is under the mask."""
+        masked = (batch["src"] * 2 - 1) * (1 - batch["mask"])  # masked pixels are gray, as 0 is
+        return {
+            "result_moments": self.moments(batch["result"] * 2 - 1),
+            "masked_moments": self.moments(masked),
+        }
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Tensor]) -> Latents:
+        """Encode a batch, or draw from the moments that it already has."""
+        moments = batch if "result_moments" in batch else self.batch_moments(batch)
+        config = self.vae.config
+        x0 = (draw(moments["result_moments"]) - config.shift_factor) * config.scaling_factor
+        masked = draw(moments["masked_moments"])
+        count, channels, height, width = x0.shape
+        mask, condition = self.pipe.prepare_mask_latents(
+            mask=batch["mask"],
+            masked_image=masked,
+            batch_size=count,
+            num_channels_latents=channels,
+            num_images_per_prompt=1,
+            height=batch["mask"].shape[-2],
+            width=batch["mask"].shape[-1],
+            dtype=x0.dtype,
+            device=x0.device,
+            generator=None,
+        )
+        ids = self.pipe._prepare_latent_image_ids(
+            count, height // 2, width // 2, x0.device, x0.dtype
+        )
+        condition = torch.cat([condition, mask], dim=-1)
+        return Latents(flow.pack_latents(x0), condition, ids, height, width)
+
+
+def draw(moments: Tensor) -> Tensor:
+    """Draw latents `(B, C, h, w)` from the VAE's posterior."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
+    return mean + deviation * torch.randn_like(mean)
+
+
+class CachedDataset(Dataset[dict[str, Tensor]]):
+    """Hold samples and their VAE moments in memory; the latents are still drawn anew every time.
+
+    Args:
+        dataset: read once.
+        encoder: used once per sample.
+        batch_size: samples that are encoded at a time.
+    """
+
+    def __init__(
+        self, dataset: RemovalDataset, encoder: LatentEncoder, *, batch_size: int = 16
+    ) -> None:
+        found: dict[int, dict[str, Tensor]] = {}
+        for indices in BucketBatches(image_sizes(dataset), batch_size, seed=0).epoch(0):
+            items = [dataset[index] for index in indices]
+            batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+            moments = encoder.batch_moments(batch)
+            for row, (index, item) in enumerate(zip(indices, items, strict=True)):
+                found[index] = item | {name: value[row].cpu() for name, value in moments.items()}
+        self.items = [found[index] for index in range(len(found))]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.items[index]
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Move a batch, its mask made of zeros and ones as the pipeline makes it."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return moved | {"mask": (moved["mask"] >= 0.5).float()}
+
+
+def seed_at(seed: int, position: int, process: int = 0) -> int:
+    """Return the seed of what is drawn for a batch, the same at this position of every run.
+
+    Args:
+        seed: of the run.
+        position: batches dealt before.
+        process: the index of this process.
+    """
+    return (seed * 1_000_003 + position) * 10_007 + process
+
+
+def augment_masks(
+    batch: dict[str, Tensor], share: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Draw a share of a batch's masks anew.
+
+    Images stay as they are: what a mask that is too tight leaves of the object has to go, too.
+
+    Args:
+        batch: with `mask` `(B, 1, H, W)` in [0, 1].
+        share: in [0, 1].
+        generator: of the draw, on the CPU.
+    """
+    if not share:
+        return batch
+    probabilities = dict.fromkeys(AUGMENTATIONS, share / len(AUGMENTATIONS))
+    return batch | {"mask": masks.augment(batch["mask"], generator, probabilities=probabilities)}
+
+
+def batch_stream(
+    dataset: Dataset[dict[str, Tensor]], batches: BucketBatches, *, workers: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """Return the batches of a data set, without end and without use of the global generator."""
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, generator=torch.Generator()
+    )
+    return iter(loader)

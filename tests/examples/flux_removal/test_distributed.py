@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+import train
+from flux_fill.models import load_checkpoint, load_pipeline
+from options.train_options import parse_options
+from training_run.checkpoints import load_model
+from training_run.parts import build_model
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def test_two_processes_train_both_phases_and_save_plain_files(
+    arguments: Callable[..., list[str]],
+    all_losses: dict[str, Any],
+    random_flux_fill: Path,
+    tmp_path: Path,
+) -> None:
+    flags = arguments(**all_losses, uniform_steps=1, max_train_steps=3, batch_size=1)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--master_port", str(free_port())]
+    ended = subprocess.run(
+        [sys.executable, *launch, train.__file__, *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    folder = tmp_path / "out" / "checkpoint-3"
+    for file in folder.rglob("*.safetensors"):
+        tensors = load_file(file)
+        assert not [name for name in tensors if "module." in name.replace("base_model.", "")]
+        assert all(tensor.numel() for tensor in tensors.values())
+    states = sorted(path.name for path in (folder / "training_state").iterdir())
+    assert states == ["optimizer.safetensors", "state.json"]
+    pipe = load_pipeline(str(random_flux_fill))
+    assert load_model(build_model(pipe, parse_options(flags)), folder) == []
+    load_checkpoint(load_pipeline(str(random_flux_fill)), folder)
+    log = (tmp_path / "logs" / "training.log").read_text()
+    assert len(re.findall(r"Step \d/3", log)) == 3
+    assert "Strategy: uniform" in log
+    assert "Strategy: soft" in log

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+import train
+from options.train_options import parse_options
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, random_flux_fill: Path, triplets: Path
+) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    flags = ["--flux_fill_id", random_flux_fill, "--train_data_dir", triplets]
+    flags += ["--output_dir", output, "--logging_dir", output / "logs", "--report_to", "none"]
+    flags += ["--lora_r", 2, "--lora_alpha", 2, "--learning_rate", 0.1, "--max_train_steps", 2]
+    flags += ["--enable_detail_loss", "--enable_mask_info"]
+    return train.train(parse_options([str(flag) for flag in flags]))
+
+
+@pytest.fixture
+def run(random_flux_fill: Path, triplets: Path, tmp_path: Path) -> Callable[..., dict]:
+    """Return a function that evaluates, in two steps of denoising, and reads what was written."""
+
+    def evaluated(*flags: object) -> dict:
+        given = ["--flux_fill_id", random_flux_fill, "--data_dir", triplets, "--steps", 2]
+        evaluate.main([str(flag) for flag in [*given, "--output_dir", tmp_path / "out", *flags]])
+        return json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+    return evaluated
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)) / 255
+
+
+def test_numbers_are_those_of_the_images(
+    run: Callable[..., dict],
+    checkpoint: Path,
+    triplets: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = run("--checkpoint", checkpoint, "--base_model")
+    assert set(found["psnr"]) == set(found["samples"]) == {"base", "trained"}
+    for model, samples in found["samples"].items():
+        assert [sample["stem"] for sample in samples] == [f"{i:03d}" for i in range(5)]
+        inside = []
+        for sample in samples:
+            prediction, target, mask = (
+                read(folder / f"{sample['stem']}.png")
+                for folder in (
+                    tmp_path / "out/images" / model,
+                    triplets / "result",
+                    triplets / "mask",
+                )
+            )
+            error = ((prediction - target) ** 2)[mask > 0.5].mean()
+            inside.append(-10 * np.log10(error))
+            assert sample["psnr/inside"] == pytest.approx(inside[-1], abs=0.05)
+            assert ("routing" in sample) == (model == "trained")
+        assert found["psnr"][model]["inside"] == pytest.approx(np.mean(inside), abs=0.05)
+    assert found["psnr"]["base"] != found["psnr"]["trained"]
+    assert "gain" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").height > 5 * 2 * 64
+
+
+def test_the_base_model_is_measured_alone(
+    run: Callable[..., dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run("--rows", 1)
+    assert set(found["psnr"]) == {"base"}
+    assert "specialization" not in found
+    assert "gain" not in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").height < 2 * (2 * 64)
+
+
+def test_experts_are_ablated_by_the_losses_of_the_files(
+    run: Callable[..., dict], checkpoint: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "losses.yaml"
+    config.write_text("enable_detail_loss: true\nenable_mask_info: true\nmax_sigma: 1.0\n")
+    found = run("--checkpoint", checkpoint, "--ablate_experts", config)["specialization"]
+    assert {"base", "detail", "psnr/inside"} < set(found["baseline"])
+    assert {"boundary", "consistency"}.isdisjoint(found["baseline"])
+    assert len(found["rises"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--base_model"], "need --checkpoint"),
+        (["--steps", "0"], "--steps to be >= 1, but got 0"),
+        (["--rows", "0"], "--rows to be >= 1, but got 0"),
+        (["--background", "no color"], "`background` to be a color"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    flags: list[str], told: str, run: Callable[..., dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(*flags)
+    assert told in capsys.readouterr().err
