@@ -147,7 +147,7 @@ def reconstructions() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def kept_by_loop(
     prediction: Tensor, source: Tensor, mask: Tensor, reconstruction: Tensor, reach: int
 ) -> Tensor:
-    """Compute `keep_source` pixel by pixel, with thresholds of 0.02 and 0.06."""
+    """Compute `keep_source` pixel by pixel, with thresholds of 0.02 and 0.04."""
     change, out = prediction - reconstruction, prediction.clone()
     batch, _, height, width = prediction.shape
     for b in range(batch):
@@ -156,7 +156,7 @@ def kept_by_loop(
                 rows = slice(max(r - reach, 0), r + reach + 1)
                 columns = slice(max(c - reach, 0), c + reach + 1)
                 amount = change[b, :, rows, columns].abs().mean().item()
-                rise = min(max((amount - 0.02) / (0.06 - 0.02), 0), 1)
+                rise = min(max((amount - 0.02) / (0.04 - 0.02), 0), 1)
                 weight = rise**2 * (3 - 2 * rise)
                 share = mask[b, 0, r, c].item()
                 background = source[b, :, r, c] + weight * change[b, :, r, c]
@@ -211,8 +211,8 @@ def test_thresholds_move_the_change_that_counts() -> None:
         return ((kept - source) / change).mean().item()
 
     assert weight(0.019) == 0
-    assert weight(0.04) == pytest.approx(0.5, abs=1e-4)
-    assert weight(0.061) == pytest.approx(1, abs=1e-4)
+    assert weight(0.03) == pytest.approx(0.5, abs=1e-4)
+    assert weight(0.041) == pytest.approx(1, abs=1e-4)
     assert weight(0.04, high=0.2) == pytest.approx((1 / 9) ** 2 * (3 - 2 / 9), abs=1e-4)
     assert weight(0.04, low=0.05, high=0.06) == 0
 
@@ -253,7 +253,7 @@ def test_keeping_the_sources_of_a_batch_is_doing_so_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "match"),
     [
-        ({"low": 0.06}, ValueError, "0 <= `low` < `high`, but got 0.06 and 0.06"),
+        ({"low": 0.04}, ValueError, "0 <= `low` < `high`, but got 0.04 and 0.04"),
         ({"low": -0.1}, ValueError, "`low`"),
         ({"window": 4}, ValueError, "`window` to be odd, but got 4"),
         ({"window": -1}, ValueError, "`window`"),

@@ -69,7 +69,7 @@ def keep_source(
     reconstruct: Callable[[Tensor], Tensor],
     *,
     low: float = 0.02,
-    high: float = 0.06,
+    high: float = 0.04,
     window: int = 7,
 ) -> Tensor:
     """Keep the source outside the mask, but for what the model changed there on purpose.
