@@ -126,7 +126,7 @@ def keep_source(
         amount = _local_mean(change.abs().mean(1, keepdim=True), window)
         rise = ((amount - low) / (high - low)).clamp(0, 1)
         weight = rise.square() * (3 - 2 * rise)
-        background = torch.where(weight > 0, source.to(wide) + weight * change, source.to(wide))
+        background = source.to(wide) + weight * change
         mixed = composite(prediction.to(wide), background, mask).clamp(0, 1)
     return mixed.to(prediction.dtype)
 
