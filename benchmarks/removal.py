@@ -38,7 +38,8 @@ import train
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 BASE_MODEL = "base"
-MEASURING = ("--batch_size", "8", "--device", "cpu", "--dtype", "fp32")
+# The model's own images: what is kept of the source says nothing about the training.
+MEASURING = ("--batch_size", "8", "--device", "cpu", "--dtype", "fp32", "--outside", "prediction")
 ALL_LOSSES = ("base_loss", "boundary_loss", "consistency_loss", "detail_loss")
 SHARED_WITH_MEASURING = (
     *("batch_size", "max_sigma"),

@@ -45,6 +45,8 @@ def analysed(device: str, dtype: torch.dtype) -> Found:
         "band": masks.boundary_band(mask, 2),
         "tokens": masks.to_tokens(mask, (ROWS, COLUMNS)),
         "pasted": masks.composite(image.flip(0), image, mask, feather=2),
+        "kept": masks.keep_source(image.flip(0), image, mask, lambda one: one.roll(1, -1)),
+        "corrected": masks.correct_seam(image, image.flip(0), mask),
     }
 
 

@@ -25,7 +25,14 @@ from torch.utils.tensorboard import SummaryWriter
 sys.path.insert(0, str(Path(__file__).parents[1] / "flux_removal"))
 
 from evaluation.comparison_sheet import draw_comparison
-from evaluation.measuring import Results, measure, regions, run_pipeline, table
+from evaluation.measuring import (
+    Results,
+    apply_to_all,
+    measure,
+    regions,
+    run_pipeline,
+    table,
+)
 from evaluation.specialization import measure_specialization
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
 from make_data import make_data
@@ -63,17 +70,20 @@ class Clock:
 
 def evaluate(
     options: TrainOptions, checkpoint: Path, dataset: RemovalDataset, steps: int
-) -> tuple[Results, Results]:
+) -> dict[str, Results]:
     """Run base model and checkpoint with the same noise, through the stock pipeline.
 
     Returns:
-        What the base model made, and what the checkpoint made.
+        `base` and `ours`, in which the source is kept outside the mask as `remove.py` does, and
+        between them `raw`: what the pipeline with the checkpoint made.
     """
     pipe = load_pipeline(options.flux_fill_id)
     conditioner = Conditioner(pipe)
     base = run_pipeline(pipe, conditioner, dataset, steps=steps)
     load_checkpoint(pipe, checkpoint)
-    return base, run_pipeline(pipe, conditioner, dataset, steps=steps)
+    raw = run_pipeline(pipe, conditioner, dataset, steps=steps)
+    kept_base, kept = (apply_to_all(pipe.vae, found, dataset) for found in (base, raw))
+    return {"base": kept_base, "raw": raw, "ours": kept}
 
 
 def draw_routing(
@@ -171,15 +181,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     dataset = RemovalDataset(output / "data" / "test")
     clock.begin("evaluation", f"{len(dataset)} photographs that training has not seen")
-    base, ours = evaluate(options, checkpoint, dataset, 3 if args.quick else args.steps)
-    results = {"base": measure(base.images, dataset), "ours": measure(ours.images, dataset)}
-    clock.begin("specialization", "losses and metrics again, with one expert left out at a time")
     steps = 3 if args.quick else args.steps
+    made = evaluate(options, checkpoint, dataset, steps)
+    results = {name: measure(each.images, dataset) for name, each in made.items()}
+    clock.begin("specialization", "losses and metrics again, with one expert left out at a time")
     found = measure_specialization(options, checkpoint, dataset, steps=steps)
     clock.begin("figures", f"drawing into {output}")
-    shown = {"base model": base.images, "ours": ours.images}
+    shown = {"base model": made["base"].images, "ours": made["ours"].images}
     draw_comparison(dataset, shown, output / "contact_sheet.png")
-    write_figures(draw_routing(output, dataset, ours.weights, found), output, options)
+    write_figures(draw_routing(output, dataset, made["ours"].weights, found), output, options)
     clock.end()
     write_metrics(output, options, dataset, results, found, clock.seconds)
     print(f"\n{table(results)}\n\n{found}\n")

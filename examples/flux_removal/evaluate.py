@@ -17,9 +17,17 @@ from typing import Any
 import torch
 
 from evaluation.comparison_sheet import draw_comparison
-from evaluation.measuring import Results, describe_samples, measure, run_pipeline, table
+from evaluation.measuring import (
+    Results,
+    apply_to_all,
+    describe_samples,
+    measure,
+    run_pipeline,
+    table,
+)
 from evaluation.specialization import measure_specialization
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline, to_pil_images
+from flux_fill.surroundings import add_surroundings_flags, check_surroundings
 from image_io.options import add_reading_flags, reading_options
 from options.parsing import parse_options
 from options.train_options import BUNDLED_MODEL
@@ -45,7 +53,11 @@ def run_models(args: argparse.Namespace, dataset: RemovalDataset) -> dict[str, R
     if args.checkpoint is not None:
         load_checkpoint(pipe, args.checkpoint)
         found[TRAINED] = run_pipeline(pipe, conditioner, dataset, **settings)
-    return found
+    surroundings = {name: getattr(args, name) for name in ("outside", "seam", "feather")}
+    return {
+        name: apply_to_all(pipe.vae, results, dataset, **surroundings)
+        for name, results in found.items()
+    }
 
 
 def write_images(found: Results, dataset: RemovalDataset, folder: Path) -> None:
@@ -85,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=8, help="samples of one size per call")
     add("--device", default="cuda" if cuda else "cpu", help="where to run")
     add("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="of weights")
+    add_surroundings_flags(parser)
     add_reading_flags(parser)
     return parser
 
@@ -99,6 +112,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"expected --{name} to be >= 1, but got {getattr(args, name)}")
     try:
+        check_surroundings(args)
         args.reading = reading_options(args)
     except ValueError as error:
         parser.error(str(error))
@@ -112,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = RemovalDataset(args.data_dir, reading=args.reading)
     found = run_models(args, dataset)
     means = {name: measure(results.images, dataset) for name, results in found.items()}
-    entries: dict[str, Any] = {"steps": args.steps, "seed": args.seed, "psnr": means}
+    names = ("steps", "seed", "outside", "seam", "feather")
+    entries: dict[str, Any] = {name: getattr(args, name) for name in names} | {"psnr": means}
     entries["samples"] = {
         name: describe_samples(results, dataset) for name, results in found.items()
     }

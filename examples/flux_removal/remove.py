@@ -22,17 +22,18 @@ from flux_fill.models import (
     load_pipeline,
     to_pil_images,
 )
+from flux_fill.surroundings import (
+    add_surroundings_flags,
+    apply_surroundings,
+    check_surroundings,
+)
 from image_io.mask_reading import mask_from_alpha, read_mask
 from image_io.metadata import read_exif
 from image_io.options import ReadingOptions, add_reading_flags, reading_options
 from image_io.padding import MULTIPLE, pad_to_multiple
 from image_io.reading import LoadedImage, read_image
 from image_io.writing import check_output, default_suffix, write_image
-from moe_lora.masks import composite
 from options.train_options import BUNDLED_MODEL
-
-FEATHER = 4
-"""Pixels of soft edge around the mask, where the background is kept."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -81,25 +82,35 @@ def remove_object(
     return result.crop((0, 0, image.width, image.height))
 
 
-def keep_background(
-    result: Image.Image, image: Image.Image, mask: Image.Image, feather: int
+def surround(
+    pipe: FluxFillPipeline,
+    result: Image.Image,
+    image: Image.Image,
+    mask: Image.Image,
+    *,
+    outside: str,
+    seam: float,
+    feather: int,
 ) -> Image.Image:
-    """Paste the result into the image, which stays as it was `feather + 1` pixels off the mask.
-
-    Without it every pixel changes a little, since the VAE encodes and decodes all of them. With it
-    a shadow outside the mask stays, too.
+    """Decide what becomes of the image outside the mask, and of the seam along its edge.
 
     Args:
+        pipe: what made the result; its VAE is asked.
         result: of `remove_object`.
-        image: mode RGB, what it was made from.
+        image: mode RGB, the source of the result.
         mask: mode L, 0 and 255; white = remove.
-        feather: pixels around the mask in which the two are blended.
+        outside: one of `flux_fill.surroundings.OUTSIDE`.
+        seam: strength of the seam correction, in [0, 1].
+        feather: pixels around the mask in which `paste` blends result and image.
     """
-    made, before, where = (
+    prediction, source, where = (
         torch.from_numpy(np.atleast_3d(np.array(value))).permute(2, 0, 1)[None] / 255
         for value in (result, image, mask)
     )
-    return to_pil_images(composite(made, before, where, feather))[0]
+    finished = apply_surroundings(
+        pipe.vae, prediction, source, where, outside=outside, seam=seam, feather=feather
+    )
+    return to_pil_images(finished)[0]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -129,16 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--guidance_scale", type=float, help="30 where the model reads one")
     add_reading_flags(parser)
-    parser.add_argument(
-        "--keep_background",
-        action="store_true",
-        help="leave every pixel outside the mask as it was; shadows there stay, too",
-    )
-    parser.add_argument(
-        "--feather",
-        type=int,
-        help=f"pixels of soft edge around the mask then; {FEATHER} if not set",
-    )
+    add_surroundings_flags(parser)
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="where to run")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="of weights"
@@ -154,15 +156,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ReadingO
         parser.error("--ref needs --flux_redux_id, which is what reads it")
     if args.steps < 1:
         parser.error(f"expected --steps to be >= 1, but got {args.steps}")
-    if args.feather is not None and not args.keep_background:
-        parser.error("--feather needs --keep_background, whose edge it softens")
-    args.feather = FEATHER if args.feather is None else args.feather
-    if args.feather < 0:
-        parser.error(f"expected --feather to be >= 0, but got {args.feather}")
     for name in ("mask_label", "resize_mask", "threshold_mask"):
         if args.mask is None and getattr(args, name) not in (None, False):
             parser.error(f"--{name} needs --mask, which is what it reads")
     try:
+        check_surroundings(args)
         return args, reading_options(args)
     except ValueError as error:
         parser.error(str(error))
@@ -224,8 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         guidance_scale=args.guidance_scale,
         ref=ref,
     )
-    if args.keep_background:
-        result = keep_background(result, image, mask, args.feather)
+    result = surround(
+        pipe, result, image, mask, outside=args.outside, seam=args.seam, feather=args.feather
+    )
     write_image(result, args.output, loaded, exif)
     print(f"Wrote {args.output}.")
 

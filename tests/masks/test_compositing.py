@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from moe_lora.masks import composite
+from moe_lora.masks import composite, keep_source
 
 
 def pictures(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,11 +112,11 @@ def test_transposing_transposes() -> None:
         ({"feather": -1}, ValueError, "`feather` to be an integer >= 0, but got -1"),
         ({"feather": 1.5}, ValueError, "`feather`"),
         ({"feather": True}, ValueError, "`feather`"),
-        ({"result": torch.zeros(2, 3, 24, 36)}, ValueError, "`result` to have shape"),
-        ({"result": torch.zeros(3, 24, 36)}, ValueError, "`result` to have shape"),
+        ({"prediction": torch.zeros(2, 3, 24, 36)}, ValueError, "`prediction` to have shape"),
+        ({"prediction": torch.zeros(3, 24, 36)}, ValueError, "`prediction` to have shape"),
         ({"source": torch.zeros(3, 1, 24, 36)}, ValueError, "`source` to have the shape"),
-        ({"source": torch.zeros(3, 3, 24, 36).double()}, TypeError, "dtype of `result`"),
-        ({"result": torch.zeros(3, 3, 24, 36).byte()}, TypeError, "`result` .*uint8"),
+        ({"source": torch.zeros(3, 3, 24, 36).double()}, TypeError, "dtype of `prediction`"),
+        ({"prediction": torch.zeros(3, 3, 24, 36).byte()}, TypeError, "`prediction` .*uint8"),
         ({"source": None}, TypeError, "`source` .*NoneType"),
         ({"mask": torch.full((3, 1, 24, 36), 255.0)}, ValueError, "divide by 255"),
         ({"mask": torch.zeros(3, 1, 24, 36).bool()}, TypeError, "`mask`"),
@@ -124,6 +124,149 @@ def test_transposing_transposes() -> None:
 )
 def test_bad_input_is_told(changed: dict[str, Any], error: type[Exception], match: str) -> None:
     result, source, mask = pictures()
-    given = {"result": result, "source": source, "mask": mask, "feather": 0} | changed
+    given = {"prediction": result, "source": source, "mask": mask, "feather": 0} | changed
     with pytest.raises(error, match=match):
         composite(**given)
+
+
+def reconstructions() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return predictions, sources, masks, and what an autoencoder makes of both together.
+
+    The prediction differs from the last by noise, and by a patch of the first sample: a shadow
+    that went.
+    """
+    prediction, source, mask = pictures()
+    prediction, source = 0.3 + 0.4 * prediction, 0.3 + 0.4 * source
+    noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(2))
+    reconstruction = composite(prediction, source, mask) + 0.01 * noise
+    prediction = torch.where(mask > 0, prediction, reconstruction + 0.01 * noise.flip(0))
+    prediction[0, :, 16:, 10:30] += 0.2
+    return prediction, source, mask, reconstruction
+
+
+def kept_by_loop(
+    prediction: Tensor, source: Tensor, mask: Tensor, reconstruction: Tensor, reach: int
+) -> Tensor:
+    """Compute `keep_source` pixel by pixel, with thresholds of 0.02 and 0.04."""
+    change, out = prediction - reconstruction, prediction.clone()
+    batch, _, height, width = prediction.shape
+    for b in range(batch):
+        for r in range(height):
+            for c in range(width):
+                rows = slice(max(r - reach, 0), r + reach + 1)
+                columns = slice(max(c - reach, 0), c + reach + 1)
+                amount = change[b, :, rows, columns].abs().mean().item()
+                rise = min(max((amount - 0.02) / (0.04 - 0.02), 0), 1)
+                weight = rise**2 * (3 - 2 * rise)
+                share = mask[b, 0, r, c].item()
+                background = source[b, :, r, c] + weight * change[b, :, r, c]
+                out[b, :, r, c] = share * prediction[b, :, r, c] + (1 - share) * background
+    return out
+
+
+@pytest.mark.parametrize("window", [1, 5, 7, 71])
+def test_the_source_is_kept_by_the_local_change(window: int) -> None:
+    prediction, source, mask, reconstruction = reconstructions()
+    mask[1] *= 0.25
+    found = keep_source(prediction, source, mask, lambda _: reconstruction, window=window)
+    expected = kept_by_loop(prediction, source, mask, reconstruction, window // 2)
+    torch.testing.assert_close(found, expected.clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_what_the_model_left_alone_is_the_source_to_the_last_bit() -> None:
+    prediction, source, mask, reconstruction = reconstructions()
+    kept = keep_source(prediction, source, mask, lambda _: reconstruction)
+    outside = (mask == 0).expand_as(kept)
+    assert torch.equal(kept[1:][outside[1:]], source[1:][outside[1:]])
+    assert torch.equal(kept[~outside], prediction[~outside])
+    # In the middle of the shadow the whole change is added, 7 // 2 pixels beyond it nothing.
+    shadow = (slice(0, 1), slice(None), slice(19, None), slice(13, 27))
+    torch.testing.assert_close(kept[shadow], (source + prediction - reconstruction)[shadow])
+    assert torch.equal(kept[0, :, :, 34:], source[0, :, :, 34:])
+
+
+def test_the_reconstruction_is_of_the_composite_and_made_once() -> None:
+    prediction, source, mask, _ = reconstructions()
+    seen: list[Tensor] = []
+
+    def reconstruct(image: Tensor) -> Tensor:
+        seen.append(image)
+        return image + 0.3
+
+    kept = keep_source(source + 0.3, source, mask, reconstruct)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], composite(source + 0.3, source, mask))
+    # The prediction is the reconstruction, however far both are from the source.
+    outside = (mask == 0).expand_as(kept)
+    assert torch.equal(kept[outside], source[outside])
+    assert torch.equal(keep_source(prediction, source, mask * 0 + 1, reconstruct), prediction)
+
+
+def test_thresholds_move_the_change_that_counts() -> None:
+    _, source, _, _ = reconstructions()
+    nothing = torch.zeros(3, 1, 24, 36)
+
+    def weight(change: float, **options: float) -> float:
+        kept = keep_source(source + change, source, nothing, lambda image: image, **options)
+        return ((kept - source) / change).mean().item()
+
+    assert weight(0.019) == 0
+    assert weight(0.03) == pytest.approx(0.5, abs=1e-4)
+    assert weight(0.041) == pytest.approx(1, abs=1e-4)
+    assert weight(0.04, high=0.2) == pytest.approx((1 / 9) ** 2 * (3 - 2 / 9), abs=1e-4)
+    assert weight(0.04, low=0.05, high=0.06) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_keeping_the_source_in_other_dtypes(dtype: torch.dtype) -> None:
+    prediction, source, mask, reconstruction = reconstructions()
+    given = [value.to(dtype) for value in (prediction, source, reconstruction)]
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = keep_source(given[0], given[1], mask, lambda _: given[2])
+    assert kept.dtype == dtype
+    wide = [value.double() for value in given]
+    expected = keep_source(wide[0], wide[1], mask, lambda _: wide[2])
+    torch.testing.assert_close(kept.double(), expected, atol=1e-2, rtol=0)
+    same = torch.from_numpy(distance_to(mask)).expand_as(kept) > 0
+    assert torch.equal(kept[1:][same[1:]], given[1][1:][same[1:]])
+
+
+def test_keeping_the_source_has_gradients_through_the_reconstruction() -> None:
+    generator = torch.Generator().manual_seed(1)
+    images = [0.3 + 0.4 * torch.rand(2, 2, 5, 6, generator=generator) for _ in range(2)]
+    inputs = [value.double().requires_grad_() for value in images]
+    mask = torch.rand(2, 1, 5, 6, generator=generator)
+    assert torch.autograd.gradcheck(
+        lambda a, b: keep_source(a, b, mask, lambda c: 0.8 * c, high=0.3, window=3), inputs
+    )
+
+
+def test_keeping_the_sources_of_a_batch_is_doing_so_one_by_one() -> None:
+    prediction, source, mask, _ = reconstructions()
+    together = keep_source(prediction, source, mask, torch.sqrt)
+    for index in range(3):
+        one = slice(index, index + 1)
+        alone = keep_source(prediction[one], source[one], mask[one], torch.sqrt)
+        torch.testing.assert_close(together[one], alone)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "match"),
+    [
+        ({"low": 0.04}, ValueError, "0 <= `low` < `high`, but got 0.04 and 0.04"),
+        ({"low": -0.1}, ValueError, "`low`"),
+        ({"window": 4}, ValueError, "`window` to be odd, but got 4"),
+        ({"window": -1}, ValueError, "`window`"),
+        ({"reconstruct": lambda _: torch.zeros(3, 3, 8, 8)}, ValueError, "`reconstruct.image.`"),
+        ({"reconstruct": lambda x: x.half()}, TypeError, "`reconstruct.image.` .* dtype"),
+        ({"source": torch.zeros(3, 1, 24, 36)}, ValueError, "`source` to have the shape"),
+        ({"mask": torch.full((3, 1, 24, 36), 255.0)}, ValueError, "divide by 255"),
+    ],
+)
+def test_bad_input_of_keeping_is_told(
+    changed: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    prediction, source, mask, _ = reconstructions()
+    given = {"prediction": prediction, "source": source, "mask": mask, "reconstruct": torch.sqrt}
+    with pytest.raises(error, match=match):
+        keep_source(**(given | changed))

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from diffusers import FluxFillPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux_fill.models import Conditioner, guidance_for
+from flux_fill.surroundings import apply_surroundings
 from moe_lora import MoELoraConfig, current_routing, metrics
 from moe_lora.metrics import MetricValues
 from removal_data.batches import BucketBatches, image_sizes
@@ -100,6 +101,25 @@ def run_pipeline(
             mean = torch.stack(seen).mean(0).cpu()
             weights |= dict(zip(indices, mean, strict=True))
     return Results([images[i] for i in sorted(images)], [weights[i] for i in sorted(weights)])
+
+
+def apply_to_all(
+    vae: nn.Module, found: Results, dataset: RemovalDataset, **surroundings: Any
+) -> Results:
+    """Put the predictions of a data set into their surroundings, as `remove.py` does.
+
+    Args:
+        vae: of the pipeline that made them.
+        found: what the pipeline made, in the order of the samples.
+        dataset: the triplets; `result` is not read.
+        surroundings: options of `apply_surroundings`.
+    """
+    images = []
+    for index, prediction in enumerate(found.images):
+        item = dataset[index]
+        source, mask = item["src"][None], cut(item["mask"])[None]
+        images.append(apply_surroundings(vae, prediction[None], source, mask, **surroundings)[0])
+    return Results(images, found.weights)
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ The package depends neither on PEFT nor on diffusers.
   `extract_mask_info_from_batch` analyzes a training batch.
 - `boundary_band`, `to_latent` and `to_tokens` convert a mask to bands, latents and tokens.
 - `from_flux_fill` and `from_inpainting_unet` extract the mask from the inputs of stock models.
-- `composite` pastes a result back into the untouched source.
+- `composite` pastes a prediction into the source; `keep_source` adds to the source what the model
+  changed beyond its own reconstruction; `correct_seam` removes the step along the mask's edge.
 - `augment` applies random augmentations; `moe_lora.masks.augmentation` contains them.
 - `distance_to_mask` computes the distance of pixels to a mask.
 - `check_mask` validates a mask.
@@ -26,10 +27,12 @@ from __future__ import annotations
 from moe_lora.masks.analysis import MaskInfo, analyze
 from moe_lora.masks.augmentation import augment
 from moe_lora.masks.batch import extract_mask_info_from_batch
-from moe_lora.masks.compositing import composite
+from moe_lora.masks.compositing import composite, keep_source
 from moe_lora.masks.distance import distance_to_mask
+from moe_lora.masks.laplace import harmonic_extension
 from moe_lora.masks.readers import from_flux_fill, from_inpainting_unet
 from moe_lora.masks.regions import boundary_band, to_latent, to_tokens
+from moe_lora.masks.seam_correction import correct_seam
 from moe_lora.masks.validation import check_mask
 
 __all__ = [
@@ -39,10 +42,13 @@ __all__ = [
     "boundary_band",
     "check_mask",
     "composite",
+    "correct_seam",
     "distance_to_mask",
     "extract_mask_info_from_batch",
     "from_flux_fill",
     "from_inpainting_unet",
+    "harmonic_extension",
+    "keep_source",
     "to_latent",
     "to_tokens",
 ]

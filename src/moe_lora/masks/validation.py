@@ -120,6 +120,69 @@ def check_image(image: Tensor, mask: Tensor) -> Tensor:
     return image.float()
 
 
+def check_fit(image: Tensor, mask: Tensor, name: str = "image") -> None:
+    """Check that an image of any range and number of channels has the size of a mask.
+
+    Args:
+        image: `(B, C, H, W)`, floating point.
+        mask: `(B, 1, H, W)`, already checked.
+        name: the argument's name in the message.
+
+    Raises:
+        TypeError: `image` is no tensor or not floating point.
+        ValueError: the shape does not fit the mask's.
+
+    Example:
+        >>> check_fit(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 4, 4))
+        Traceback (most recent call last):
+        ValueError: Expected `image` to have shape (B, C, H, W) for a mask of (1, 1, 4, 4), but \
+got (1, 3, 8, 8).
+    """
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"Expected `{name}` to be a floating-point tensor, but got {kind}.")
+    expected = (mask.shape[0], *mask.shape[2:])
+    if image.ndim != 4 or (image.shape[0], *image.shape[2:]) != expected:
+        raise ValueError(
+            f"Expected `{name}` to have shape (B, C, H, W) for a mask of {tuple(mask.shape)}, but "
+            f"got {tuple(image.shape)}."
+        )
+
+
+def check_pair(first: Tensor, second: Tensor, mask: Tensor, names: tuple[str, str]) -> None:
+    """Check that two images have one shape and dtype, and the size of a mask.
+
+    Args:
+        first: `(B, C, H, W)`, floating point.
+        second: the same shape and dtype.
+        mask: `(B, 1, H, W)`, already checked.
+        names: the arguments' names in the message.
+
+    Raises:
+        TypeError: an image is no tensor or not floating point, or the dtypes differ.
+        ValueError: shapes do not fit.
+
+    Example:
+        >>> image = torch.zeros(1, 3, 4, 4)
+        >>> check_pair(image, image.double(), image[:, :1], ("prediction", "source"))
+        Traceback (most recent call last):
+        TypeError: Expected `source` to have the dtype of `prediction`, torch.float32, but got \
+torch.float64.
+    """
+    check_fit(first, mask, names[0])
+    check_fit(second, mask, names[1])
+    if second.shape != first.shape:
+        raise ValueError(
+            f"Expected `{names[1]}` to have the shape of `{names[0]}`, {tuple(first.shape)}, but "
+            f"got {tuple(second.shape)}."
+        )
+    if second.dtype != first.dtype:
+        raise TypeError(
+            f"Expected `{names[1]}` to have the dtype of `{names[0]}`, {first.dtype}, but got "
+            f"{second.dtype}."
+        )
+
+
 def check_size(size: tuple[int, int], name: str) -> tuple[int, int]:
     """Check a size (rows, columns).
 

@@ -72,6 +72,30 @@ def test_numbers_are_those_of_the_images(
     assert Image.open(tmp_path / "out" / "contact_sheet.png").height > 5 * 2 * 64
 
 
+def test_surroundings_are_those_of_remove(
+    run: Callable[..., dict], triplets: Path, tmp_path: Path
+) -> None:
+    """Every choice is measured as it is written, and the masks of the triplets are respected."""
+    found, written = {}, {}
+    for name, flags in {
+        "prediction": ["--outside", "prediction"],
+        "paste": ["--outside", "paste", "--feather", 0],
+        "raw seam": ["--seam", 0],
+        "keep": [],
+    }.items():
+        found[name] = run(*flags)
+        written[name] = read(tmp_path / "out/images/base/000.png")
+    source = read(triplets / "src" / "000.png")
+    inside = read(triplets / "mask" / "000.png") > 0.5
+    assert np.array_equal(written["paste"][~inside], source[~inside])
+    assert np.array_equal(written["paste"][inside], written["prediction"][inside])
+    assert np.array_equal(written["raw seam"][inside], written["prediction"][inside])
+    assert not np.array_equal(written["keep"][inside], written["prediction"][inside])
+    assert np.array_equal(written["keep"][~inside], written["raw seam"][~inside])
+    assert (found["keep"]["outside"], found["keep"]["seam"]) == ("keep", 0.5)
+    assert len({tuple(each["psnr"]["base"].values()) for each in found.values()}) == 4
+
+
 def test_the_base_model_is_measured_alone(
     run: Callable[..., dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ import moe_lora
 import remove
 import train
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
+from flux_fill.surroundings import FEATHER, SEAM
 from image_io.padding import pad_to_multiple
 from options.parsing import parse_options
 from options.train_options import BUNDLED_MODEL
@@ -239,7 +240,7 @@ def test_transparency_goes_out_again_or_is_the_mask(
     alpha.paste(0, (0, 0, 10, 61))
     image.putalpha(alpha)
     image.save(files["image"])
-    keep = ["--keep_background", "--feather", "0"]
+    keep = ["--outside", "paste", "--feather", "0"]
     kept = call_with(files, checkpoint, random_flux_fill, "a.png", *keep)
     assert np.array_equal(np.array(kept)[np.array(mask) == 0], np.array(image)[np.array(mask) == 0])
     with pytest.raises(ValueError, match="--background"):
@@ -291,15 +292,16 @@ def test_an_object_at_the_border_is_masked_in_the_padding_too(
 
 
 @pytest.mark.parametrize("feather", [0, 3])
-def test_the_background_is_kept_to_the_last_bit(
+def test_a_pasted_result_leaves_the_image_to_the_last_bit(
     feather: int, checkpoint: Path, files: dict[str, Path], random_flux_fill: Path
 ) -> None:
     image = np.array(Image.open(files["image"]))
     inside = np.array(Image.open(files["mask"])) > 0
     outside = ndimage.distance_transform_edt(~inside) >= feather + 1
-    plain = call(files, checkpoint, random_flux_fill)
+    plain = call(files, checkpoint, random_flux_fill, "--outside", "prediction")
     assert (plain[outside] != image[outside]).mean() > 0.5
-    kept = call(files, checkpoint, random_flux_fill, "--keep_background", "--feather", str(feather))
+    flags = ["--outside", "paste", "--feather", str(feather)]
+    kept = call(files, checkpoint, random_flux_fill, *flags)
     assert np.array_equal(kept[outside], image[outside])
     assert np.array_equal(kept[inside], plain[inside])
     edge = ~inside & ~outside
@@ -308,14 +310,41 @@ def test_the_background_is_kept_to_the_last_bit(
     assert ((kept >= low) & (kept <= high)).all()
 
 
-def test_the_kept_background_has_a_soft_edge_by_default(
+def test_a_pasted_result_has_a_soft_edge_by_default(
     checkpoint: Path, files: dict[str, Path], random_flux_fill: Path
 ) -> None:
-    flags = ["--keep_background", "--feather", str(remove.FEATHER)]
-    named = call(files, checkpoint, random_flux_fill, *flags)
-    assert np.array_equal(named, call(files, checkpoint, random_flux_fill, "--keep_background"))
-    hard = call(files, checkpoint, random_flux_fill, "--keep_background", "--feather", "0")
+    paste = ["--outside", "paste"]
+    named = call(files, checkpoint, random_flux_fill, *paste, "--feather", str(FEATHER))
+    assert np.array_equal(named, call(files, checkpoint, random_flux_fill, *paste))
+    hard = call(files, checkpoint, random_flux_fill, *paste, "--feather", "0")
     assert not np.array_equal(named, hard)
+    # The seam's correction changes the mask, the soft edge its surroundings.
+    corrected = call(files, checkpoint, random_flux_fill, *paste, "--seam", "0.5")
+    inside = np.array(Image.open(files["mask"])) > 0
+    assert np.array_equal(corrected[~inside], hard[~inside])
+    assert not np.array_equal(corrected[inside], hard[inside])
+
+
+def test_by_default_the_image_stays_but_for_what_the_model_changed(
+    arguments: Arguments, files: dict[str, Path]
+) -> None:
+    """The bundled model on a smooth image: its autoencoder alone changes most of the pixels."""
+    row, column = np.mgrid[:61, :90]
+    smooth = np.stack([128 + row, 90 + column, 200 - row], axis=-1).astype(np.uint8)
+    Image.fromarray(smooth).save(files["image"])
+    inside = np.array(Image.open(files["mask"])) > 0
+    trained = train.train(parse_options(arguments(flux_fill_id=BUNDLED_MODEL, max_train_steps=1)))
+    plain = call(files, trained, BUNDLED_MODEL, "--outside", "prediction")
+    kept = call(files, trained, BUNDLED_MODEL)
+    same = (kept == smooth).all(-1)[~inside].mean()
+    assert (plain == smooth).all(-1)[~inside].mean() < 0.1
+    assert same > 0.8
+    raw_seam = call(files, trained, BUNDLED_MODEL, "--seam", "0")
+    assert np.array_equal(raw_seam[inside], plain[inside])
+    assert np.array_equal(raw_seam[~inside], kept[~inside])
+    assert not np.array_equal(kept[inside], plain[inside])
+    named = ["--outside", "keep", "--seam", str(SEAM)]
+    assert np.array_equal(call(files, trained, BUNDLED_MODEL, *named), kept)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +354,11 @@ def test_the_kept_background_has_a_soft_edge_by_default(
         ["--steps", "0"],
         ["--stepz", "1"],
         ["--feather", "2"],
-        ["--keep_background", "--feather", "-1"],
+        ["--outside", "paste", "--feather", "-1"],
+        ["--outside", "paste", "--feather", "2", "--seam", "0.5"],
+        ["--outside", "prediction", "--seam", "0.5"],
+        ["--outside", "nothing"],
+        ["--seam", "1.5"],
         ["--grow_mask", "-1"],
         ["--mask_label", "-1"],
         ["--mask_label", "1", "--threshold_mask"],
@@ -337,10 +370,3 @@ def test_flags_that_could_not_be_honoured_end_the_program(
 ) -> None:
     with pytest.raises(SystemExit):
         call(files, tmp_path, tmp_path, *flags)
-
-
-def test_the_bundled_model_removes_with_a_checkpoint_of_its_own(
-    arguments: Arguments, files: dict[str, Path]
-) -> None:
-    flags = arguments(flux_fill_id=BUNDLED_MODEL, max_train_steps=1)
-    assert call(files, train.train(parse_options(flags)), BUNDLED_MODEL).shape == (61, 90, 3)
