@@ -81,7 +81,7 @@ def draw_routing(
     """Return the figures of routing by the names of their files."""
     figures = {
         "routing_over_training": usage_over_training(output / "logs" / "metrics.jsonl"),
-        "specialization": plots.specialisation_matrix(found),
+        "specialization": plots.specialization_matrix(found),
     }
     if weights:
         infos = [masks.analyze(dataset[index]["mask"][None]) for index in range(len(dataset))]

@@ -283,7 +283,7 @@ MEMORY = [
         "Quantized base models (torchao, bitsandbytes)",
         "partly",
         "See the guide to quantized base models.",
-        "test_quantised.py::test_the_output_is_that_of_the_quantised_base_plus_the_mixture",
+        "tuner/test_quantization.py::test_the_output_is_that_of_the_quantized_base_plus_the_mixture",
     ),
 ]
 

@@ -127,7 +127,7 @@ def expected_of(mixed, x, weights):
 
 
 class Doubled(nn.Linear):
-    """A linear layer with a forward pass of its own, as quantised ones have."""
+    """A linear layer with a forward pass of its own, as quantized ones have."""
 
     def forward(self, x):
         return 2 * super().forward(x)

@@ -43,7 +43,7 @@ def build_loss(options: TrainOptions, vae: nn.Module) -> RemovalLoss:
         max_sigma=options.max_sigma,
         effect_band=options.effect_band,
         window_margin=options.window_margin,
-        specialised_every=options.specialized_every,
+        specialized_every=options.specialized_every,
     )
 
 

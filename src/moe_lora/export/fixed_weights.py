@@ -58,7 +58,7 @@ def weights_for(
         args: positional arguments of the call; its batch is 1.
         mask: `(1, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
         image: `(1, 3, H, W)`, in [0, 1]; with it the mask's `detail_complexity` is known.
-        mask_info: an already analysed mask, instead of `mask` and `image`.
+        mask_info: an already analyzed mask, instead of `mask` and `image`.
         task_hint: as in `set_router_inputs`.
         grid_size: `(rows, columns)` of the model's image tokens.
         adapter_name: whose router.

@@ -52,7 +52,7 @@ def from_loras(
         FileNotFoundError: when a file is missing.
         TypeError: when the model is a `PeftModel`; give the model inside it.
         ValueError: when a file cannot be read, is more than a plain LoRA, was trained on base
-            weights that its initialisation changed, speaks of layers that the model does not have,
+            weights that its initialization changed, speaks of layers that the model does not have,
             or has other sizes; when layers are inside wrappers; or when the adapter's name is
             taken. The model is then as it was.
     """

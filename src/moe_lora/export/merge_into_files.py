@@ -139,5 +139,5 @@ def _check_weights(
         if dtype not in _FLOATS:
             raise ValueError(
                 f"Expected the weight of {path!r} in {str(component)!r} to be one of "
-                f"{list(_FLOATS)}, but got {dtype}. Take the unquantised base model."
+                f"{list(_FLOATS)}, but got {dtype}. Take the unquantized base model."
             )

@@ -40,7 +40,7 @@ def load_balancing_loss(weights: Tensor) -> Tensor:
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
-    """Penalise large logits, which make the softmax brittle.
+    """Penalize large logits, which make the softmax brittle.
 
     mean over samples and tokens of (log Σ_e exp logit_e)².
 
@@ -65,7 +65,7 @@ def router_z_loss(logits: Tensor) -> Tensor:
 
 
 def entropy_floor_loss(weights: Tensor, floor: float = 0.5) -> Tensor:
-    """Penalise weights that are more decided, on average, than a floor allows.
+    """Penalize weights that are more decided, on average, than a floor allows.
 
     max(0, floor − mean over samples and tokens of H), with the entropy H = −Σ_e w_e log w_e / log E
     of a sample's weights. Above the floor neither value nor gradient is left, so that a router is

@@ -26,7 +26,7 @@ from moe_lora.routing.weights.checkpointing import RoutedCheckpoint
 Value = TypeVar("Value")
 
 
-class HasSpecialisedLosses(Protocol):
+class HasSpecializedLosses(Protocol):
     """Describe a loss that knows whether any of its specialized components is on."""
 
     @property
@@ -106,7 +106,7 @@ def set_routing_mode(model: nn.Module, mode: RoutingMode) -> None:
             config.routing_mode = mode
 
 
-def routing_mode_for(losses: HasSpecialisedLosses) -> RoutingMode:
+def routing_mode_for(losses: HasSpecializedLosses) -> RoutingMode:
     """Return the mode that suits a loss: routed when a specialized component is on, else uniform.
 
     Args:

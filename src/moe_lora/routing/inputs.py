@@ -29,7 +29,7 @@ class RouterInputs:
     Args:
         hidden_states: `(B, T, D)`, the visual tokens that the model was called with, mask channels
             split off. For FLUX Fill these are the 64 noisy and the 64 masked-image channels.
-        mask_info: the analysed mask of every sample, or `None` when no mask is known.
+        mask_info: the analyzed mask of every sample, or `None` when no mask is known.
         timestep: `(B,)`, as the model was given it (FLUX: sigma in [0, 1]), or `None`.
         task_hint: a hint such as `"removal_focus"`, or `None`.
         grid_size: `(rows, columns)` of the `T` tokens, or `None` when the call does not tell.

@@ -107,7 +107,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
 
     @property
     def quantization_backend(self) -> QuantizationBackend | None:
-        """Return what reads and writes a quantised base weight (PEFT asks), else `None`."""
+        """Return what reads and writes a quantized base weight (PEFT asks), else `None`."""
         return quantization_backend(self.get_base_layer(), self.quantization_kwargs)
 
     def experts(self) -> Iterator[tuple[str, MoELoraExperts]]:
@@ -225,7 +225,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Take the merged adapters out of the base weight again, as they were merged.
 
-        A quantised weight comes back to the last bit.
+        A quantized weight comes back to the last bit.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)

@@ -195,7 +195,7 @@ class MoELoraConfig(PeftConfig):
             kwargs: arguments of `huggingface_hub.hf_hub_download`.
 
         Raises:
-            ValueError: for a config of values that cannot be honoured or of a newer version, or
+            ValueError: for a config of values that cannot be honored or of a newer version, or
                 weights that are truncated or corrupt.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)

@@ -1,4 +1,4 @@
-"""Base layers with quantised weights: what merges into them, and the way back."""
+"""Base layers with quantized weights: what merges into them, and the way back."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 
 class UnmergeableBackend(QuantizationBackend):
-    """Stand for a quantisation that base weights cannot be read from and written to.
+    """Stand for a quantization that base weights cannot be read from and written to.
 
     Such a layer can be adapted and trained, since its experts act beside it.
 
     Args:
-        backend_name: what PEFT's layer status calls the quantisation.
-        weight: the quantised weight, for the error message.
+        backend_name: what PEFT's layer status calls the quantization.
+        weight: the quantized weight, for the error message.
     """
 
     supports_merge = False
@@ -31,8 +31,8 @@ class UnmergeableBackend(QuantizationBackend):
 
     def get_base_weight(self, base_layer: nn.Module) -> Tensor:
         raise TypeError(
-            "Expected a base weight that can be dequantised and quantised again, but got a "
-            f"{self.weight_type}. Load the base model without quantisation to merge into it."
+            "Expected a base weight that can be dequantized and quantized again, but got a "
+            f"{self.weight_type}. Load the base model without quantization to merge into it."
         )
 
     def set_base_weight(self, peft_layer: nn.Module, weight_data: Tensor) -> None:
@@ -40,20 +40,20 @@ class UnmergeableBackend(QuantizationBackend):
 
 
 class KeptWeight(NamedTuple):
-    """Remember the weight of a quantised layer, and what some layers hold of it besides."""
+    """Remember the weight of a quantized layer, and what some layers hold of it besides."""
 
     weight: Tensor
     state: Any
 
 
-def is_quantised(base: nn.Module) -> bool:
+def is_quantized(base: nn.Module) -> bool:
     """Tell whether a layer's weight is anything but plain floating-point numbers.
 
     Args:
         base: a layer with a `weight`.
 
     Example:
-        >>> is_quantised(nn.Linear(2, 2))
+        >>> is_quantized(nn.Linear(2, 2))
         False
     """
     weight = base.weight
@@ -64,17 +64,17 @@ def is_quantised(base: nn.Module) -> bool:
 def quantization_backend(
     base: nn.Module, kwargs: Mapping[str, Any] | None = None
 ) -> QuantizationBackend | None:
-    """Return what reads a layer's quantised weight as floats and quantises floats into it.
+    """Return what reads a layer's quantized weight as floats and quantizes floats into it.
 
     Args:
         base: the base layer.
         kwargs: what `peft.utils.get_quantization_kwargs` found out about the whole model; torchao
-            weights other than int8 weight-only ones cannot be quantised again without it.
+            weights other than int8 weight-only ones cannot be quantized again without it.
 
     Returns:
-        One of PEFT's backends; `None` for a layer that is not quantised.
+        One of PEFT's backends; `None` for a layer that is not quantized.
     """
-    if not is_quantised(base):
+    if not is_quantized(base):
         return None
     weight, kwargs = base.weight, dict(kwargs or {})
     assert isinstance(weight, Tensor)
@@ -86,7 +86,7 @@ def quantization_backend(
         elif "get_apply_tensor_subclass" not in kwargs:
             return UnmergeableBackend(library, weight)
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        # bitsandbytes repacks 4-bit weights for inference on a CPU, where dequantising them gives
+        # bitsandbytes repacks 4-bit weights for inference on a CPU, where dequantizing them gives
         # wrong numbers; taking the state dict brings the usual packing back.
         base.state_dict()
     backend = resolve_quantization_backend(base, **kwargs)
@@ -94,11 +94,11 @@ def quantization_backend(
 
 
 def keep_weight(base: nn.Module) -> KeptWeight:
-    """Return a quantised layer's weight, safe from what is written into the layer afterwards."""
+    """Return a quantized layer's weight, safe from what is written into the layer afterwards."""
     weight = base.weight
     assert isinstance(weight, Tensor)
     if type(weight).__name__ == "Params4bit":
-        # What quantises into it changes attributes of the old weight, too.
+        # What quantizes into it changes attributes of the old weight, too.
         weight = copy.copy(weight)
     return KeptWeight(weight, copy.copy(getattr(base, "state", None)))
 

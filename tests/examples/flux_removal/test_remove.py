@@ -331,7 +331,7 @@ def test_the_kept_background_has_a_soft_edge_by_default(
         ["--background", "no color"],
     ],
 )
-def test_flags_that_could_not_be_honoured_end_the_program(
+def test_flags_that_could_not_be_honored_end_the_program(
     flags: list[str], files: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit):

@@ -119,7 +119,7 @@ INITS = {
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.filterwarnings("ignore")
-def test_an_initialisation_that_changes_the_base_is_refused(make_mlp, tmp_path, init):
+def test_an_initialization_that_changes_the_base_is_refused(make_mlp, tmp_path, init):
     value, prepare, fields = INITS[init]
     model = trained(make_mlp, tmp_path, prepare, init_lora_weights=value, **fields)
     bare = make_mlp()
@@ -135,14 +135,14 @@ def test_an_initialisation_that_changes_the_base_is_refused(make_mlp, tmp_path, 
     assert changed == (init.lower().partition("_n")[0] in ("pissa", "olora", "corda", "lora_ga"))
 
 
-def test_loftq_which_quantises_the_base_is_refused():
+def test_loftq_which_quantizes_the_base_is_refused():
     config = LoraConfig(init_lora_weights=True, loftq_config={}).to_dict()
     config |= {"init_lora_weights": "loftq", "loftq_config": vars(LoftQConfig())}
     with pytest.raises(ValueError, match="'loftq' changed the base weights"):
         Strength(config, "here")
 
 
-def test_what_a_later_peft_may_call_an_initialisation_is_refused():
+def test_what_a_later_peft_may_call_an_initialization_is_refused():
     with pytest.raises(ValueError, match="'next' changed the base weights"):
         Strength({"lora_alpha": 1, "init_lora_weights": "next"}, "here")
 

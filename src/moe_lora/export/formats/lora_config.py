@@ -38,7 +38,7 @@ WITHOUT_EFFECT = (
     "lora_dropout",
     "velora_config",
     "runtime_config",
-    # Options of an initialisation or a variant, which is judged by its own field.
+    # Options of an initialization or a variant, which is judged by its own field.
     "loftq_config",
     "eva_config",
     "corda_config",
@@ -49,7 +49,7 @@ WITHOUT_EFFECT = (
 """Fields that leave the output of the stored factors as it is."""
 
 REFUSED = {
-    "use_dora": "normalises the adapted weight (DoRA)",
+    "use_dora": "normalizes the adapted weight (DoRA)",
     "alora_invocation_tokens": "acts after certain tokens only (aLoRA)",
     "use_qalora": "pools the layer's input (QALoRA)",
     "monteclora_config": "draws its weights at random (MonteCLoRA)",
@@ -62,7 +62,7 @@ REFUSED = {
 }
 """Fields that make more of a LoRA than `s · B A`, and what they do."""
 
-# All others subtract the first B A from the base weights, or quantise these.
+# All others subtract the first B A from the base weights, or quantize these.
 _KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 
@@ -74,7 +74,7 @@ def check_plain_lora(fields: Mapping[str, Any], where: str) -> None:
         where: names the config in errors.
 
     Raises:
-        ValueError: for a variant that is more than that, for an initialisation that changed the
+        ValueError: for a variant that is more than that, for an initialization that changed the
             base weights, or for a field that is unknown and set.
     """
     for name, value in fields.items():
@@ -93,7 +93,7 @@ def check_plain_lora(fields: Mapping[str, Any], where: str) -> None:
     init = fields.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in _KEEP_THE_BASE:
         raise ValueError(
-            f"Expected a LoRA of the unchanged base model in {where}, but its initialisation "
+            f"Expected a LoRA of the unchanged base model in {where}, but its initialization "
             f"{init!r} changed the base weights. Convert it with PEFT: "
             "save_pretrained(folder, path_initial_model_for_weight_conversion=...)."
         )

@@ -103,7 +103,7 @@ def _layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
         if not isinstance(base, nn.Linear | nn.Conv2d):
             continue
         if isinstance(base, nn.Linear):
-            # A quantised weight may have another shape.
+            # A quantized weight may have another shape.
             shapes[name] = (base.out_features, base.in_features)
         else:
             shapes[name] = (base.out_channels, base.in_channels // base.groups, *base.kernel_size)

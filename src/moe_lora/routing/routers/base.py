@@ -49,10 +49,10 @@ class Router(nn.Module, ABC):
             config's, once the router is in a model.
 
     Example:
-        >>> class Favourite(Router):
+        >>> class Favorite(Router):
         ...     def logits(self, inputs):
         ...         return torch.tensor([[2.0, 0.0, 0.0]]).expand(inputs.batch_size, 3)
-        >>> Favourite()(RouterInputs(torch.zeros(1, 4, 8))).weights.round(decimals=2)
+        >>> Favorite()(RouterInputs(torch.zeros(1, 4, 8))).weights.round(decimals=2)
         tensor([[0.7900, 0.1100, 0.1100]])
     """
 

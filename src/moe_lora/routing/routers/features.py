@@ -97,7 +97,7 @@ class MaskAwareFeatureExtractor(nn.Module):
             scores = hidden_states @ query / math.sqrt(self.input_dim)
             weights = (scores + self.mask_bias.to(scores.dtype) * covered).softmax(-1)
         else:
-            weights = _normalised(covered)
+            weights = _normalized(covered)
         return torch.einsum("bt,btd->bd", weights, hidden_states)
 
     def _check(
@@ -126,7 +126,7 @@ class MaskAwareFeatureExtractor(nn.Module):
         return grid_size
 
 
-def _normalised(weights: Tensor) -> Tensor:
+def _normalized(weights: Tensor) -> Tensor:
     total = weights.sum(-1, keepdim=True)
     some = total > EMPTY_WEIGHT
     uniform = torch.full_like(weights, 1 / weights.shape[-1])

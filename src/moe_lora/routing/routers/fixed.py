@@ -143,13 +143,13 @@ class FixedRouter(_InputFreeRouter):
             `(B, E)`, float32; -inf where the weight is 0.
 
         Raises:
-            ValueError: for a task hint that favours an expert whose weight is 0.
+            ValueError: for a task hint that favors an expert whose weight is 0.
         """
         names = self.expert_names or [f"expert_{i}" for i in range(len(self.weights))]
         for name, weight in zip(names, self.weights, strict=True):
             if weight == 0 and inputs.task_hint in task_hints([name]):
                 raise ValueError(
-                    f"Expected `task_hint` to favour an expert with a weight > 0, but got "
+                    f"Expected `task_hint` to favor an expert with a weight > 0, but got "
                     f"{inputs.task_hint!r} while the fixed weight of {name!r} is 0."
                 )
         return super().logits(inputs)

@@ -127,7 +127,7 @@ class ThreeExpertRemovalRouter(RemovalRouter):
         """Return the logits of removal, background and completion.
 
         Args:
-            inputs: hidden states `(B, T, input_dim)`, the analysed mask, the grid size and, when
+            inputs: hidden states `(B, T, input_dim)`, the analyzed mask, the grid size and, when
                 it is time-aware, the timestep count.
 
         Returns:

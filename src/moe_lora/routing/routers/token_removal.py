@@ -96,7 +96,7 @@ class TokenRemovalRouter(RemovalRouter):
         """Return every token's logits of removal, background and completion.
 
         Args:
-            inputs: hidden states `(B, T, input_dim)`, the analysed mask, the grid size and, when
+            inputs: hidden states `(B, T, input_dim)`, the analyzed mask, the grid size and, when
                 it is time-aware, the timestep count.
 
         Returns:
