@@ -16,7 +16,7 @@ from moe_lora.masks import MaskInfo
 from moe_lora.masks.validation import check_size
 from moe_lora.routing.inputs import GivenInputs
 from moe_lora.routing.lookup import ROUTER_ATTRIBUTE, active_adapters, routed_module, routing_state
-from moe_lora.routing.model_call.mask_memory import analyze_as_given
+from moe_lora.routing.model_call.mask_cache import analyze_as_given
 from moe_lora.routing.routers.base import Router, RoutingDecision
 from moe_lora.routing.state import RoutingMode, RoutingState
 from moe_lora.routing.statistics import RoutingStats

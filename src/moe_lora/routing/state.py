@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_lora.routing.decision import decide, routing_of_decisions
 from moe_lora.routing.inputs import GivenInputs
-from moe_lora.routing.model_call import MaskMemory, ModelCall
+from moe_lora.routing.model_call import MaskCache, ModelCall
 from moe_lora.routing.routers.base import Router
 from moe_lora.routing.routers.gating import task_hints
 from moe_lora.routing.statistics import RoutingStats
@@ -61,7 +61,7 @@ class RoutingState(RoutingContext):
         self.routers = routers
         self.mode: RoutingMode = "routed"
         self.given = GivenInputs()
-        self.mask_memory = MaskMemory()
+        self.mask_cache = MaskCache()
         self.expert_names: dict[str, tuple[str, ...]] = {}
         self.layer_names: dict[str, tuple[str, ...]] = {}
         self.stats: dict[str, RoutingStats] = {}
@@ -142,7 +142,7 @@ class RoutingState(RoutingContext):
     ) -> Routing:
         """Ask the routers, and record what they decide."""
         call = ModelCall.read(*called)
-        inputs = call.router_inputs(given, self.mask_memory.analyze)
+        inputs = call.router_inputs(given, self.mask_cache.analyze)
         asked = {name: cast(Router, routers[name]) for name in names}
         decisions = {name: decide(router, inputs, call.model) for name, router in asked.items()}
         if record:

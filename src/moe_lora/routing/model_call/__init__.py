@@ -7,6 +7,6 @@ router; `routing.weights.fitting` fits routing weights to it.
 from __future__ import annotations
 
 from moe_lora.routing.model_call.call import ModelCall
-from moe_lora.routing.model_call.mask_memory import MaskMemory
+from moe_lora.routing.model_call.mask_cache import MaskCache
 
-__all__ = ["MaskMemory", "ModelCall"]
+__all__ = ["MaskCache", "ModelCall"]

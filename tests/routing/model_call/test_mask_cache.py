@@ -7,7 +7,7 @@ import torch
 
 import moe_lora
 from moe_lora import MoELoraConfig, masks
-from moe_lora.routing.model_call import MaskMemory, mask_memory
+from moe_lora.routing.model_call import MaskCache, mask_cache
 
 
 @pytest.fixture
@@ -18,12 +18,12 @@ def analyzed(monkeypatch):
         calls.append(mask)
         return masks.analyze(mask, image)
 
-    monkeypatch.setattr(mask_memory, "analyze", analyze)
+    monkeypatch.setattr(mask_cache, "analyze", analyze)
     return calls
 
 
 def test_a_mask_is_analyzed_when_it_changes(analyzed):
-    memory, mask = MaskMemory(), torch.zeros(2, 1, 16, 16)
+    memory, mask = MaskCache(), torch.zeros(2, 1, 16, 16)
     mask[0, :, 2:6, 3:9] = 1
     first = memory.analyze(mask)
     assert memory.analyze(mask.clone()) is first
@@ -39,7 +39,7 @@ def test_a_mask_is_analyzed_when_it_changes(analyzed):
 
 
 def test_what_inference_mode_made_is_not_used_in_training():
-    memory, mask = MaskMemory(), torch.ones(1, 1, 16, 16)
+    memory, mask = MaskCache(), torch.ones(1, 1, 16, 16)
     with torch.inference_mode():
         memory.analyze(mask)
     features = memory.analyze(mask).features()
@@ -49,7 +49,7 @@ def test_what_inference_mode_made_is_not_used_in_training():
 
 
 def test_a_copy_remembers_nothing(analyzed):
-    memory, mask = MaskMemory(), torch.ones(1, 1, 16, 16)
+    memory, mask = MaskCache(), torch.ones(1, 1, 16, 16)
     memory.analyze(mask)
     pickle.loads(pickle.dumps(memory)).analyze(mask)
     assert len(analyzed) == 2

@@ -20,11 +20,11 @@ def analyze_as_given(mask: Tensor, image: Tensor | None = None) -> MaskInfo:
         return analyze(mask, image)
 
 
-class MaskMemory:
+class MaskCache:
     """Analyze a mask once while it stays the same.
 
     Example:
-        >>> memory, mask = MaskMemory(), torch.ones(1, 1, 8, 8)
+        >>> memory, mask = MaskCache(), torch.ones(1, 1, 8, 8)
         >>> memory.analyze(mask) is memory.analyze(mask.clone())
         True
     """
