@@ -268,7 +268,7 @@ def rows_of_first_image_layer(
     def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
         (x,) = args
         if x.ndim > 2 and layer.stream != "text" and not found:
-            routing = layer.context.of_adapter("default")
+            routing = layer.context.routing_for("default")
             aligned, _ = layer._weights(routing, "default", x)
             found.append((x.clone(), aligned.expand(*x.shape[:-1], -1).clone()))
 

@@ -80,8 +80,8 @@ def test_a_subclass_counts_as_its_base():
 
 
 def test_a_router_may_insist_on_the_grid():
-    assert RouterInputs(TOKENS, grid_size=(2, 3)).known_grid() == (2, 3)
+    assert RouterInputs(TOKENS, grid_size=(2, 3)).require_grid_size() == (2, 3)
     with pytest.raises(ValueError, match=r"`grid_size`, .*set_router_inputs\(model, mask=mask"):
-        RouterInputs(TOKENS).known_grid()
-    with pytest.raises(ValueError, match=r"to give 6 tokens, but got \(2, 4\)"):
-        RouterInputs(TOKENS, grid_size=(2, 4)).known_grid()
+        RouterInputs(TOKENS).require_grid_size()
+    with pytest.raises(ValueError, match=r"to have 6 tokens, but got \(2, 4\)"):
+        RouterInputs(TOKENS, grid_size=(2, 4)).require_grid_size()

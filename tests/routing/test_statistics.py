@@ -101,7 +101,7 @@ def test_collapse_is_reported_once_until_reset():
     assert not stats.is_collapsed(threshold=0.96)
     warning = stats.collapse_warning()
     assert warning is not None
-    assert "background_expert takes 95% of the weight over the last 2 samples" in warning
+    assert "background_expert has 95% of the weight over the last 2 samples" in warning
     assert stats.collapse_warning() is None
     stats.reset()
     stats.update(torch.tensor([[0.02, 0.95, 0.03]]))

@@ -250,7 +250,7 @@ def test_a_unet_that_rounds_its_levels_down_takes_sizes_that_divide_only():
             if fits:
                 model(**call)
                 continue
-            with pytest.raises(ValueError, match=r"divide by 2 .* got \d x \d"):
+            with pytest.raises(ValueError, match=r"divisible by 2 .* got \d x \d"):
                 model(**call)
 
 

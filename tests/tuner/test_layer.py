@@ -22,9 +22,9 @@ class Given(RoutingContext):
     routing = None
 
     def put(self, weights, top_k=None):
-        self.routing = Routing.of(weights, top_k)
+        self.routing = Routing.from_weights(weights, top_k)
 
-    def outside(self):
+    def routing_outside_pass(self):
         return self.routing
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lora.routing.weights.checkpointing import guarded
+from moe_lora.routing.weights.checkpointing import check_version_in_backward
 from moe_lora.tracing import is_transformed
 from moe_lora.tuner.config import MoELoraConfig
 from moe_lora.tuner.mixture_product.fused import add_mixture
@@ -176,7 +176,9 @@ class MoELoraConvExperts(MoELoraExperts):
         else:
             trained = _gated(hidden, expert_grad_mask)
             delta = F.conv2d(trained, B) + F.conv2d(hidden - trained, B.detach())
-        return base + guarded(delta, None if is_transformed() else routing_version)
+        return base + check_version_in_backward(
+            delta, None if is_transformed() else routing_version
+        )
 
 
 def _gated(hidden: Tensor, gate: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moe_lora.routing.weights.checkpointing import version_in_graph
+from moe_lora.routing.weights.checkpointing import version_to_save
 from moe_lora.routing.weights.fitting import fit_to_layer
 from moe_lora.routing.weights.routing import Routing
 from moe_lora.tuner.base_layer import RoutedLayer
@@ -40,7 +40,7 @@ class MoELoraLinear(RoutedLayer):
             result = cast(Tensor, self.base_layer(x, *args, **kwargs))
             x = x.to(result.dtype)
         for adapter_name, experts in acting:
-            routing = self.context.of_adapter(adapter_name)
+            routing = self.context.routing_for(adapter_name)
             weights, expert_indices = self._weights(routing, adapter_name, x)
             added = experts(
                 x,
@@ -48,7 +48,7 @@ class MoELoraLinear(RoutedLayer):
                 weights,
                 expert_indices=expert_indices,
                 expert_grad_mask=self.grad_mask_of(routing, x),
-                routing_version=version_in_graph(routing),
+                routing_version=version_to_save(routing),
             )
             result = cast(Tensor, added)
         return cast(Tensor, result)
@@ -57,10 +57,12 @@ class MoELoraLinear(RoutedLayer):
         self, routing: Routing, adapter_name: str, x: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return an adapter's weights and the experts that count, aligned with `x`."""
-        weights, expert_indices = routing.of_layer(adapter_name, self.layer_index.get(adapter_name))
+        weights, expert_indices = routing.select_layer(
+            adapter_name, self.layer_index.get(adapter_name)
+        )
         if weights is None:
             return None, None
-        grid = routing.grid_of(adapter_name)
+        grid = routing.token_grid(adapter_name)
         weights = fit_to_layer(weights, x, rows=self.rows, stream=self.stream, grid=grid)
         if expert_indices is None or self.rows != "sample" or x.ndim == 2:
             # Without tokens, gathering every sample's experts costs more than multiplying with all.
@@ -107,10 +109,10 @@ class MoELoraConv2d(RoutedLayer):
         acting = self.acting_experts()  # first: it takes disabled adapters out of the base weight
         result: Tensor = self.base_layer(input, *args, **kwargs)
         for adapter_name, experts in acting:
-            routing = self.context.of_adapter(adapter_name)
-            weights, _ = routing.of_layer(adapter_name, self.layer_index.get(adapter_name))
+            routing = self.context.routing_for(adapter_name)
+            weights, _ = routing.select_layer(adapter_name, self.layer_index.get(adapter_name))
             if weights is not None:
-                grid = routing.grid_of(adapter_name)
+                grid = routing.token_grid(adapter_name)
                 weights = fit_to_layer(weights, result.movedim(1, -1), rows=self.rows, grid=grid)
                 weights = weights.movedim(-1, 1) if weights.ndim > 1 else weights.view(-1, 1, 1)
             expert_grad_mask = self.grad_mask_of(routing, result.movedim(1, -1))
@@ -122,7 +124,7 @@ class MoELoraConv2d(RoutedLayer):
                 self._convolve,
                 weights,
                 expert_grad_mask=expert_grad_mask,
-                routing_version=version_in_graph(routing),
+                routing_version=version_to_save(routing),
             )
         return result
 

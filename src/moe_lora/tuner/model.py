@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_lora.families import default_targets, family_of
 from moe_lora.routing.lookup import ROUTER_ATTRIBUTE
-from moe_lora.routing.routers.registry import counts_layers
+from moe_lora.routing.routers.registry import needs_num_layers
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.tuner.layer import layer_class
@@ -86,7 +86,7 @@ class MoELoraModel(BaseTuner):
         width = check_base_width(config.base_in_channels, model)
         if config.stored is not None:
             config.stored.check_base(model, len(config.experts), config.rank_of)
-        by_layer = counts_layers(config.router, config.router_kwargs)
+        by_layer = needs_num_layers(config.router, config.router_kwargs)
         router = None if by_layer else build_router(config, model, low_cpu_mem_usage)
         with all_or_nothing(model):
             # Away for the time being: they are not to be adapted, frozen or matched.

@@ -248,7 +248,7 @@ def test_a_model_of_fake_tensors():
         }
     # `moe_lora.route` would look at values.
     state = moe_lora.routing.control.routing_state(adapted.model)
-    with state.steered(override=Override(weights)), mode:
+    with state.steer(override=Override(weights)), mode:
         out = torch.func.functional_call(adapted.net, learned, (x,))
     assert out.shape == x.shape
 

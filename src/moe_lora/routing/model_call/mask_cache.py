@@ -1,4 +1,4 @@
-"""The steps of a denoising loop show the router the same mask again and again."""
+"""Cache for the analysis of a mask, which stays the same over the steps of a denoising loop."""
 
 from __future__ import annotations
 
@@ -9,56 +9,58 @@ from torch.autograd import forward_ad
 from moe_lora.masks import MaskInfo, analyze
 
 
-def analyze_as_given(mask: Tensor, image: Tensor | None = None) -> MaskInfo:
-    """Analyze a mask as it is now: without graph, and for use in and out of inference mode.
+def analyze_detached(mask: Tensor, image: Tensor | None = None) -> MaskInfo:
+    """Analyze a mask without a graph, for use inside and outside of inference mode.
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
-        image: `(B, 3, H, W)`, in [0, 1].
+        image: `(B, 3, H, W)`, in [0, 1]; `None` leaves the detail complexity unknown.
     """
     with torch.inference_mode(False), torch.no_grad():
         return analyze(mask, image)
 
 
 class MaskCache:
-    """Analyze a mask once while it stays the same.
+    """Cache with the analysis of the last mask.
 
     Example:
-        >>> memory, mask = MaskCache(), torch.ones(1, 1, 8, 8)
-        >>> memory.analyze(mask) is memory.analyze(mask.clone())
+        >>> cache, mask = MaskCache(), torch.ones(1, 1, 8, 8)
+        >>> cache.analyze(mask) is cache.analyze(mask.clone())
         True
     """
 
     def __init__(self) -> None:
-        # One attribute, so that another thread never sees the mask of one analysis with another.
-        self._known: tuple[Tensor, MaskInfo] | None = None
+        # One attribute, so that no thread reads a mask with the analysis of another mask.
+        self._cached: tuple[Tensor, MaskInfo] | None = None
 
     def analyze(self, mask: Tensor) -> MaskInfo:
-        """Return `masks.analyze(mask)`; a mask with a graph is analyzed anew, with its graph.
+        """Return `masks.analyze(mask)`; a mask with a graph is not cached, and keeps its graph.
 
         Args:
             mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.
         """
-        if _is_watched(mask):
+        if _needs_fresh_analysis(mask):
             return analyze(mask)
-        known = self._known
-        if known is None or not _is_same(known[0], mask):
+        cached = self._cached
+        if cached is None or not _equal_masks(cached[0], mask):
             with torch.inference_mode(False), torch.no_grad():
                 copied = mask.clone()
-            known = self._known = (copied, analyze_as_given(copied))
-        return known[1]
+            cached = self._cached = (copied, analyze_detached(copied))
+        return cached[1]
 
     def __getstate__(self) -> dict[str, None]:
-        return {"_known": None}
+        return {"_cached": None}
 
 
-def _is_same(known: Tensor, mask: Tensor) -> bool:
-    alike = known.shape == mask.shape and known.dtype == mask.dtype and known.device == mask.device
-    return alike and known.equal(mask)
+def _equal_masks(cached: Tensor, mask: Tensor) -> bool:
+    comparable = (
+        cached.shape == mask.shape and cached.dtype == mask.dtype and cached.device == mask.device
+    )
+    return comparable and cached.equal(mask)
 
 
-def _is_watched(mask: Tensor) -> bool:
-    """Return whether an analysis of the mask belongs to a graph, a transform or a trace."""
+def _needs_fresh_analysis(mask: Tensor) -> bool:
+    """Return whether the mask has a graph, or is traced or transformed."""
     has_graph = mask.requires_grad and torch.is_grad_enabled()
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return has_graph or transformed or type(mask) is not Tensor

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lora.routing.weights.checkpointing import check_version, guarded
+from moe_lora.routing.weights.checkpointing import check_version, check_version_in_backward
 from moe_lora.tracing import has_plain_values, is_transformed
 from moe_lora.tuner.mixture_product.fast_path import can_fuse
 from moe_lora.tuner.mixture_product.plain import (
@@ -60,7 +60,7 @@ def add_mixture(
             result = add_mixture_plainly(x, mix, base)
     else:
         result = add_mixture_plainly(x, mix, base)
-    return guarded(result, None if is_transformed() else routing_version)
+    return check_version_in_backward(result, None if is_transformed() else routing_version)
 
 
 class _AddMixture(torch.autograd.Function):

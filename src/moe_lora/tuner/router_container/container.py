@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_lora.routing.lookup import ROUTER_ATTRIBUTE
-from moe_lora.routing.offloading import refuse_backward_from_disk
+from moe_lora.routing.offloading import forbid_backward_from_disk
 from moe_lora.routing.routers.base import Router
 from moe_lora.routing.state import RoutingState
-from moe_lora.routing.weights.context import number_of_call
+from moe_lora.routing.weights.context import call_id
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.config import MoELoraConfig
 from moe_lora.tuner.router_container.adapted_model import AdaptedModel, Anchor
@@ -176,7 +176,7 @@ class AdapterRouters(nn.Module):
         config.router = router.registered_name or type(router).__qualname__
         config.router_kwargs = dict(router.init_kwargs)
         self.moe_lora_routers[adapter_name] = router
-        self.state.require_routing()
+        self.state.update_routed_adapters()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_switched": None}
@@ -215,14 +215,14 @@ def begin_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         remove_routers(model)
         return
     state = routers.state
-    before = state.recomputed()
-    state.enter(None, number_of_call())
+    before = state.backward_routing()
+    state.enter(None, call_id())
     if not torch.compiler.is_compiling():
         check_untouched(routers.moe_lora_routers)
     acting = routers.switched.acting
     if acting:
         own = routers.moe_lora_routers  # of a replica: not those of its state
-        state.decide(state.route(model, args, kwargs, acting, own, before))
+        state.set_routing(state.decide_routing(model, args, kwargs, acting, own, before))
 
 
 def end_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -230,10 +230,10 @@ def end_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     routers = model._modules.get(ROUTER_ATTRIBUTE)
     if not isinstance(routers, AdapterRouters):
         return
-    routing = routers.state.leave(number_of_call())
+    routing = routers.state.exit(call_id())
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    refuse_backward_from_disk(model, output)
+    forbid_backward_from_disk(model, output)
     if routing is not None:
         routers.state.restore_in_backward(output, routing)
 
