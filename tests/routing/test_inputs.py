@@ -25,7 +25,7 @@ def test_sigma_is_what_is_noise_in_every_counting():
 
 @pytest.mark.parametrize("timesteps", [(0.25, 1.0), (0.5, 900.0), (1, 0), (250, 999)])
 def test_an_unknown_counting_is_never_guessed(timesteps):
-    expected = r"range of the timesteps .* timestep_range=\(clean, noise\)\): \(0, 1\) for"
+    expected = r"known `timestep_range`, .* timestep_range=\(clean, noise\)\): \(0, 1\) for"
     with pytest.raises(ValueError, match=expected):
         _ = inputs(*timesteps).sigma
     read = ModelCall.read(named("Mine"), (TOKENS, torch.tensor(timesteps)))

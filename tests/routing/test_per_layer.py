@@ -168,7 +168,7 @@ def test_statistics_count_the_mean_over_layers():
 
 def test_it_is_not_merged_or_exported_but_by_weights_of_ones_choice(tmp_path):
     model = adapted()
-    with pytest.raises(ValueError, match="ByLayer chooses them for every input"):
+    with pytest.raises(ValueError, match="ByLayer computes them from the input"):
         moe_lora.merge(model)
     router = model.base_model.model.moe_router.moe_lora_routers["default"]
     router.fixed_weights = lambda: torch.full((4, E), 1 / E)

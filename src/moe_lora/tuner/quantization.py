@@ -1,4 +1,4 @@
-"""Base layers with quantized weights: what merges into them, and the way back."""
+"""Base layers with quantized weights: backends for merging, saving and restoring weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 
 class UnmergeableBackend(QuantizationBackend):
-    """Stand for a quantization that base weights cannot be read from and written to.
+    """Backend of a quantization without access to the base weights.
 
-    Such a layer can be adapted and trained, since its experts act beside it.
+    Layers with this backend can be adapted and trained, but not merged.
 
     Args:
-        backend_name: what PEFT's layer status calls the quantization.
+        backend_name: the name of the quantization in PEFT's layer status.
         weight: the quantized weight, for the error message.
     """
 
@@ -32,22 +32,28 @@ class UnmergeableBackend(QuantizationBackend):
     def get_base_weight(self, base_layer: nn.Module) -> Tensor:
         raise TypeError(
             "Expected a base weight that can be dequantized and quantized again, but got a "
-            f"{self.weight_type}. Load the base model without quantization to merge into it."
+            f"{self.weight_type}. Load the base model without quantization to merge adapters."
         )
 
     def set_base_weight(self, peft_layer: nn.Module, weight_data: Tensor) -> None:
         self.get_base_weight(peft_layer)
 
 
-class KeptWeight(NamedTuple):
-    """Remember the weight of a quantized layer, and what some layers hold of it besides."""
+class SavedWeight(NamedTuple):
+    """Saved weight of a quantized layer.
+
+    Attributes:
+        weight: the weight.
+        state: the layer's attribute `state`, the quantization state of bitsandbytes' 8-bit layers;
+            `None` for others.
+    """
 
     weight: Tensor
     state: Any
 
 
 def is_quantized(base: nn.Module) -> bool:
-    """Tell whether a layer's weight is anything but plain floating-point numbers.
+    """Return whether a layer's weight is quantized: not a floating-point tensor of PyTorch's own.
 
     Args:
         base: a layer with a `weight`.
@@ -64,15 +70,15 @@ def is_quantized(base: nn.Module) -> bool:
 def quantization_backend(
     base: nn.Module, kwargs: Mapping[str, Any] | None = None
 ) -> QuantizationBackend | None:
-    """Return what reads a layer's quantized weight as floats and quantizes floats into it.
+    """Return the backend that dequantizes and quantizes a layer's weight.
 
     Args:
         base: the base layer.
-        kwargs: what `peft.utils.get_quantization_kwargs` found out about the whole model; torchao
-            weights other than int8 weight-only ones cannot be quantized again without it.
+        kwargs: the model's `peft.utils.get_quantization_kwargs`; required to quantize torchao
+            weights again, other than int8 weight-only ones.
 
     Returns:
-        One of PEFT's backends; `None` for a layer that is not quantized.
+        A PEFT backend; `None` for a layer that is not quantized.
     """
     if not is_quantized(base):
         return None
@@ -86,29 +92,33 @@ def quantization_backend(
         elif "get_apply_tensor_subclass" not in kwargs:
             return UnmergeableBackend(library, weight)
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        # bitsandbytes repacks 4-bit weights for inference on a CPU, where dequantizing them gives
-        # wrong numbers; taking the state dict brings the usual packing back.
+        # bitsandbytes repacks 4-bit weights for inference on a CPU; dequantizing these gives wrong
+        # values. `state_dict` restores the usual packing.
         base.state_dict()
     backend = resolve_quantization_backend(base, **kwargs)
     return backend if backend is not None else UnmergeableBackend(library, weight)
 
 
-def keep_weight(base: nn.Module) -> KeptWeight:
-    """Return a quantized layer's weight, safe from what is written into the layer afterwards."""
+def save_weight(base: nn.Module) -> SavedWeight:
+    """Return a quantized layer's weight, unaffected by later changes of the layer.
+
+    Args:
+        base: the quantized layer.
+    """
     weight = base.weight
     assert isinstance(weight, Tensor)
     if type(weight).__name__ == "Params4bit":
-        # What quantizes into it changes attributes of the old weight, too.
+        # Quantizing a new weight changes attributes of the old one, too.
         weight = copy.copy(weight)
-    return KeptWeight(weight, copy.copy(getattr(base, "state", None)))
+    return SavedWeight(weight, copy.copy(getattr(base, "state", None)))
 
 
-def restore_weight(base: nn.Module, kept: KeptWeight) -> None:
-    """Put a kept weight back, as it was to the last bit.
+def restore_weight(base: nn.Module, kept: SavedWeight) -> None:
+    """Restore a saved weight exactly.
 
     Args:
-        base: the layer that it came from, on whatever device it is now.
-        kept: what `keep_weight` returned.
+        base: the layer of the weight, on any device.
+        kept: the result of `save_weight`.
     """
     assert isinstance(base.weight, Tensor)
     weight = kept.weight

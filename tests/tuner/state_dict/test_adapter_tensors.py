@@ -245,7 +245,7 @@ def test_other_beginnings_of_keys_are_named(make_mlp, tmp_path):
     with pytest.raises(ValueError, match=r"it has them in 'inner'\. Load the adapter into that"):
         load_adapter(nn.ModuleDict({"inner": make_mlp()}), folder)
     write(folder, {n.replace("model.first", "model.part.first"): t for n, t in tensors.items()})
-    with pytest.raises(ValueError, match=r"without the beginning 'part\.'"):
+    with pytest.raises(ValueError, match=r"without the prefix 'part\.'"):
         load_adapter(make_mlp(), folder)
 
 
