@@ -171,12 +171,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(
             f"Expected JSON in {str(path)!r}, but it is truncated or corrupt ({error}). Save it "
-            "again, or take an earlier copy."
+            "again, or use an earlier copy."
         ) from error
     if not isinstance(entries, dict):
         raise ValueError(
             f"Expected a JSON object in {str(path)!r}, but got a {type(entries).__name__}. Save it "
-            "again, or take an earlier copy."
+            "again, or use an earlier copy."
         )
     return entries
 
@@ -207,7 +207,7 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
     except SafetensorError as error:
         raise ValueError(
             f"Expected a whole safetensors file at {str(path)!r}, but it is truncated, corrupt or "
-            f"of another format ({error}). Save it again, or take an earlier copy."
+            f"of another format ({error}). Save it again, or use an earlier copy."
         ) from error
 
 

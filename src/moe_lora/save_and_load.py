@@ -71,7 +71,7 @@ def save_adapter(
     folder = Path(directory)
     with updating(folder, last=CONFIG_NAME) as temporary:
         config.save_pretrained(str(temporary))
-        # With the config in its header, the weights file is a checkpoint by itself.
+        # With the config in its header, the weights file alone is a complete checkpoint.
         header = {CONFIG_KEY: (temporary / CONFIG_NAME).read_text(encoding="utf-8")}
         write_tensors(temporary / WEIGHTS_NAME, named, header)
     return folder

@@ -1,4 +1,4 @@
-"""What the contexts around a pass ask of its routing, and where they end."""
+"""Effect and scope of the contexts around a pass."""
 
 from __future__ import annotations
 

@@ -338,11 +338,11 @@ class RoutingState(RoutingContext):
             )
         return weights
 
-    def check_num_experts(self, what: str, tensor: Tensor, adapter_names: Iterable[str]) -> None:
+    def check_num_experts(self, name: str, tensor: Tensor, adapter_names: Iterable[str]) -> None:
         """Raise unless a tensor's last dimension is the number of experts of the active adapters.
 
         Args:
-            what: the name of the tensor, for the message.
+            name: the name of the tensor, for the message.
             tensor: `(..., E)`.
             adapter_names: the active adapters, including those of other tuners; without an active
                 mixture, the number of experts of any adapter is accepted.
@@ -355,7 +355,7 @@ class RoutingState(RoutingContext):
         experts = sorted({len(names) for names in (active or by_adapter).values()})
         if tensor.shape[-1] not in experts or (active and len(experts) > 1):
             raise ValueError(
-                f"Expected `{what}` to have the shape (..., E), for the experts of the active "
+                f"Expected `{name}` to have the shape (..., E), for the experts of the active "
                 f"adapters E in {experts}, but got {tuple(tensor.shape)}."
             )
 

@@ -227,7 +227,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             merged = (self.get_base_weight() if merged is None else merged).to(delta) + delta
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
-                    f"Expected finite merged weights, but adapter {adapter!r} gives NaN or inf."
+                    f"Expected finite merged weights, but adapter {adapter!r} produces NaN or inf."
                 )
         return merged, added
 

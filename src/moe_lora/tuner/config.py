@@ -42,7 +42,7 @@ _EDITABLE_FIELDS = frozenset(
 class MoELoraType(str):
     """String with the interface of PEFT's closed `PeftType` enumeration.
 
-    A string key works in all of PEFT's mappings; in a few places PEFT also reads `.value`.
+    A string key works in all of PEFT's mappings; PEFT also reads `.value` in a few functions.
     """
 
     @property

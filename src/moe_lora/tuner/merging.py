@@ -105,7 +105,7 @@ def check_mergeable(
                 broken = _find_non_finite_adapter(layer, mixed)
         if broken is not None:
             raise ValueError(
-                f"Expected finite merged weights, but adapter {broken!r} gives NaN or inf."
+                f"Expected finite merged weights, but adapter {broken!r} produces NaN or inf."
             )
 
 

@@ -28,12 +28,13 @@ def orthogonality_loss(model: nn.Module, adapter_name: str = "default") -> Tenso
     Raises:
         ValueError: when the adapter does not exist, or has a single expert.
     """
-    known = routing_state(model).expert_names
-    if adapter_name not in known:
+    expert_names = routing_state(model).expert_names
+    if adapter_name not in expert_names:
         raise ValueError(
-            f"Expected `adapter_name` to be one of {sorted(known)}, but got {adapter_name!r}."
+            f"Expected `adapter_name` to be one of {sorted(expert_names)}, but got "
+            f"{adapter_name!r}."
         )
-    experts = len(known[adapter_name])
+    experts = len(expert_names[adapter_name])
     if experts < 2:
         raise ValueError(
             f"Expected at least 2 experts, but adapter {adapter_name!r} has {experts}."

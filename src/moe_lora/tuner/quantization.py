@@ -113,20 +113,20 @@ def save_weight(base: nn.Module) -> SavedWeight:
     return SavedWeight(weight, copy.copy(getattr(base, "state", None)))
 
 
-def restore_weight(base: nn.Module, kept: SavedWeight) -> None:
+def restore_weight(base: nn.Module, saved: SavedWeight) -> None:
     """Restore a saved weight exactly.
 
     Args:
         base: the layer of the weight, on any device.
-        kept: the result of `save_weight`.
+        saved: the result of `save_weight`.
     """
     assert isinstance(base.weight, Tensor)
-    weight = kept.weight
+    weight = saved.weight
     if weight.device != base.weight.device:
         weight = weight.to(base.weight.device)
     base.weight = weight
-    if kept.state is not None:
-        base.state = kept.state
+    if saved.state is not None:
+        base.state = saved.state
 
 
 def _int8_weight_only_config(weight: Any) -> object | None:

@@ -33,7 +33,7 @@ def test_a_mask_is_analyzed_when_it_changes(analyzed):
         found = memory.analyze(other)
         assert len(analyzed) == number
         assert torch.equal(found.mask, masks.analyze(other).mask)
-    mask[0, 0, 0, 0] = 1  # in place: what is remembered must not change with it
+    mask[0, 0, 0, 0] = 1  # in place: the cached copy must not change with it
     assert memory.analyze(mask).area_ratio[0] == masks.analyze(mask).area_ratio[0]
     assert len(analyzed) == 6
 

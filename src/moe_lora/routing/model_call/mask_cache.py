@@ -1,4 +1,4 @@
-"""Cache for the analysis of a mask, which stays the same over the steps of a denoising loop."""
+"""Cache for the analysis of a mask, which is the same in all steps of a denoising loop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class MaskCache:
         self._cached: tuple[Tensor, MaskInfo] | None = None
 
     def analyze(self, mask: Tensor) -> MaskInfo:
-        """Return `masks.analyze(mask)`; a mask with a graph is not cached, and keeps its graph.
+        """Return `masks.analyze(mask)`; a mask with a graph is analyzed at each call, with graph.
 
         Args:
             mask: `(B, 1, H, W)`, in [0, 1], pixel space; 1 = remove.

@@ -138,7 +138,7 @@ def call_id() -> int:
     if torch.compiler.is_compiling():
         return _COMPILED_CALL
     frame = sys._getframe(2)
-    # Hooks are called by a function inside of `_call_impl`, or by itself after an error.
+    # Hooks are called by `inner` inside `_call_impl`, or after an error by `_call_impl` itself.
     call = frame.f_back if frame.f_code.co_name == "inner" else frame
     return id(call)  # CPython keeps a frame object, once it is made, until the frame has run
 

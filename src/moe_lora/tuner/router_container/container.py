@@ -1,4 +1,4 @@
-"""Where the routers of an adapted model live, and the hooks that ask them."""
+"""Container module for the routers of an adapted model, and the hooks that run them."""
 
 from __future__ import annotations
 

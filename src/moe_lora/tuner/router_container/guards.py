@@ -27,8 +27,8 @@ def install_guards(model: nn.Module, reference: ModelReference) -> None:
         vars(model)["fuse_lora"] = partial(_fuse_all_or_none, reference)
     if hasattr(model, "enable_layerwise_casting"):
         # diffusers would store routers in float8; they need float32.
-        kept: Any = getattr(model, _SKIP_CASTING, None)
-        setattr(model, _SKIP_CASTING, (*(kept or ()), ROUTER_ATTRIBUTE))
+        patterns: Any = getattr(model, _SKIP_CASTING, None)
+        setattr(model, _SKIP_CASTING, (*(patterns or ()), ROUTER_ATTRIBUTE))
 
 
 def remove_guards(model: nn.Module) -> None:

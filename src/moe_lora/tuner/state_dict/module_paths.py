@@ -51,7 +51,7 @@ def bare_path(path: str, model: nn.Module | None = None, *, known: Collection[st
     """
     if model is None:
         return _shorten_to_known(_drop_steps(path, _WRAPPER_STEPS), known)
-    kept: list[str] = []
+    steps: list[str] = []
     module: nn.Module | None = model
     for step in path.split("."):
         while module is not None and step not in module._modules:
@@ -60,9 +60,9 @@ def bare_path(path: str, model: nn.Module | None = None, *, known: Collection[st
                 break
             module = inside
         if not _leads_inside(module, step):
-            kept.append(step)
+            steps.append(step)
         module = None if module is None else module._modules.get(step)
-    return ".".join(kept)
+    return ".".join(steps)
 
 
 def state_dict_path(path: str) -> str:

@@ -55,7 +55,7 @@ class StoredWeights:
         except SafetensorError as error:
             raise ValueError(
                 f"Expected a whole safetensors file at {str(path)!r}, but it is truncated, corrupt "
-                f"or of another format ({error}). Save it again, or take an earlier copy."
+                f"or of another format ({error}). Save it again, or use an earlier copy."
             ) from error
         return cls(path, shapes).compare_config(weight_fields, header)
 
@@ -240,24 +240,24 @@ def input_width(model: nn.Module) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def check_base_width(known: int | None, model: nn.Module) -> int | None:
+def check_base_width(expected: int | None, model: nn.Module) -> int | None:
     """Return the input width of a model, or raise when it is not that of the adapter's base.
 
     Args:
-        known: the input width of the adapter's base; `None` if it is unknown.
+        expected: the input width of the adapter's base; `None` if it is unknown.
         model: the model to adapt.
 
     Raises:
         ValueError: when the two widths differ.
     """
     width = input_width(model)
-    if known is not None and width is not None and known != width:
+    if expected is not None and width is not None and expected != width:
         raise ValueError(
-            f"Expected a base model with {known} input channels, as in the adapter's config, but "
-            f"{type(model).__name__} has {width}. Load it into a base of that width (FLUX Fill has "
-            "384, plain FLUX 64), or create a new MoELoraConfig for this model."
+            f"Expected a base model with {expected} input channels, as in the adapter's config, "
+            f"but {type(model).__name__} has {width}. Load it into a base of that width (FLUX Fill "
+            "has 384, plain FLUX 64), or create a new MoELoraConfig for this model."
         )
-    return known if width is None else width
+    return expected if width is None else width
 
 
 def read_header(path: Path, header: Mapping[str, str], key: str) -> dict[str, Any] | None:
@@ -281,7 +281,7 @@ def read_header(path: Path, header: Mapping[str, str], key: str) -> dict[str, An
     except ValueError as error:
         raise ValueError(
             f"Expected JSON as `{key}` in the header of {str(path)!r}, but got {error}. Save it "
-            "again, or take an earlier copy."
+            "again, or use an earlier copy."
         ) from error
     if not isinstance(entries, dict):
         raise ValueError(
