@@ -54,7 +54,7 @@ def interleaved(
     """
     times, order, shuffled = Times(steps), list(steps), random.Random(0)
     for round_ in range(-warmup, rounds):
-        # A variant must not always inherit the caches of the same neighbour.
+        # A variant must not always inherit the caches of the same neighbor.
         shuffled.shuffle(order)
         for name in order:
             synchronize(device)

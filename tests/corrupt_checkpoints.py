@@ -98,7 +98,7 @@ FAULTS = {
         lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
         "is a pickle, which is never loaded",
     ),
-    "diffusers file": (to_diffusers_file, "or give `config`; a plain LoRA is loaded"),
+    "diffusers file": (to_diffusers_file, "or pass `config`; load a plain LoRA"),
     "truncated config": (lambda f: truncate(f, CONFIG, 0.5), "Expected JSON in"),
     "empty config": (lambda f: truncate(f, CONFIG, 0), "Expected JSON in"),
     "config is no object": (lambda f: (f / CONFIG).write_text("[1]"), "Expected a JSON object in"),
@@ -117,11 +117,11 @@ FAULTS = {
     ),
     "router of impossible widths": (
         lambda f: edit_config(f, router_kwargs={"hidden_dim": "wide"}),
-        "Expected `router_kwargs` to be values that Scores can be built with",
+        "Expected `router_kwargs` to be valid arguments of Scores",
     ),
     "router of negative widths": (
         lambda f: edit_config(f, router_kwargs={"hidden_dim": -1}),
-        "Expected `router_kwargs` to be values that Scores can be built with",
+        "Expected `router_kwargs` to be valid arguments of Scores",
     ),
     "router of other widths": (
         lambda f: edit_config(f, router_kwargs={"hidden_dim": 2}),
@@ -150,11 +150,11 @@ FAULTS = {
     "missing head": (lambda f: edit_weights(f, drop("head.bias")), "head.bias.*incomplete"),
     "unexpected key": (
         lambda f: edit_weights(f, lambda t: t.update({"base_model.model.head.x": torch.ones(1)})),
-        "tensors that the config does not ask for",
+        "tensors that do not belong to the config",
     ),
     "unexpected key beside the experts": (
         lambda f: edit_weights(f, lambda t: t.update({"base_model.model.second.x": torch.ones(1)})),
-        "tensors that the config does not ask for",
+        "tensors that do not belong to the config",
     ),
     "missing whole module": (
         lambda f: edit_weights(f, drop("head.weight", "head.bias")),
@@ -176,10 +176,10 @@ FAULTS = {
     ),
     "config of other weights": (
         lambda f: edit_config(f, lora_alpha=5),
-        "Expected beside .* the config that the weights were saved with, but its `lora_alpha` is",
+        "Expected .* with the config that the weights were saved with, but its `lora_alpha` is",
     ),
     "NaN": (
         lambda f: edit_weights(f, lambda t: t[f"{LAYER}.lora_B"].view(-1)[:1].fill_(float("nan"))),
-        "1 of 7 tensors hold NaN or inf, such as .*second.*Take an earlier",
+        "1 of 7 tensors have NaN or inf, such as .*second.*Use an earlier",
     ),
 }

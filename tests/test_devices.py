@@ -37,7 +37,7 @@ def picture_and_mask() -> tuple[Tensor, Tensor]:
     return torch.rand(2, 3, 16 * ROWS, 16 * COLUMNS, generator=generator).bfloat16().float(), mask
 
 
-def analysed(device: str, dtype: torch.dtype) -> Found:
+def analyzed(device: str, dtype: torch.dtype) -> Found:
     image, mask = (value.to(device, dtype) for value in picture_and_mask())
     info = masks.analyze(mask, image)
     return {
@@ -142,7 +142,7 @@ def agree(compute: Callable[[str, torch.dtype], Found], device: str, dtype: torc
 
 
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
-@pytest.mark.parametrize("compute", [analysed, measured, losses, in_windows])
+@pytest.mark.parametrize("compute", [analyzed, measured, losses, in_windows])
 def test_masks_metrics_and_losses(compute, device, dtype):
     agree(compute, device, dtype)
 

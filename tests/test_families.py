@@ -73,7 +73,7 @@ def routed(case: Case) -> nn.Module:
 
 
 def tell_router(model: nn.Module, case: Case) -> None:
-    """Give the router the masks that the call does not carry."""
+    """Set the masks that the call does not contain."""
     if not case.carries_mask:
         mask = torch.zeros(BATCH, 1, 32, 64)
         for index in range(BATCH):
@@ -268,7 +268,7 @@ def rows_of_first_image_layer(
     def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
         (x,) = args
         if x.ndim > 2 and layer.stream != "text" and not found:
-            routing = layer.context.of_adapter("default")
+            routing = layer.context.routing_for("default")
             aligned, _ = layer._weights(routing, "default", x)
             found.append((x.clone(), aligned.expand(*x.shape[:-1], -1).clone()))
 
@@ -288,8 +288,8 @@ def rows_of_first_image_layer(
     "case", [case for case in table.CASES if case.name in table.TOKENS], ids=lambda case: case.name
 )
 @torch.no_grad()
-def test_a_token_has_the_weights_of_its_own_place_in_the_picture(case: Case) -> None:
-    """What changes with a place of the latents is what takes the weights of that place."""
+def test_a_token_has_the_weights_of_its_own_position_in_the_image(case: Case) -> None:
+    """The outputs that change with a position of the latents use the weights of that position."""
     model, arguments = adapt(build(case), case), calls(case)
     name, latents = latents_of(arguments)
     pixels = latents.shape[-2] * latents.shape[-1]

@@ -103,7 +103,7 @@ def test_a_base_with_more_matching_layers_is_refused(make_mlp, checkpoint):
     for name, child in make_mlp().named_children():
         model.add_module(name, child)
     before = kept(model)
-    with pytest.raises(ValueError, match="6 of the model's 13 tensors are not in it"):
+    with pytest.raises(ValueError, match="6 of the model's 13 tensors are missing"):
         load_adapter(model, checkpoint)
     unchanged(model, *before)
 
@@ -137,7 +137,7 @@ def test_a_taken_name_is_refused(make_mlp, checkpoint):
     model = make_mlp()
     load_adapter(model, checkpoint)
     before = kept(model)
-    with pytest.raises(ValueError, match=r"free adapter name, but the model has \['default'\]"):
+    with pytest.raises(ValueError, match=r"unused adapter name, but the model has \['default'\]"):
         load_adapter(model, checkpoint)
     unchanged(model, *before)
 

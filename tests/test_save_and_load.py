@@ -434,7 +434,7 @@ class TestFilesOfDiffusers:
         self, model, make_flux, make_flux_inputs, tmp_path
     ):
         save_file(get_peft_model_state_dict(model), tmp_path / DIFFUSERS)
-        with pytest.raises(FileNotFoundError, match="or give `config`"):
+        with pytest.raises(FileNotFoundError, match="or pass `config`"):
             load_adapter(make_flux(), tmp_path)
         given = model.peft_config["default"]
         loaded = make_flux().eval()
@@ -451,7 +451,7 @@ class TestFilesOfDiffusers:
         model = make_flux()
         model.add_adapter(LoraConfig(target_modules=["to_q"]))
         model.save_lora_adapter(tmp_path)
-        with pytest.raises(ValueError, match="load that with `load_lora_weights`"):
+        with pytest.raises(ValueError, match="Load it with `load_lora_weights`"):
             load_adapter(make_flux(), tmp_path)
 
     def test_a_text_encoder_in_the_file_is_left_out(

@@ -30,7 +30,7 @@ class MaskConvolutionRouter(Router):
 
     def logits(self, inputs: RouterInputs) -> Tensor:
         """Return `(B, T, E)`."""
-        rows, columns = inputs.known_grid()
+        rows, columns = inputs.require_grid_size()
         covered = masks.to_tokens(inputs.mask_info.mask, (rows, columns))
         found = self.net(covered.unflatten(1, (1, rows, columns)).to(self.net[0].weight))
         return torch.movedim(found, 1, -1).flatten(1, 2)

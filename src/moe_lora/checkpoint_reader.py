@@ -1,4 +1,4 @@
-"""The one reader of the checkpoint format, for loading, inspecting and exporting."""
+"""Reader of the checkpoint format, for loading, inspecting and exporting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moe_lora.tuner.state_dict.stored import read_header as json_of_header
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 DIFFUSERS_KEY = "lora_adapter_metadata"
-"""Where diffusers writes the config of a LoRA into the header of its weights file."""
+"""Key of the config that diffusers writes into the header of a weights file."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Checkpoint:
 
     Attributes:
         config: the adapter's configuration; its `stored` has the weights file's path and shapes.
-        tensors: by the name in the file, on the CPU; without a pipeline component's name.
+        tensors: the tensors by name in the file, without a pipeline component's prefix; on the CPU.
     """
 
     config: MoELoraConfig
@@ -45,16 +45,16 @@ class Checkpoint:
 def read_checkpoint(
     directory: str | os.PathLike[str], config: MoELoraConfig | None = None
 ) -> Checkpoint:
-    """Read a checkpoint without a model, in all ways in which `load_adapter` finds one.
+    """Read a checkpoint without a model.
 
     Args:
         directory: the folder of the checkpoint.
         config: the adapter's configuration, for weights without one; by default that of the
-            folder or, where there is none, of the weights file's header.
+            folder or else of the weights file's header.
 
     Returns:
-        The config and the tensors, which are floating-point experts of finite values. Whether they
-        fit each other is left to `StoredWeights.check_fit` and `StoredWeights.check_shapes`.
+        The config and the tensors, with finite values and floating-point experts. They are not
+        checked against each other; see `StoredWeights.check_fit` and `StoredWeights.check_shapes`.
 
     Raises:
         FileNotFoundError: when the folder or one of its two files is missing.
@@ -66,8 +66,8 @@ def read_checkpoint(
     given, config = config, copy.deepcopy(config)
     if config is None and (folder / CONFIG_NAME).is_file():
         file = folder / CONFIG_NAME
-        otherwise = "Load it with `peft.PeftModel.from_pretrained`."
-        config = _to_config(file, read_json(file), otherwise)
+        remedy = "Load it with `peft.PeftModel.from_pretrained`."
+        config = _to_config(file, read_json(file), remedy)
     file = weights_file(folder)
     tensors, header = read_tensors(file)
     if config is None:
@@ -78,19 +78,21 @@ def read_checkpoint(
             if name.startswith(component)
         }
     stored = StoredWeights(file, {name: tuple(t.shape) for name, t in tensors.items()})
-    config.stored = stored if given is not None else stored.beside(config.meaning(), header)
-    stored.check_kind()
-    return Checkpoint(config, _checked(file, tensors))
+    config.stored = (
+        stored if given is not None else stored.compare_config(config.weight_fields(), header)
+    )
+    stored.check_has_experts()
+    return Checkpoint(config, _check_tensors(file, tensors))
 
 
 def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder has a mixture's config or weights (rather than a plain LoRA).
+    """Return whether a folder has the config or weights of a mixture (not of a plain LoRA).
 
     Args:
         directory: the folder.
 
     Raises:
-        ValueError: when the file that tells it is corrupt.
+        ValueError: when the file is corrupt.
     """
     folder = Path(directory)
     file = folder / CONFIG_NAME
@@ -115,7 +117,7 @@ def weights_file(folder: Path) -> Path:
     for name in (WEIGHTS_NAME, DIFFUSERS_NAME):
         if (folder / name).is_file():
             return folder / name
-    hint = "Save the adapter again, or take another copy of the folder."
+    hint = "Save the adapter again, or use another copy of the folder."
     if (folder / PICKLE_NAME).is_file():
         hint = f"{PICKLE_NAME!r} is a pickle, which is never loaded: save as safetensors."
     raise FileNotFoundError(
@@ -124,7 +126,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def _config_of_header(file: Path, header: dict[str, str]) -> tuple[MoELoraConfig, str]:
-    """Return the config in a weights file, and the beginning of the keys that it is for."""
+    """Return the config in a weights file, and the prefix of its tensors' keys."""
     own = json_of_header(file, header, CONFIG_KEY)
     if own is not None:
         return _to_config(file, own, "Load it with the library that wrote it."), ""
@@ -132,33 +134,35 @@ def _config_of_header(file: Path, header: dict[str, str]) -> tuple[MoELoraConfig
     if entries is None:
         raise FileNotFoundError(
             f"Expected {CONFIG_NAME!r} beside {str(file)!r}, but there is none, and the file's "
-            "header has no config. Save the adapter again, take another copy of the folder, or "
-            "give `config`; a plain LoRA is loaded with diffusers' `load_lora_weights`."
+            "header has no config. Save the adapter again, use another copy of the folder, or "
+            "pass `config`; load a plain LoRA with diffusers' `load_lora_weights`."
         )
-    # A pipeline's file has the component's name before every field and before every key.
-    kinds = {name[: -len("peft_type")]: kind for name, kind in entries.items() if _is_kind(name)}
+    # In a pipeline's file, every field and every key has the component's name as a prefix.
+    kinds = {
+        name[: -len("peft_type")]: kind for name, kind in entries.items() if _is_peft_type(name)
+    }
     mixtures = [component for component, kind in kinds.items() if kind == PEFT_TYPE.value]
     if len(mixtures) > 1:
         raise ValueError(
-            f"Expected one mixture in {str(file)!r}, but it has those of {sorted(mixtures)}. Save "
+            f"Expected one mixture in {str(file)!r}, but got those of {sorted(mixtures)}. Save "
             "each of them with moe_lora.save_adapter."
         )
     component = mixtures[0] if mixtures else ""
-    fields = {k.removeprefix(component): v for k, v in entries.items() if k.startswith(component)}
-    otherwise = "It is a plain LoRA of diffusers: load that with `load_lora_weights`."
-    return _to_config(file, fields, otherwise), component
+    own = {k.removeprefix(component): v for k, v in entries.items() if k.startswith(component)}
+    remedy = "It is a plain LoRA of diffusers. Load it with `load_lora_weights`."
+    return _to_config(file, own, remedy), component
 
 
-def _is_kind(name: str) -> bool:
+def _is_peft_type(name: str) -> bool:
     return name == "peft_type" or name.endswith(".peft_type")
 
 
-def _to_config(file: Path, entries: dict[str, Any], otherwise: str) -> MoELoraConfig:
+def _to_config(file: Path, entries: dict[str, Any], remedy: str) -> MoELoraConfig:
     kind = entries.get("peft_type")
     if kind != PEFT_TYPE.value:
         raise ValueError(
             f"Expected a {PEFT_TYPE.value} checkpoint in {str(file)!r}, but its `peft_type` is "
-            f"{kind!r}. {otherwise}"
+            f"{kind!r}. {remedy}"
         )
     try:
         config = MoELoraConfig.from_peft_type(**MoELoraConfig.check_kwargs(**entries))
@@ -168,18 +172,18 @@ def _to_config(file: Path, entries: dict[str, Any], otherwise: str) -> MoELoraCo
     return config
 
 
-def _checked(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _check_tensors(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {name: widened(tensor) for name, tensor in tensors.items()}
     odd = [n for n, t in tensors.items() if EXPERTS_PART in n and not t.is_floating_point()]
     if odd:
         raise ValueError(
             f"Expected floating-point experts in {str(file)!r}, but {odd[0]!r} is "
-            f"{tensors[odd[0]].dtype}. Save the adapter again, or take an earlier copy."
+            f"{tensors[odd[0]].dtype}. Save the adapter again, or use an earlier copy."
         )
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(
             f"Expected finite weights in {str(file)!r}, but {len(broken)} of {len(tensors)} "
-            f"tensors hold NaN or inf, such as {broken[0]!r}. Take an earlier checkpoint."
+            f"tensors have NaN or inf, such as {broken[0]!r}. Use an earlier checkpoint."
         )
     return tensors

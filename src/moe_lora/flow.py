@@ -1,4 +1,4 @@
-"""Rectified flow: from velocity to image and back, and the packing of latents into tokens.
+"""Rectified flow: noise, velocity and clean latents, and the packing of latents into tokens.
 
 The convention throughout: x_t = (1 - sigma) * x0 + sigma * noise, velocity = noise - x0.
 """
@@ -20,10 +20,10 @@ __all__ = [
 
 
 def check_sigma(sigma: Tensor) -> None:
-    """Raise unless every sigma is a noise level.
+    """Raise unless every sigma is in [0, 1].
 
     Args:
-        sigma: any shape, to lie in [0, 1].
+        sigma: any shape.
 
     Raises:
         ValueError: for an integer tensor, NaN, or values outside [0, 1].
@@ -54,10 +54,10 @@ def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         sigma: `(B,)` or a scalar tensor, in [0, 1].
 
     Returns:
-        x_t, the shape and dtype of the latents; a wider `sigma` widens the arithmetic only.
+        x_t, with the shape and dtype of the latents, also for a `sigma` of higher precision.
 
     Raises:
-        ValueError: when the shapes do not fit.
+        ValueError: when the shapes do not match.
 
     Example:
         >>> interpolate(torch.tensor([[2.0]]), torch.tensor([[10.0]]), torch.tensor([0.25]))
@@ -69,7 +69,7 @@ def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """Give the velocity that the transformer learns to predict.
+    """Compute the velocity, the prediction target of the transformer.
 
     velocity = noise - x0
 
@@ -107,7 +107,7 @@ def velocity_to_x0(x_t: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
         x0, the shape and dtype of the latents.
 
     Raises:
-        ValueError: when the shapes do not fit.
+        ValueError: when the shapes do not match.
 
     Example:
         >>> velocity_to_x0(torch.tensor([[4.0]]), torch.tensor([[8.0]]), torch.tensor([0.25]))
@@ -119,7 +119,7 @@ def velocity_to_x0(x_t: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
 
 
 def x0_to_velocity(x_t: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
-    """Give the velocity that leads from noisy latents to clean ones.
+    """Compute the velocity from noisy and clean latents.
 
     velocity = (x_t - x0) / sigma
 
@@ -132,8 +132,8 @@ def x0_to_velocity(x_t: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
         The velocity, of the shape and dtype of the latents.
 
     Raises:
-        ValueError: when the shapes do not fit, or a sigma is 0, where x_t is x0 whatever the noise
-            was and the velocity is undetermined.
+        ValueError: when the shapes do not match, or for a sigma of 0, where the velocity is
+            undetermined.
 
     Example:
         >>> x0_to_velocity(torch.tensor([[4.0]]), torch.tensor([[2.0]]), torch.tensor([0.25]))
@@ -142,7 +142,7 @@ def x0_to_velocity(x_t: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     _check_same_shape("x0", x0, x_t)
     if not bool((sigma > 0).all()):
         raise ValueError(
-            "Expected `sigma` to be > 0, where x_t determines a velocity, "
+            "Expected `sigma` to be > 0, since x_t does not determine a velocity at 0, "
             f"but got a minimum of {sigma.min().item():g}."
         )
     flow = (x_t - x0) / _per_sample(sigma, x_t)
@@ -158,7 +158,7 @@ def pack_latents(latents: Tensor) -> Tensor:
         latents: `(B, C, h, w)`, h and w even.
 
     Returns:
-        `(B, (h/2)*(w/2), 4C)`, tokens row by row.
+        `(B, (h/2)*(w/2), 4C)`, tokens in row-major order.
 
     Raises:
         ValueError: for another rank, or an odd height or width.
@@ -191,8 +191,8 @@ def unpack_latents(packed_latents: Tensor, height: int, width: int) -> Tensor:
         `(B, C, height, width)`.
 
     Raises:
-        ValueError: for another rank, odd sizes, a channel count that 4 does not divide, or a token
-            count that is not that of the sizes.
+        ValueError: for another rank, odd sizes, a number of channels not divisible by 4, or another
+            number of tokens than (height/2)*(width/2).
 
     Example:
         >>> tokens = torch.tensor([[[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0]]])
@@ -214,7 +214,7 @@ def unpack_latents(packed_latents: Tensor, height: int, width: int) -> Tensor:
     rows, columns = height // 2, width // 2
     if tokens != rows * columns:
         raise ValueError(
-            f"Expected `packed_latents` to hold (height/2)*(width/2) = {rows * columns} tokens for "
+            f"Expected `packed_latents` to have (height/2)*(width/2) = {rows * columns} tokens for "
             f"latents of {height}x{width}, but got {tokens}. `height` and `width` are those of the "
             "latents, not of the image."
         )
@@ -223,7 +223,7 @@ def unpack_latents(packed_latents: Tensor, height: int, width: int) -> Tensor:
 
 
 def _per_sample(sigma: Tensor, latents: Tensor) -> Tensor:
-    """View sigma so that it broadcasts over everything but the batch."""
+    """Reshape sigma so that it broadcasts over all dimensions but the batch."""
     if sigma.ndim == 0:
         return sigma
     if sigma.shape != latents.shape[:1]:

@@ -1,4 +1,4 @@
-"""Write files atomically, and read safetensors and JSON files with errors that name the file."""
+"""Reading and atomic writing of safetensors and JSON files."""
 
 from __future__ import annotations
 
@@ -28,18 +28,20 @@ _THREADS = threading.RLock()
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `folder` when the context ends without an error.
+    """Open a temporary folder that replaces `folder` when the context ends without an error.
 
     Args:
-        folder: where the files shall be, all others in it are lost; its parents are created when
-            missing.
+        folder: the target folder, whose previous files are removed; missing parents are created.
+
+    Yields:
+        The temporary folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
-        with _alone_in(folder.parent):
+        with _folder_lock(folder.parent):
             if folder.exists():
                 old = temporary.with_name(temporary.name + ".old")
                 folder.rename(old)
@@ -53,26 +55,30 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def updating(folder: Path, last: str | None = None) -> Iterator[Path]:
-    """Yield a temporary folder whose files go into `folder` when the context ends without an error.
+    """Open a temporary folder whose files move to `folder` when the context ends without an error.
 
-    Each replaces its namesake; other files in the folder stay. Threads and, where the file system
-    knows locks, processes take turns. What programs that were killed here left behind is removed.
+    Each file replaces the file of the same name; other files in the folder stay. The folder is
+    locked against other threads and, if the file system has locks, other processes. Temporary
+    folders of killed programs are removed.
 
     Args:
-        folder: where the files shall be; created when missing.
-        last: the name of a file that the others mean nothing without. Where it changes, the
-            previous one is removed before any other file is replaced, and the new one comes last:
-            a program that is killed in between leaves none, rather than one of other files.
+        folder: the target folder; created when missing.
+        last: the name of a file that belongs to all others. When it changes, the previous file is
+            removed before any other file is replaced, and the new one is moved last: a program that
+            is killed in between leaves no such file, rather than one that does not match.
+
+    Yields:
+        The temporary folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder) as alone:
+    with _folder_lock(folder) as alone:
         if alone:
-            _sweep(folder)
+            _remove_stale_folders(folder)
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
         try:
             yield temporary
             names = {file.name for file in temporary.iterdir()}
-            if last in names and _same(temporary / last, folder / last):
+            if last in names and _same_content(temporary / last, folder / last):
                 names.remove(last)
             elif last in names:
                 (folder / last).unlink(missing_ok=True)
@@ -85,12 +91,12 @@ def updating(folder: Path, last: str | None = None) -> Iterator[Path]:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file under a temporary name and rename it when it is whole.
+    """Write a safetensors file under a temporary name and rename it when it is complete.
 
     Args:
-        path: the file; its parents are created when missing.
-        tensors: by name; moved to the CPU and made contiguous.
-        metadata: text by key, beside `format`.
+        path: the file; missing parents are created.
+        tensors: the tensors by name; moved to the CPU and made contiguous.
+        metadata: additional text by key in the header.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with updating(path.parent) as temporary:
@@ -110,7 +116,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileNotFoundError: when there is no such file.
         ValueError: when it is corrupt, truncated or of another format.
     """
-    with _opened(path) as file:
+    with _open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
@@ -119,7 +125,7 @@ class TensorHeader(NamedTuple):
 
     Attributes:
         shape: the tensor's shape.
-        dtype: as safetensors writes it, such as "BF16".
+        dtype: the dtype in safetensors' notation, such as "BF16".
     """
 
     shape: tuple[int, ...]
@@ -139,7 +145,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
         FileNotFoundError: when there is no such file.
         ValueError: when it is corrupt, truncated or of another format.
     """
-    with _opened(path) as file:
+    with _open_safetensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         headers = {
             name: TensorHeader(tuple(part.get_shape()), part.get_dtype())
@@ -156,7 +162,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is no JSON object.
+        ValueError: when it is not a JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file at {str(path)!r}, but there is none.")
@@ -165,20 +171,23 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(
             f"Expected JSON in {str(path)!r}, but it is truncated or corrupt ({error}). Save it "
-            "again, or take an earlier copy."
+            "again, or use an earlier copy."
         ) from error
     if not isinstance(entries, dict):
         raise ValueError(
             f"Expected a JSON object in {str(path)!r}, but got a {type(entries).__name__}. Save it "
-            "again, or take an earlier copy."
+            "again, or use an earlier copy."
         )
     return entries
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Return a tensor of 8-bit floats in float32, and any other as it is.
+    """Return a tensor of 8-bit floats in float32, and any other unchanged.
 
     torch neither compares nor adds 8-bit floats.
+
+    Args:
+        tensor: any tensor.
 
     Example:
         >>> widened(torch.ones(2).to(torch.float8_e4m3fn)).dtype
@@ -189,7 +198,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open_safetensors(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"Expected a safetensors file at {str(path)!r}, but there is none.")
     try:
@@ -198,13 +207,13 @@ def _opened(path: Path) -> Iterator[Any]:
     except SafetensorError as error:
         raise ValueError(
             f"Expected a whole safetensors file at {str(path)!r}, but it is truncated, corrupt or "
-            f"of another format ({error}). Save it again, or take an earlier copy."
+            f"of another format ({error}). Save it again, or use an earlier copy."
         ) from error
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[bool]:
-    """Wait for other writers of a folder, and say whether those of other processes wait, too."""
+def _folder_lock(folder: Path) -> Iterator[bool]:
+    """Lock a folder against other writers; yield whether other processes are locked out, too."""
     with _THREADS:
         handle = _lock(folder)
         try:
@@ -215,9 +224,9 @@ def _alone_in(folder: Path) -> Iterator[bool]:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder against other processes; `None` where the system has no such locks.
+    """Lock a folder against other processes; return `None` if the system has no such locks.
 
-    The lock goes with the process: one that is killed leaves none behind.
+    The lock ends with the process, also when it is killed.
     """
     if fcntl is None:
         return None
@@ -233,12 +242,12 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the temporary folders of programs that were killed; call it alone in the folder."""
+def _remove_stale_folders(folder: Path) -> None:
+    """Remove the temporary folders of killed programs; the folder must be locked."""
     for left in folder.glob(f"{TEMPORARY}*"):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _same(one: Path, other: Path) -> bool:
+def _same_content(one: Path, other: Path) -> bool:
     return other.is_file() and one.read_bytes() == other.read_bytes()

@@ -1,4 +1,4 @@
-"""Save adapters to checkpoints and load them into models, whole or not at all."""
+"""Saving adapters to checkpoints and loading them into models, atomically."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ from moe_lora.tuner.validation.names import check_adapter_name
 def save_adapter(
     model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default"
 ) -> Path:
-    """Write an adapter, experts and router, as `PeftModel.save_pretrained` would.
+    """Save an adapter, experts and router, in the format of `PeftModel.save_pretrained`.
 
-    The files are `directory/adapter_config.json` and `directory/adapter_model.safetensors`, and
-    hold the same for a model adapted by diffusers' `add_adapter` as for a `PeftModel`, compiled,
-    checkpointed or not, with other tuners' adapters or without. Both are written under temporary
-    names and renamed when they are whole, so that a program that is killed while it saves leaves
-    the previous checkpoint or the new one. Other files in the folder stay. Strengths set by
-    `set_scale` are not saved, as in PEFT.
+    The files are `directory/adapter_config.json` and `directory/adapter_model.safetensors`. They do
+    not depend on wrappers of the model (`PeftModel`, diffusers' `add_adapter`, compiling,
+    checkpointing) or adapters of other tuners. Both are written under temporary names and renamed
+    when they are complete, so that a program that is killed while it saves leaves the previous
+    checkpoint or the new one. Other files in the folder stay. As in PEFT, scalings set by
+    `set_scale` are not saved.
 
     Args:
         model: the adapted model, or a wrapper around it.
         directory: the folder, created when missing.
-        adapter_name: whose experts and router; the name is not stored.
+        adapter_name: the adapter; the name is not stored.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: when the adapter does not exist, when its weights are not in memory (offloaded
-            or spread over processes), hold NaN or inf, or are not those of all its layers.
+        ValueError: when the adapter does not exist, or when its weights are not in memory
+            (offloaded or sharded), have NaN or inf, or do not cover all its layers.
     """
     base = routed_module(model)
     configs = getattr(base, "peft_config", {})
@@ -66,12 +66,12 @@ def save_adapter(
     _check_complete(base, adapter_name, tensors)
     check_in_memory(model, tensors)
     check_finite(tensors)
-    config = _config_to_save(configs[adapter_name], base)
+    config = _prepare_config(configs[adapter_name], base)
     named = {PREFIX + name: tensor for name, tensor in tensors.items()}
     folder = Path(directory)
     with updating(folder, last=CONFIG_NAME) as temporary:
         config.save_pretrained(str(temporary))
-        # With the config in its header, the weights file is a checkpoint by itself.
+        # With the config in its header, the weights file alone is a complete checkpoint.
         header = {CONFIG_KEY: (temporary / CONFIG_NAME).read_text(encoding="utf-8")}
         write_tensors(temporary / WEIGHTS_NAME, named, header)
     return folder
@@ -85,45 +85,44 @@ def load_adapter(
     is_trainable: bool = False,
     config: MoELoraConfig | None = None,
 ) -> None:
-    """Put a saved adapter into a model, in place, or raise and leave the model as it was.
+    """Load a saved adapter into a model, in place; when an error is raised, the model is unchanged.
 
-    It reads what `save_adapter` and `PeftModel.save_pretrained` write, and what diffusers'
-    `save_lora_adapter` and pipelines' `save_lora_weights` write of a mixture. As with PEFT's and
-    diffusers' own loading, the adapter of a `PeftModel` is not activated by it, and that of any
-    other model is.
+    Supported files are those of `save_adapter`, `PeftModel.save_pretrained`, diffusers'
+    `save_lora_adapter` and pipelines' `save_lora_weights`. As with PEFT's and diffusers' own
+    loading, the adapter of a `PeftModel` is not activated, and that of any other model is.
 
-    The experts are float32 in a `PeftModel` and when they are to be trained, as
-    `PeftModel.from_pretrained` makes them; otherwise they have their base layer's dtype, as
-    diffusers' loaders do it, but float32 where that is an 8-bit one. Routers are float32.
+    The experts are float32 in a `PeftModel` and for training, as with `PeftModel.from_pretrained`;
+    otherwise they have their base layer's dtype, as with diffusers' loaders, but float32 for 8-bit
+    floats. Routers are float32.
 
     Args:
         model: a base model, one with other adapters, or a `PeftModel`; or a wrapper around one.
         directory: the folder of the checkpoint.
-        adapter_name: what to call the adapter.
-        is_trainable: whether its parameters require gradients, to go on training.
+        adapter_name: the name of the adapter in the model.
+        is_trainable: whether the adapter's parameters require gradients, to continue training.
         config: the adapter's configuration, for weights without one; by default that of the
-            folder or, where there is none, of the weights file's header.
+            folder or else of the weights file's header.
 
     Raises:
         FileNotFoundError: when the folder or one of its two files is missing.
         ValueError: when a file is corrupt, of another method or of a newer version, or does not
-            fit the model or the other file; for NaN or inf; when the adapter's name is taken or
-            cannot be one; or when the model's weights are offloaded to where none can be added.
+            match the model or the other file; for NaN or inf; when the adapter's name is used or
+            invalid; or when the model's weights are offloaded to disk.
     """
     check_adapter_name(adapter_name)
     checkpoint = read_checkpoint(directory, config)
     config = checkpoint.config
-    host = _host(model)
+    host = _adapter_host(model)
     taken = getattr(host, "peft_config", {})
     if adapter_name in taken:
         raise ValueError(
-            f"Expected a free adapter name, but the model has {sorted(taken)}. Give another "
+            f"Expected an unused adapter name, but the model has {sorted(taken)}. Choose another "
             "`adapter_name`, or delete that adapter first."
         )
     if is_offloaded_to_disk(model):
         raise ValueError(
-            "Expected a model in memory, but its weights are offloaded to disk, where none can be "
-            "added. Load the adapter first, and call `enable_group_offload` afterwards."
+            "Expected a model in memory, but its weights are offloaded to disk. Load the adapter "
+            "first, and call `enable_group_offload` afterwards."
         )
     config.inference_mode = not is_trainable
     with all_or_nothing(model):
@@ -135,22 +134,22 @@ def load_adapter(
             inject_adapter_in_model(config, host, adapter_name)
             cast_adapter_dtype(host, adapter_name, autocast_adapter_dtype=is_trainable)
             set_adapter(host, adapter_name, inference_mode=not is_trainable)
-        _fill(routed_module(host), adapter_name, checkpoint.tensors)
+        _copy_tensors(routed_module(host), adapter_name, checkpoint.tensors)
         if hasattr(host, "_hf_peft_config_loaded"):
             vars(host)["_hf_peft_config_loaded"] = True
 
 
 @torch.no_grad()
-def _fill(base: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    places = adapter_tensors(base, adapter_name)
-    check_in_memory(base, places)
+def _copy_tensors(base: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    parameters = adapter_tensors(base, adapter_name)
+    check_in_memory(base, parameters)
     names = bare_names(tensors, bare_paths(base))
     for name, tensor in tensors.items():
-        places[names[name]].copy_(tensor)
+        parameters[names[name]].copy_(tensor)
 
 
 def _check_complete(base: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Check that the experts are those of the layers that the adapter was injected into."""
+    """Check that the tensors are the experts of all layers of the adapter."""
     known = bare_paths(base)
     factors = [
         f"{layer}.{EXPERTS}.{factor}"
@@ -162,15 +161,15 @@ def _check_complete(base: nn.Module, adapter_name: str, tensors: dict[str, Tenso
     if found != expected:
         differing = sorted(found ^ expected)
         raise ValueError(
-            f"Expected the experts of the {len(expected) // 2} layers that adapter "
-            f"{adapter_name!r} was injected into, but {len(differing)} of their tensors are "
-            f"missing or new, such as {differing[0]!r}. Nothing is written: a layer of the model "
-            "was removed, replaced or wrapped by something unknown."
+            f"Expected the experts of the {len(expected) // 2} layers of adapter "
+            f"{adapter_name!r}, but {len(differing)} of their tensors are missing or new, such as "
+            f"{differing[0]!r}. Nothing was written: a layer of the model was removed, replaced or "
+            "wrapped by an unknown wrapper."
         )
 
 
-def _host(model: nn.Module) -> nn.Module:
-    """Return the module, inside any wrappers, that adapters are added to."""
+def _adapter_host(model: nn.Module) -> nn.Module:
+    """Return the module for adding adapters, inside any wrappers."""
     for module in model.modules():
         if isinstance(module, PeftModel) or module._modules.get(ROUTER_ATTRIBUTE) is not None:
             return module
@@ -179,7 +178,7 @@ def _host(model: nn.Module) -> nn.Module:
     return model
 
 
-def _config_to_save(config: MoELoraConfig, base: nn.Module) -> MoELoraConfig:
+def _prepare_config(config: MoELoraConfig, base: nn.Module) -> MoELoraConfig:
     saved = copy.copy(config)
     saved.inference_mode = True
     if saved.base_model_name_or_path is None:

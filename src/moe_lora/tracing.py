@@ -1,4 +1,4 @@
-"""Whether operations are traced or transformed instead of computed on values."""
+"""Detection of tracing and transforms, under which tensors have no readable values."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 def is_transformed() -> bool:
-    """Tell whether operations are traced or transformed instead of computed on values.
+    """Return whether operations are traced or transformed.
 
-    That is under `torch.compile` and `torch.export`, `torch.jit.trace`, the transforms of
-    `torch.func`, forward-mode differentiation, `make_fx` and `FakeTensorMode`. There tensors may
-    have no values to read, and a custom `torch.autograd.Function` cannot be called.
+    That is the case under `torch.compile`, `torch.export`, `torch.jit.trace`, the transforms of
+    `torch.func`, forward-mode differentiation, `make_fx` and `FakeTensorMode`. Tensors may then
+    have no readable values, and custom `torch.autograd.Function`s cannot be called.
     """
     return (
         torch.compiler.is_compiling()
@@ -39,5 +39,5 @@ def is_transformed() -> bool:
 
 
 def has_plain_values(tensor: Tensor) -> bool:
-    """Tell whether a tensor is of PyTorch's own type and is not traced, dual or batched."""
+    """Return whether a tensor is of PyTorch's own type and not traced, dual or batched."""
     return type(tensor) in PLAIN_TYPES and not is_transformed() and not _is_of_legacy_vmap(tensor)

@@ -9,7 +9,7 @@ import moe_lora
 from moe_lora import MoELoraConfig
 from moe_lora.ablation import ablate_expert
 from moe_lora.routing.lookup import routing_state
-from moe_lora.routing.weights.routing import without_weight
+from moe_lora.routing.weights.routing import zero_expert_weight
 
 EXPERTS = ("removal_expert", "background_expert", "completion_expert")
 
@@ -208,7 +208,7 @@ def test_unknown_names_raise(expert: str, adapter: str, message: str) -> None:
 
 def test_rows_without_another_weight_stay_zero() -> None:
     rows = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.25, 0.25]], requires_grad=True)
-    found = without_weight(rows, 0, renormalize=True)
+    found = zero_expert_weight(rows, 0, renormalize=True)
     assert found.tolist() == [[0.0, 0.0, 0.0], [0.0, 0.5, 0.5]]
     found.square().sum().backward()
     assert torch.isfinite(rows.grad).all()

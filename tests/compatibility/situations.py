@@ -210,7 +210,7 @@ TRANSFORMS = [
         "Hooks and patches of the base layers, global module hooks, function modes",
         "yes",
         "",
-        "test_watching.py::test_what_watches_the_base_layer_sees_its_call",
+        "test_watching.py::test_hooks_and_patches_of_the_base_layer_are_called",
     ),
     Situation(
         "torch.inference_mode(), then training",
@@ -283,7 +283,7 @@ MEMORY = [
         "Quantized base models (torchao, bitsandbytes)",
         "partly",
         "See the guide to quantized base models.",
-        "test_quantised.py::test_the_output_is_that_of_the_quantised_base_plus_the_mixture",
+        "tuner/test_quantization.py::test_the_output_is_that_of_the_quantized_base_plus_the_mixture",
     ),
 ]
 

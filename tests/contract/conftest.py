@@ -92,7 +92,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Method:
-    """How an adapter of one kind is configured; the same arguments for all."""
+    """Configuration of an adapter of one kind, from the same arguments for all."""
 
     name: str
     kind: type[PeftConfig]
@@ -108,7 +108,7 @@ class Method:
         return self.kind is MoELoraConfig
 
     def break_adapter(self, model: nn.Module) -> None:
-        """Put a NaN into the last layer's second matrix."""
+        """Write a NaN into the last layer's second matrix."""
         last = [p for name, p in model.named_parameters() if "lora_B" in name][-1]
         with torch.no_grad():
             last.view(-1)[0] = float("nan")

@@ -71,7 +71,7 @@ def test_a_safe_merge_that_meets_nan_changes_no_layer(case, ours, how):
         "merge_adapter": lambda: model.merge_adapter(safe_merge=True),
         "merge_and_unload": lambda: model.merge_and_unload(safe_merge=True),
     }[how]
-    with pytest.raises(ValueError, match="adapter 'default' gives NaN or inf"):
+    with pytest.raises(ValueError, match="adapter 'default' produces NaN or inf"):
         merge()
     assert all(torch.equal(w, before[n]) for n, w in base_weights(model).items())
     assert set(model.state_dict()) == keys

@@ -176,7 +176,7 @@ def test_the_convolution_follows_the_mask_around_each_token(
     router = router_of(pipe.transformer)
     mask = torch.from_numpy(np.array(image_mask("small")) / 255).float()[None, None]
     covered = masks.to_tokens(mask, (4, 4)).view(4, 4)
-    # A token's logits, by a loop over its neighbourhood of 5x5 tokens.
+    # A token's logits, by a loop over its neighborhood of 5x5 tokens.
     first, last = router.net[0], router.net[2]
     padded = torch.nn.functional.pad(covered[None, None], (2, 2, 2, 2), mode="replicate")[0, 0]
     for row in range(4):

@@ -48,13 +48,13 @@ class TestWhatIsFixed:
         torch.testing.assert_close(chosen(flux).weights, torch.ones(3) / 3)
 
     def test_an_input_dependent_routing_is_never_averaged_silently(self, flux, tmp_path):
-        with pytest.raises(ValueError, match="chooses them for every input") as caught:
+        with pytest.raises(ValueError, match="computes them from the input") as caught:
             export_lora(flux, tmp_path)
         for choice in ("expert's name", '"uniform"', '"mean"', "weights_for"):
             assert choice in str(caught.value)
         assert list(tmp_path.iterdir()) == []
         config = flux.peft_config["default"]
-        with pytest.raises(ValueError, match="ThreeExpertRemovalRouter chooses them for every"):
+        with pytest.raises(ValueError, match="ThreeExpertRemovalRouter computes them from the"):
             weights_for_checkpoint(None, config)
 
 

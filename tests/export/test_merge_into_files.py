@@ -108,7 +108,7 @@ class TestFaults:
         file.write_bytes(file.read_bytes()[:-8])
         self.check(lora, tmp_path, ValueError, "truncated, corrupt")
 
-    def test_quantised_weights(self, lora, tmp_path):
+    def test_quantized_weights(self, lora, tmp_path):
         (tmp_path / "base").mkdir()
         (tmp_path / "base" / "config.json").write_text(json.dumps({"_class_name": "X"}))
         only = {"x_embedder": lora["x_embedder"]}

@@ -1,4 +1,4 @@
-"""What a tiny model of a diffusers class is built from and called with."""
+"""A tiny model of a diffusers class, and one call of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCH = 3
 
 @dataclass(frozen=True)
 class Case:
-    """Describe a tiny model of one diffusers class, and one call of it.
+    """Tiny model of one diffusers class, and one call of it.
 
     Args:
         cls: the name of the class in diffusers.

@@ -129,7 +129,7 @@ def render() -> str:
 
 
 def write(page: Path = PAGE) -> None:
-    """Put the table into the page, between its marks."""
+    """Write the table into the page, between its markers."""
     before, _, rest = page.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
     page.write_text(f"{before}{START}{render()}{END}{after}", encoding="utf-8")

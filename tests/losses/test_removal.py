@@ -16,7 +16,7 @@ from moe_lora.losses import (
     removal,
 )
 
-SPECIALISED = ["boundary", "consistency", "detail"]
+SPECIALIZED = ["boundary", "consistency", "detail"]
 OFF: dict[str, float | None] = {"base": 0, "boundary": 0, "consistency": None, "detail": None}
 
 
@@ -98,7 +98,7 @@ def test_switched_off_pixel_losses_decode_nothing_and_need_nothing(weight: float
     assert not loss.specialized
 
 
-@pytest.mark.parametrize("name", ["base", *SPECIALISED])
+@pytest.mark.parametrize("name", ["base", *SPECIALIZED])
 def test_a_switched_off_component_is_not_computed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,17 +110,17 @@ def test_a_switched_off_component_is_not_computed(
         RemovalLoss(decoder=upsampled)(**inputs())
 
 
-@pytest.mark.parametrize("name", SPECIALISED)
+@pytest.mark.parametrize("name", SPECIALIZED)
 def test_specialized_tells_losses_that_need_routing(name: str) -> None:
     assert RemovalLoss(**only(name)).specialized
     assert RemovalLoss(**only(name)).enabled == (name,)
     assert not RemovalLoss(**only("base")).specialized
-    assert RemovalLoss().enabled == ("base", *SPECIALISED)
+    assert RemovalLoss().enabled == ("base", *SPECIALIZED)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", SPECIALISED)
+@pytest.mark.parametrize("name", SPECIALIZED)
 def test_each_specialized_loss_alone_moves_every_sample_through_the_vae(
     name: str, packed: bool, checkpoint: bool
 ) -> None:
@@ -185,7 +185,7 @@ def test_the_gate_decodes_only_samples_of_low_sigma_and_averages_over_them() -> 
         loss(**{name: tensor[b : b + 1] for name, tensor in given.items()}).components
         for b in (1, 3)
     ]
-    for name in SPECIALISED:
+    for name in SPECIALIZED:
         torch.testing.assert_close(components[name], (alone[0][name] + alone[1][name]) / 2)
     torch.testing.assert_close(
         components["base"], base_loss(given["velocity"], given["target_velocity"])
@@ -197,7 +197,7 @@ def test_a_batch_at_high_sigma_decodes_nothing_and_keeps_a_graph() -> None:
     given["sigma"] = torch.full((3,), 0.95)
     given["velocity"].requires_grad_()
     total, components = RemovalLoss(base=0, decoder=never)(**given)
-    assert list(components) == SPECIALISED
+    assert list(components) == SPECIALIZED
     assert total.item() == 0.0
     total.backward()
     assert torch.equal(given["velocity"].grad, torch.zeros_like(given["velocity"]))

@@ -69,7 +69,7 @@ def test_axes_say_what_they_are_and_in_which_unit() -> None:
     assert weights_by_area([0.25], [[0.5, 0.5]], "ab").axes[0].get_ylabel() == "routing weight"
 
 
-def test_analysed_masks_and_token_weights_are_taken_as_they_are() -> None:
+def test_analyzed_masks_and_token_weights_are_taken_as_they_are() -> None:
     mask = torch.zeros(2, 1, 32, 32)
     mask[0, :, :8], mask[1, :, :16, ::4] = 1, 1
     info = masks.analyze(mask)

@@ -98,7 +98,7 @@ def test_without_a_remedy_the_router_collapses_and_says_so():
     assert stats.mean_weights[0] > 0.93
     warning = stats.collapse_warning()
     assert warning is not None
-    assert "removal_expert takes 9" in warning
+    assert "removal_expert has 9" in warning
     assert stats.entropy < 0.3
 
 

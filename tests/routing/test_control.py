@@ -289,14 +289,14 @@ def test_wrappers_are_looked_through(model):
     assert moe_lora.routing.control.routing_state(model).mode == "uniform"
 
 
-def test_samples_teach_the_experts_that_they_are_said_also_when_backward_comes_later(model):
+def test_the_gradient_mask_applies_also_when_backward_comes_later(model):
     experts = {n: p for n, p in model.named_parameters() if "lora_B" in n}
     expert_grad_mask = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     with moe_lora.routing.teach_experts(model, expert_grad_mask):
-        taught = model(X)
+        masked = model(X)
     plain = model(X)
-    torch.testing.assert_close(taught, plain)
-    taught[:1].sum().backward()
+    torch.testing.assert_close(masked, plain)
+    masked[:1].sum().backward()
     for parameter in experts.values():
         assert (parameter.grad != 0).any(dim=2).any(dim=0).tolist() == [True, False, False]
         parameter.grad = None
@@ -316,7 +316,9 @@ def test_invalid_expert_grad_masks_raise(model, expert_grad_mask, message):
         pass
 
 
-def test_a_checkpointed_block_teaches_the_same(make_flux, make_flux_inputs, flux_targets):
+def test_a_checkpointed_block_has_the_same_masked_gradients(
+    make_flux, make_flux_inputs, flux_targets
+):
     results = []
     for checkpointing in (False, True):
         model = make_flux(layers=2).eval()

@@ -25,7 +25,7 @@ def test_sigma_is_what_is_noise_in_every_counting():
 
 @pytest.mark.parametrize("timesteps", [(0.25, 1.0), (0.5, 900.0), (1, 0), (250, 999)])
 def test_an_unknown_counting_is_never_guessed(timesteps):
-    expected = r"range of the timesteps .* timestep_range=\(clean, noise\)\): \(0, 1\) for"
+    expected = r"known `timestep_range`, .* timestep_range=\(clean, noise\)\): \(0, 1\) for"
     with pytest.raises(ValueError, match=expected):
         _ = inputs(*timesteps).sigma
     read = ModelCall.read(named("Mine"), (TOKENS, torch.tensor(timesteps)))
@@ -80,8 +80,8 @@ def test_a_subclass_counts_as_its_base():
 
 
 def test_a_router_may_insist_on_the_grid():
-    assert RouterInputs(TOKENS, grid_size=(2, 3)).known_grid() == (2, 3)
+    assert RouterInputs(TOKENS, grid_size=(2, 3)).require_grid_size() == (2, 3)
     with pytest.raises(ValueError, match=r"`grid_size`, .*set_router_inputs\(model, mask=mask"):
-        RouterInputs(TOKENS).known_grid()
-    with pytest.raises(ValueError, match=r"to give 6 tokens, but got \(2, 4\)"):
-        RouterInputs(TOKENS, grid_size=(2, 4)).known_grid()
+        RouterInputs(TOKENS).require_grid_size()
+    with pytest.raises(ValueError, match=r"to have 6 tokens, but got \(2, 4\)"):
+        RouterInputs(TOKENS, grid_size=(2, 4)).require_grid_size()

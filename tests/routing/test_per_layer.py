@@ -20,7 +20,7 @@ E = 3
 
 
 class ByLayer(moe_lora.Router):
-    """Give every layer a decision of its own, all by one product."""
+    """Router with separate weights per layer, computed in one product."""
 
     def __init__(self, num_layers, num_experts=E, num_inputs=6):
         super().__init__()
@@ -89,20 +89,20 @@ def test_every_layer_uses_its_own_weights_and_the_router_is_asked_once(gate):
     ]
     seen = {}
     layers = [m for m in model.modules() if isinstance(m, RoutedLayer)]
-    for place, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         layer.register_forward_hook(
-            lambda m, args, out, place=place: seen.update({place: (args[0], out)})
+            lambda m, args, out, index=index: seen.update({index: (args[0], out)})
         )
     model(hidden_states=X)
     assert router.asked == 1
     weights = moe_lora.current_routing(model).weights
     assert weights.shape == (2, 4, E)
     assert not torch.allclose(weights[:, 0], weights[:, 1])
-    for place, layer in enumerate(layers):
-        x, out = seen[place]
+    for index, layer in enumerate(layers):
+        x, out = seen[index]
         again = copy.deepcopy(layer)
         for sample in range(2):
-            own = Routing({"default": weights[sample, place]})  # (E,) for the whole input
+            own = Routing({"default": weights[sample, index]})  # (E,) for the whole input
             with again.context.use(own):
                 torch.testing.assert_close(again(x)[sample], out[sample], rtol=1e-4, atol=1e-5)
 
@@ -168,7 +168,7 @@ def test_statistics_count_the_mean_over_layers():
 
 def test_it_is_not_merged_or_exported_but_by_weights_of_ones_choice(tmp_path):
     model = adapted()
-    with pytest.raises(ValueError, match="ByLayer chooses them for every input"):
+    with pytest.raises(ValueError, match="ByLayer computes them from the input"):
         moe_lora.merge(model)
     router = model.base_model.model.moe_router.moe_lora_routers["default"]
     router.fixed_weights = lambda: torch.full((4, E), 1 / E)

@@ -253,7 +253,7 @@ def check(pipe, channels, *, guidance, given, images_per_prompt=1, picture=None,
     # With the masks of the others it is another result.
     assert (again(mask[own].flip(0)) - together).abs().max() > 1e-3
     if images_per_prompt > 1:
-        with pytest.raises(ValueError, match=r"samples of the call, .* but got 2.* Give one for"):
+        with pytest.raises(ValueError, match=r"samples of the call, .* but got 2.* Pass one per"):
             again(mask)
 
 

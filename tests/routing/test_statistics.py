@@ -101,7 +101,7 @@ def test_collapse_is_reported_once_until_reset():
     assert not stats.is_collapsed(threshold=0.96)
     warning = stats.collapse_warning()
     assert warning is not None
-    assert "background_expert takes 95% of the weight over the last 2 samples" in warning
+    assert "background_expert has 95% of the weight over the last 2 samples" in warning
     assert stats.collapse_warning() is None
     stats.reset()
     stats.update(torch.tensor([[0.02, 0.95, 0.03]]))
@@ -123,7 +123,7 @@ def test_the_warning_names_what_helps():
     stats = RoutingStats(NAMES)
     stats.update(torch.tensor([[0.95, 0.03, 0.02]]))
     warning = stats.collapse_warning()
-    for remedy in ("load-balancing", "entropy floor", "temperature", "drop experts", "uniform"):
+    for remedy in ("load-balancing", "entropy floor", "temperature", "expert dropout", "uniform"):
         assert remedy in warning
 
 
@@ -201,7 +201,7 @@ def test_samples_that_are_not_finite_are_counted_apart(bad, tokens, first):
 def test_weights_that_are_not_finite_are_reported_once_until_reset():
     stats = RoutingStats(NAMES)
     stats.update(torch.tensor([[math.nan, 0.5, 0.5], [0.2, 0.3, 0.5]]))
-    assert "NaN or infinite to 1 of the last 2 samples" in stats.collapse_warning()
+    assert "NaN or infinite for 1 of the last 2 samples" in stats.collapse_warning()
     assert stats.collapse_warning() is None
     assert stats.mean_weights == pytest.approx([0.2, 0.3, 0.5])
     lost = RoutingStats(NAMES)

@@ -1,4 +1,4 @@
-"""What the contexts around a pass ask of its routing, and where they end."""
+"""Effect and scope of the contexts around a pass."""
 
 from __future__ import annotations
 
@@ -211,5 +211,5 @@ class TestACheckpointAroundTheWholeCall:
     def test_under_other_routing_it_is_an_error(self, model):
         with moe_lora.route(model, W):
             loss = checkpoint(model, X, use_reentrant=False).square().mean()
-        with pytest.raises(RuntimeError, match="under other routing"):
+        with pytest.raises(RuntimeError, match="with other routing"):
             loss.backward()

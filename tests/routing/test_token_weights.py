@@ -1,4 +1,4 @@
-"""Which row of token weights every layer of a real model uses, against an independent account."""
+"""The row of token weights in every layer of a real model, against an independent table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def weights_for(*shape):
 
 
 def used_weights(model, call, weights):
-    """Return, by path, the weight of every expert at every place of a layer's output, solved for.
+    """Solve, by path, for the weight of every expert at every position of a layer's output.
 
     A layer's output less its base's is sum_e w_e d_e, with d_e what expert e gives alone; the w_e
     are found by least squares over the output's channels.
@@ -97,7 +97,7 @@ FLUX_STREAMS = {
     "norm_out.linear": "sample",
     "proj_out": "image",
 }
-"""What every layer of FLUX sees, written down from its forward pass."""
+"""Token streams of the layers of FLUX, read off its forward pass."""
 
 
 def expected_in_flux(kind, weights, text, references=0):
@@ -204,8 +204,8 @@ def test_every_layer_of_a_unet_uses_the_weights_at_its_resolution(unet, size):
             same(used, weights.mean(1))
             seen["sample"] += 1
         else:
-            places = used.shape[1:-1]
-            level = size if places.numel() == rows * columns else small
+            positions = used.shape[1:-1]
+            level = size if positions.numel() == rows * columns else small
             means = plane if level == size else torch.stack([level_means(one) for one in plane])
             same(used, means.reshape(used.shape))
             seen[level] += 1
@@ -250,7 +250,7 @@ def test_a_unet_that_rounds_its_levels_down_takes_sizes_that_divide_only():
             if fits:
                 model(**call)
                 continue
-            with pytest.raises(ValueError, match=r"divide by 2 .* got \d x \d"):
+            with pytest.raises(ValueError, match=r"divisible by 2 .* got \d x \d"):
                 model(**call)
 
 

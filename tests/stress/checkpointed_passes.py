@@ -82,7 +82,7 @@ GUISES = [blocks, nested, whole, whole_and_blocks, selective, wrapper, routed, r
 
 
 class Passes:
-    """Run passes of a toy, each with an input, and weights or experts to teach, of its own."""
+    """Run passes of a toy, each with its own input, and its own weights or gradient mask."""
 
     def __init__(self, guise: Callable[[nn.Module], Call], kind: str) -> None:
         self.toy, self.kind = Toy(), kind
@@ -117,7 +117,7 @@ class Passes:
             context = moe_lora.route(model, self.given[index].softmax(-1))
         elif kind == "hard":
             context = moe_lora.route(model, torch.eye(EXPERTS).roll(index, 0)[:2], top_k=1)
-        elif kind == "taught":
+        elif kind == "masked":
             context = moe_lora.routing.teach_experts(model, torch.eye(EXPERTS).roll(index, 0)[:2])
         elif kind == "left out":
             names = model.peft_config["default"].expert_names
@@ -129,4 +129,4 @@ class Passes:
         moe_lora.set_routing_mode(model, "routed")
 
 
-KINDS = ["router", "given", "hard", "taught", "left out", "switched"]
+KINDS = ["router", "given", "hard", "masked", "left out", "switched"]

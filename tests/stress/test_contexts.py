@@ -1,4 +1,4 @@
-"""What `route` says holds in the task, and the thread, that entered it."""
+"""The weights of `route` apply in the task and the thread that opened it."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def interrupt(*_: object) -> None:
 
 def entries(model: nn.Module) -> int:
     """Count what this thread remembers of passes of a model."""
-    passes = model.moe_router.state._passes.nesting
-    return len(passes.outer) + (passes.entry.routing is not None)
+    stack = model.moe_router.state._stacks.stack
+    return len(stack.outer) + (stack.top.routing is not None)
 
 
 @pytest.mark.parametrize("others", [0, 1])

@@ -132,8 +132,8 @@ def test_a_switch_of_the_model_holds_for_passes_that_begin_after_it(change):
         assert_close(after, uniform)
 
 
-def gradients(toy: Toy, x: Tensor, weights: Tensor | None, taught: Tensor) -> list[Tensor]:
-    """Sum the reference's gradients of every sample, for the experts that it teaches."""
+def gradients(toy: Toy, x: Tensor, weights: Tensor | None, grad_mask: Tensor) -> list[Tensor]:
+    """Sum the reference's gradients of every sample, under its gradient mask."""
     learned = toy.learned()
     total = [torch.zeros_like(p) for p in learned.values()]
     for b in range(x.shape[0]):
@@ -144,9 +144,9 @@ def gradients(toy: Toy, x: Tensor, weights: Tensor | None, taught: Tensor) -> li
             if grad is None:
                 continue
             if "lora_A" in name:
-                grad = grad * taught[b].view(-1, 1, 1)
+                grad = grad * grad_mask[b].view(-1, 1, 1)
             elif "lora_B" in name:
-                grad = grad * taught[b].view(-1, 1)
+                grad = grad * grad_mask[b].view(-1, 1)
             total[place] += grad
     return total
 

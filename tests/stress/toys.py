@@ -119,7 +119,7 @@ def in_threads(*functions: Callable[[], Any]) -> list[Any]:
 
 
 def meet(threads: int, *modules: nn.Module) -> Barrier:
-    """Let no thread into any of the modules before all have come there."""
+    """Hold back every thread before the modules until all threads have arrived."""
     barrier = Barrier(threads, timeout=5)
     for module in modules:
         module.register_forward_pre_hook(lambda *_: void(barrier.wait()))

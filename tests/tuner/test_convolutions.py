@@ -142,10 +142,10 @@ OF_NOBODY = {
 }
 
 
-@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("weights", OF_NOBODY.values(), ids=OF_NOBODY)
 @pytest.mark.parametrize("kind", EMPTY)
-def test_an_empty_batch_has_an_empty_output_and_gradients_of_zero(kind, weights, taught):
+def test_an_empty_batch_has_an_empty_output_and_gradients_of_zero(kind, weights, masked):
     make, shape = EMPTY[kind]
     given, k = weights
     if given == (0, 6, E) and kind == "tokens":
@@ -154,8 +154,8 @@ def test_an_empty_batch_has_an_empty_output_and_gradients_of_zero(kind, weights,
     model = get_peft_model(nn.Sequential(make()), config)
     x = torch.randn(0, *shape, requires_grad=True)
     given = None if given is None else torch.rand(given).requires_grad_()
-    teach = moe_lora.routing.teach_experts(model, torch.ones(0, E)) if taught else nullcontext()
-    with routed(model, given, k), teach:
+    use_mask = moe_lora.routing.teach_experts(model, torch.ones(0, E)) if masked else nullcontext()
+    with routed(model, given, k), use_mask:
         out = model(x)
     assert out.shape == model.base_model.model[0].base_layer(x).shape
     out.sum().backward()

@@ -22,9 +22,9 @@ class Given(RoutingContext):
     routing = None
 
     def put(self, weights, top_k=None):
-        self.routing = Routing.of(weights, top_k)
+        self.routing = Routing.from_weights(weights, top_k)
 
-    def outside(self):
+    def routing_outside_pass(self):
         return self.routing
 
 
@@ -127,7 +127,7 @@ def expected_of(mixed, x, weights):
 
 
 class Doubled(nn.Linear):
-    """A linear layer with a forward pass of its own, as quantised ones have."""
+    """A linear layer with a forward pass of its own, as quantized ones have."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -269,7 +269,7 @@ def test_a_uniform_convolution_equals_stock_peft():
     torch.testing.assert_close(mixed(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
-def test_token_weights_of_a_convolution_are_those_of_its_places():
+def test_token_weights_of_a_convolution_are_those_of_its_positions():
     mixed, x = conv(kernel_size=1), torch.randn(2, 4, 3, 2)
     weights = torch.rand(2, 6, E).softmax(-1).requires_grad_()
     mixed.context.put({"default": weights})
@@ -315,7 +315,7 @@ def test_half_precision_bases_take_experts_of_full_precision():
     assert all(p.grad.dtype == torch.float32 for p in mixed.moe_lora_experts.parameters())
 
 
-def test_a_convolution_is_taught_by_the_samples_that_it_is_said():
+def test_the_gradient_mask_of_a_convolution():
     mixed, x = conv(kernel_size=3), torch.randn(2, 4, 7, 6, requires_grad=True)
     mixed.context.put({"default": torch.rand(2, E).softmax(-1)})
     experts = list(mixed.moe_lora_experts.parameters())
@@ -328,9 +328,9 @@ def test_a_convolution_is_taught_by_the_samples_that_it_is_said():
     expected = gradients(out)
     routing = mixed.context.routing
     mixed.context.routing = routing.with_grad_mask(expert_grad_mask)
-    taught = mixed(x)
-    found = gradients(taught)
-    torch.testing.assert_close(taught, out)
+    masked = mixed(x)
+    found = gradients(masked)
+    torch.testing.assert_close(masked, out)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
     mixed.context.routing = routing
     alone = []

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.tuner.quantization import is_quantised, quantization_backend
+from moe_lora.tuner.quantization import is_quantized, quantization_backend
 
 torchao = pytest.importorskip("torchao.quantization")
 
 WIDTH = 64
 WEIGHTS = [0.6, 0.3, 0.1]
 
-# The error that a weight-only quantisation may add to an output when a change is merged into it.
+# The error that a weight-only quantization may add to an output when a change is merged into it.
 MERGE_ERROR = {"int8": 0.02, "bnb-8bit": 0.02, "bnb-nf4": 0.2}
 CASES = [
     pytest.param((kind, device), id=f"{kind}-{device}", marks=[pytest.mark.gpu] * (device != "cpu"))
@@ -52,7 +52,7 @@ def bnb_linear(linear: nn.Linear, kind: str) -> nn.Module:
     return made
 
 
-def quantised_net(kind: str, device: str) -> Net:
+def quantized_net(kind: str, device: str) -> Net:
     torch.manual_seed(0)
     net = Net().requires_grad_(False)
     if kind == "int8":
@@ -82,7 +82,7 @@ def kind(case: tuple[str, str]) -> str:
 
 @pytest.fixture
 def make(case: tuple[str, str]) -> Callable[[], Net]:
-    return lambda: quantised_net(*case)
+    return lambda: quantized_net(*case)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def raw(weight: Tensor) -> Tensor:
     return weight.qdata if hasattr(weight, "qdata") else weight.data
 
 
-def test_the_output_is_that_of_the_quantised_base_plus_the_mixture(make, x):
+def test_the_output_is_that_of_the_quantized_base_plus_the_mixture(make, x):
     net, weights = make(), torch.rand(2, 3, device=x.device)
     expected = net.first(x).detach().clone()
     model = adapted(net)
@@ -134,7 +134,7 @@ def test_a_step_trains_every_expert_and_leaves_the_base_alone(make, x):
     assert torch.equal(raw(base), before)
 
 
-def test_a_saved_adapter_loads_onto_another_quantised_base(make, x, tmp_path):
+def test_a_saved_adapter_loads_onto_another_quantized_base(make, x, tmp_path):
     model = adapted(make()).eval()
     with torch.no_grad():
         expected = model(x)
@@ -143,7 +143,7 @@ def test_a_saved_adapter_loads_onto_another_quantised_base(make, x, tmp_path):
         assert torch.equal(loaded(x), expected)
 
 
-def test_merging_quantises_the_changed_weight_and_unmerging_restores_every_bit(make, x, kind):
+def test_merging_quantizes_the_changed_weight_and_unmerging_restores_every_bit(make, x, kind):
     model = adapted(make()).eval()
     weight = model.base_model.model.first.base_layer.weight
     before = raw(weight).clone()
@@ -166,7 +166,7 @@ def test_merging_quantises_the_changed_weight_and_unmerging_restores_every_bit(m
         assert relative_error(model(x), expected) < MERGE_ERROR[kind]
 
 
-def test_two_adapters_are_merged_and_quantised_once(make, x):
+def test_two_adapters_are_merged_and_quantized_once(make, x):
     model = adapted(make()).eval()
     model.add_adapter(
         "second",
@@ -180,7 +180,7 @@ def test_two_adapters_are_merged_and_quantised_once(make, x):
     backend.set_base_weight(twin, weight + change)
     model.merge_adapter(["default", "second"])
     differing = raw(layer.base_layer.weight) != raw(twin.base_layer.weight)
-    assert differing.float().mean() < 0.01  # quantising twice changes more than half of them
+    assert differing.float().mean() < 0.01  # quantizing twice changes more than half of them
     model.unmerge_adapter()
     assert torch.equal(backend.get_base_weight(layer.base_layer).float(), weight)
 
@@ -191,19 +191,19 @@ def test_a_merge_that_gives_nan_changes_nothing(make, x):
     before = raw(layer.base_layer.weight).clone()
     with torch.no_grad():
         layer.moe_lora_experts["default"].lora_A[1, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="gives NaN"):
+    with pytest.raises(ValueError, match="produces NaN"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(raw(layer.base_layer.weight), before)
     assert not layer.merged
 
 
-def test_merge_and_unload_leaves_a_quantised_model_without_adapters(make, x, kind):
+def test_merge_and_unload_leaves_a_quantized_model_without_adapters(make, x, kind):
     model = adapted(make()).eval()
     with torch.no_grad():
         expected = model(x)
         merged = model.merge_and_unload()
         assert relative_error(merged(x), expected) < MERGE_ERROR[kind]
-    assert is_quantised(merged.first)
+    assert is_quantized(merged.first)
     assert merged.state_dict().keys() == make().state_dict().keys()
 
 
@@ -226,7 +226,7 @@ def test_a_copy_merges_by_itself(make, x):
         assert torch.equal(twin(x), expected)
 
 
-def test_peft_reports_the_quantisation(make, x, kind):
+def test_peft_reports_the_quantization(make, x, kind):
     names = {"int8": "torchao", "bnb-8bit": "bnb 8bit", "bnb-nf4": "bnb 4bit"}
     status = {s.name: s.quantization_backend for s in adapted(make()).get_layer_status()}
     assert status["model.first"] == status["model.second"] == names[kind]
@@ -235,7 +235,7 @@ def test_peft_reports_the_quantisation(make, x, kind):
 @pytest.mark.parametrize(
     "granularity", [torchao.PerRow(), torchao.PerTensor(), torchao.PerGroup(16)], ids=str
 )
-def test_int8_weights_are_quantised_again_as_they_were(granularity):
+def test_int8_weights_are_quantized_again_as_they_were(granularity):
     config = torchao.Int8WeightOnlyConfig(granularity=granularity)
     net = Net()
     torchao.quantize_(net, config)
@@ -250,7 +250,7 @@ def test_int8_weights_are_quantised_again_as_they_were(granularity):
 
 
 class PackedLinear(nn.Linear):
-    """Two 4-bit numbers a byte, as a quantisation that no library here knows might have them."""
+    """Two 4-bit numbers a byte, as a quantization that no library here knows might have them."""
 
     def __init__(self) -> None:
         super().__init__(WIDTH, WIDTH)
@@ -263,7 +263,7 @@ class PackedLinear(nn.Linear):
         return nn.functional.linear(x, (unpacked.float() - 8) / 8, self.bias)
 
 
-def test_an_unknown_quantisation_trains_and_refuses_to_merge():
+def test_an_unknown_quantization_trains_and_refuses_to_merge():
     net = Net()
     net.first = PackedLinear()
     expected = net(torch.ones(1, WIDTH))
@@ -273,7 +273,7 @@ def test_an_unknown_quantisation_trains_and_refuses_to_merge():
     model(torch.ones(1, WIDTH)).sum().backward()
     assert (layer.moe_lora_experts["default"].lora_A.grad.abs().sum((1, 2)) > 0).all()
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(TypeError, match=r"dequantised and quantised again, but got a Para"):
+        with pytest.raises(TypeError, match=r"dequantized and quantized again, but got a Para"):
             merge()
     assert torch.equal(layer.base_layer.weight, before)
     torch.testing.assert_close(model.unload()(torch.ones(1, WIDTH)), expected)
@@ -291,7 +291,7 @@ def test_torchao_weights_that_hide_their_config_refuse_to_merge():
     [torchao.Int8WeightOnlyConfig(), torchao.Int8DynamicActivationInt8WeightConfig()],
     ids=lambda config: type(config).__name__,
 )
-def test_a_flux_that_diffusers_quantised(
+def test_a_flux_that_diffusers_quantized(
     config, make_flux, make_flux_inputs, flux_targets, tmp_path: Path
 ):
     from diffusers import FluxTransformer2DModel, TorchAoConfig
@@ -312,7 +312,7 @@ def test_a_flux_that_diffusers_quantised(
             init_lora_weights=False,
         )
     )
-    assert is_quantised(model.x_embedder.base_layer)
+    assert is_quantized(model.x_embedder.base_layer)
     before = model(**inputs)[0]
     before.square().mean().backward()
     trained = [p for name, p in model.named_parameters() if "lora_" in name and p.requires_grad]

@@ -59,7 +59,7 @@ def ablate_expert(
     if expert not in names:
         raise ValueError(f"Expected `expert` to be one of {list(names)}, but got {expert!r}.")
     ablation = Ablation(adapter_name, names.index(expert), renormalize)
-    with state.steered(ablations=(ablation,)):
+    with state.steer(ablations=(ablation,)):
         yield
 
 
@@ -144,7 +144,7 @@ def restored_state(model: nn.Module) -> Iterator[None]:
     state = routing_state(model)
     training = {module: module.training for module in model.modules()}
     mode, given, stats = state.mode, state.given, state.stats
-    decisions = state.in_thread.decisions
+    decisions = state.thread_state.decisions
     state.stats = copy.deepcopy(stats)
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     try:
@@ -155,15 +155,15 @@ def restored_state(model: nn.Module) -> Iterator[None]:
         for module, trains in training.items():
             module.training = trains
         state.mode, state.given, state.stats = mode, given, stats
-        state.require_routing()
-        state.in_thread.decisions = decisions
+        state.update_routed_adapters()
+        state.thread_state.decisions = decisions
 
 
 def _run(model: nn.Module, batch: Batch, evaluate: Evaluate[Batch]) -> dict[str, Tensor]:
     state = routing_state(model)
-    state.in_thread.has_run = False
+    state.thread_state.has_run = False
     values = evaluate(model, batch)
-    if not state.in_thread.has_run:
+    if not state.thread_state.has_run:
         raise ValueError(
             "Expected `evaluate` to call its first argument, the model, but it did not."
         )

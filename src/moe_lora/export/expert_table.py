@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_lora.checkpoint_reader import read_checkpoint
 from moe_lora.export.lora_factors import Factors, PlainLora
 from moe_lora.routing.lookup import routed_module
-from moe_lora.routing.routers.registry import counts_layers, router_names
+from moe_lora.routing.routers.registry import needs_num_layers, router_names
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.config import MoELoraConfig
 from moe_lora.tuner.experts import MoELoraExperts
@@ -243,7 +243,7 @@ def _router_shapes(
     model = nn.Module()
     if config.base_in_channels is not None:
         model.config = SimpleNamespace(in_channels=config.base_in_channels)  # type: ignore[assignment]
-    by_layer = counts_layers(config.router, config.router_kwargs)
+    by_layer = needs_num_layers(config.router, config.router_kwargs)
     with torch.random.fork_rng(devices=[]):  # its parameters are drawn in vain
         router = build_router(config, model, False, num_layers if by_layer else None)
     assert router is not None

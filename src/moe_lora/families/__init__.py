@@ -1,8 +1,8 @@
 """Model families by class name, one record each: nothing here imports a model library.
 
-`family_of(model)` looks a record up; a model of a class that no record names has `UNKNOWN`. To
-support a family, add its record to one of `flux`, `images`, `unets` and `videos`, and its tiny
-model to `tests/family_cases`.
+`family_of(model)` looks up the record of a model, or returns `UNKNOWN`. To support a family, add
+its record to one of `flux`, `images`, `unets` and `videos`, and its tiny model to
+`tests/family_cases`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The record of a model family: what the library knows of it by its class name."""
+"""The record of a model family."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 TokenStream = Literal["image", "text", "joint", "joint_image_first"]
-"""Which tokens a layer sees: the image's, the text's, the text's followed by the image's, or the
-image's followed by the text's.
+"""The tokens in a layer's input: image tokens, text tokens, text before image, or image before
+text.
 """
 
 RowLayout = Literal["sample", "folded", "packed"]
-"""What the first dimension of a layer's input counts.
+"""The meaning of the first dimension of a layer's input.
 
 - "sample": samples.
-- "folded": samples times frames (or other parts), sample by sample.
-- "packed": tokens of all samples, in an order that the layer cannot know.
+- "folded": samples times frames (or other parts), grouped by sample.
+- "packed": tokens of all samples, in an unknown order.
 """
 
 VideoAxes = Literal["channels_first", "frames_first", "channels_last"]
 """The order of a video's latents: `(B, C, F, h, w)`, `(B, F, C, h, w)` or `(B, F, h, w, C)`."""
 
 ReferencePosition = Literal["last", "first"]
-"""Where packed tokens of reference images stand: after the image's tokens or before them."""
+"""The position of the packed tokens of reference images: after the image tokens or before them."""
 
-# Module paths that mean the same in most families.
+# Module paths with the same meaning in most families.
 _TEXT_LAYERS = re.compile(
     r"(.*\.)?("
     r"(ff_context|norm1_context|txt_mlp|context_embedder|context_refiner|token_refiner|text_\w+"
@@ -41,12 +41,12 @@ _JOINT_LAYERS = re.compile(r"(.*\.)?single_transformer_blocks\..*")
 
 @dataclass(frozen=True)
 class CarriedMask:
-    """Channels of a model's input that hold the mask.
+    """Mask channels of a model's input.
 
     Args:
-        channels: all input channels of the models that carry a mask.
+        channels: the number of all input channels of models with a mask in their input.
         first: the first mask channel.
-        stop: the channel after the last one.
+        stop: the channel after the last mask channel.
         encoding: "flux_fill" for packed full-resolution pixels, see
             `moe_lora.masks.from_flux_fill`; "latent" for one channel at latent size.
     """
@@ -58,30 +58,30 @@ class CarriedMask:
 
     @property
     def other_channels(self) -> int:
-        """Return the number of channels that hold no mask."""
+        """Return the number of channels without a mask."""
         return self.channels - (self.stop - self.first)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A group of model classes that the library treats alike.
+    """Record of a model family, a group of model classes with the same conventions.
 
-    Regexes match whole module paths inside the model.
+    Regexes match full module paths inside the model.
 
     Args:
-        classes: names of the classes; a subclass counts as its base.
-        targets: layers that `target_modules=None` adapts: name endings, or a regex. None where
-            `target_modules` must be given.
-        streams: `(regex, stream)` of layers for which the rules that most families share are wrong;
-            the first match wins. "image" where "joint" does not describe a layer's order of tokens:
+        classes: names of the classes; a subclass belongs to the family of its base.
+        targets: default layers for `target_modules=None`: name endings, or a regex; `None` makes
+            `target_modules` mandatory.
+        streams: `(regex, stream)` of layers that are exceptions from the rules of most families;
+            the first match applies. Use "image" for layers with another token order than "joint":
             token weights then raise, since the layer has more tokens than the image.
         folded: regex of the layers with row layout "folded".
         packed: regex of the layers with row layout "packed".
-        timestep_range: the timesteps of clean data and of pure noise, as the family's pipelines
-            count them; None where it is unknown.
+        timestep_range: the timesteps `(clean, noise)` of clean data and of pure noise in the
+            family's pipelines; `None` if it is unknown.
         video_axes: order of the dimensions of a video's latents.
-        references: where packed tokens of reference images stand.
-        carried_mask: where the model's input holds the mask; None where it holds none.
+        references: position of the packed tokens of reference images.
+        carried_mask: mask channels of the model's input; `None` for an input without a mask.
 
     Example:
         >>> family = Family(classes=("MyModel",), folded=r"temporal\\..*")
@@ -100,15 +100,15 @@ class Family:
     carried_mask: CarriedMask | None = None
 
     def stream(self, path: str) -> TokenStream:
-        """Return which tokens a layer sees.
+        """Return the token stream of a layer.
 
         Args:
             path: the layer's module path inside the model.
 
         Returns:
             "text" for the text stream of double-stream blocks and the keys and values of
-            cross-attention, "joint" for single-stream blocks that put the text first,
-            "joint_image_first" for those that put it last, else "image".
+            cross-attention, "joint" for single-stream blocks with the text first,
+            "joint_image_first" for those with the text last, else "image".
         """
         for pattern, stream in self.streams:
             if re.fullmatch(pattern, path):
@@ -118,7 +118,7 @@ class Family:
         return "joint" if _JOINT_LAYERS.fullmatch(path) else "image"
 
     def layout(self, path: str) -> RowLayout:
-        """Return what the first dimension of a layer's input counts.
+        """Return the meaning of the first dimension of a layer's input.
 
         Args:
             path: the layer's module path inside the model.
@@ -130,6 +130,4 @@ class Family:
 
 
 UNKNOWN = Family(classes=())
-"""The record of every model whose class no family names: nothing is assumed but the module paths
-that mean the same in most families.
-"""
+"""The record of models of an unknown family; only the module paths of most families apply."""

@@ -1,4 +1,4 @@
-"""FLUX and the models built after it: packed image tokens with numbered positions."""
+"""FLUX and similar models: packed image tokens with numbered positions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FLUX3 = Family(
     classes=("Flux3Transformer2DModel",),
     targets=ATTENTION,
     streams=(
-        # Tokens of reference images are no image tokens of the call; like text, they use the mean.
+        # Tokens of reference images use the mean weights, like text.
         (r"txt_mode_blocks\..*|.*_modulations\.(txt|image_cond)\..*", "text"),
         (r"mode_blocks\.image_cond\..*|x_embedders\.image_cond", "text"),
         # Text, image, references.

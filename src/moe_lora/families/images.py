@@ -1,4 +1,4 @@
-"""Transformers of images that are not built after FLUX."""
+"""Transformers for images that are not similar to FLUX."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moe_lora.families.flux import ATTENTION, TEXT_ATTENTION
 SD3 = Family(
     classes=("SD3Transformer2DModel",),
     targets=(*ATTENTION, *TEXT_ATTENTION),
-    # A second self-attention of the image, where other families have cross-attention.
+    # Here `attn2` is a second self-attention of the image; in other families, cross-attention.
     streams=((r".*\.attn2\..*", "image"),),
     timestep_range=(0.0, 1000.0),
 )

@@ -1,4 +1,4 @@
-"""From a model to the record of its family."""
+"""Registry of model families, and properties of a model from its family and config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHANNEL_NAMES = ("in_channels", "in_visual_dim", "in_dim", "io_channels")
 
 
 def family_of(model: nn.Module) -> Family:
-    """Look up the family of a model by the names of its class and of its bases.
+    """Look up the family of a model by the names of its class and base classes.
 
     Args:
         model: any model.
@@ -35,10 +35,13 @@ def family_of(model: nn.Module) -> Family:
 
 
 def input_channels(model: nn.Module) -> int | None:
-    """Return the number of channels of a model's latents, if its config says it.
+    """Return the number of channels of a model's latents, from its config.
 
     Args:
         model: a diffusers-style model.
+
+    Returns:
+        The number, or `None` if the config has none.
     """
     config = getattr(model, "config", None)
     found = (getattr(config, name, None) for name in _CHANNEL_NAMES)
@@ -46,10 +49,13 @@ def input_channels(model: nn.Module) -> int | None:
 
 
 def visual_channels(model: nn.Module) -> int | None:
-    """Return the width of the tokens that a router reads of a model's calls, if it is known.
+    """Return the width of a router's input tokens: the channels of the latents without a mask.
 
     Args:
-        model: a diffusers-style model whose config says its input channels.
+        model: a diffusers-style model.
+
+    Returns:
+        The width, or `None` if the config has no number of channels.
     """
     channels, mask = input_channels(model), family_of(model).carried_mask
     return mask.other_channels if mask is not None and mask.channels == channels else channels

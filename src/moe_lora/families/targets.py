@@ -1,4 +1,4 @@
-"""The layers that are adapted when `target_modules` is left out."""
+"""Default layers to adapt, for `target_modules=None`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from moe_lora.families.registry import FAMILIES, family_of
 
 
 def default_targets(model: nn.Module) -> set[str] | str:
-    """Return the layers that `target_modules=None` adapts.
+    """Return the default layers to adapt, for `target_modules=None`.
 
     Args:
-        model: a model of a family that has default targets.
+        model: a model of a family with default targets.
 
     Returns:
-        Name endings, or a regex: what PEFT takes as `target_modules`.
+        Name endings, or a regex, as for PEFT's `target_modules`.
 
     Raises:
-        ValueError: the model's family has no default targets, or is unknown.
+        ValueError: when the model's family is unknown, or has no default targets.
 
     Example:
         >>> class SD3Transformer2DModel(nn.Module): ...
@@ -32,7 +32,7 @@ def default_targets(model: nn.Module) -> set[str] | str:
         raise ValueError(
             f"Expected `target_modules` to name the layers to adapt in {type(model).__name__}, "
             f"which has no default (there are defaults for {', '.join(known)}). "
-            f"{_listed(candidate_targets(model))}"
+            f"{_format_candidates(candidate_targets(model))}"
         )
     return targets if isinstance(targets, str) else set(targets)
 
@@ -42,10 +42,10 @@ def candidate_targets(model: nn.Module, limit: int = 20) -> dict[str, int]:
 
     Args:
         model: any model.
-        limit: how many endings to return at most.
+        limit: the maximal number of endings.
 
     Returns:
-        How many layers have each ending; an ending is a usable entry of `target_modules`.
+        The number of layers by ending; every ending is a valid entry of `target_modules`.
 
     Example:
         >>> candidate_targets(nn.ModuleDict({"to_q": nn.Linear(1, 1), "act": nn.ReLU()}))
@@ -65,7 +65,7 @@ def _ending(path: str) -> str:
     return ".".join(parts[start:])
 
 
-def _listed(candidates: dict[str, int]) -> str:
+def _format_candidates(candidates: dict[str, int]) -> str:
     if not candidates:
         return "The model has no linear layer."
     found = ", ".join(f"{ending} ({count})" for ending, count in candidates.items())

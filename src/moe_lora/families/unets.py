@@ -1,4 +1,4 @@
-"""UNets of images and of videos."""
+"""UNets for images and videos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transformers of videos and of sound."""
+"""Transformers for video and audio."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HUNYUAN_VIDEO = Family(
 )
 HUNYUAN_FRAMEPACK = Family(
     classes=("HunyuanVideoFramepackTransformer3DModel",),
-    # Earlier frames, image, text.
+    # Token order: earlier frames, image, text.
     streams=((r"single_transformer_blocks\..*", "image"),),
 )
 MOCHI = Family(

@@ -1,4 +1,4 @@
-"""Auxiliary losses that keep a router balanced, undecided enough and its logits small."""
+"""Auxiliary losses of a router: load balancing, z-loss and an entropy floor."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def load_balancing_loss(weights: Tensor) -> Tensor:
-    """Measure how unevenly the experts are used.
+    """Penalize uneven use of the experts.
 
     E · Σ_e f_e · P_e, where f_e is the share of samples (or tokens) whose largest weight is expert
     e and P_e the mean weight of expert e. It is 1 at perfect balance and `E` when every weight is
-    on one expert. The gradient flows through P only; f counts.
+    on one expert. The gradient flows through P only, since f is a count.
 
     Args:
         weights: `(B, E)`, `(B, T, E)` or `(B, L, E)` routing weights, rows sum to 1.
@@ -40,7 +40,7 @@ def load_balancing_loss(weights: Tensor) -> Tensor:
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
-    """Penalise large logits, which make the softmax brittle.
+    """Penalize large logits, which saturate the softmax.
 
     mean over samples and tokens of (log Σ_e exp logit_e)².
 
@@ -65,18 +65,17 @@ def router_z_loss(logits: Tensor) -> Tensor:
 
 
 def entropy_floor_loss(weights: Tensor, floor: float = 0.5) -> Tensor:
-    """Penalise weights that are more decided, on average, than a floor allows.
+    """Penalize a mean entropy of the routing weights below a floor.
 
     max(0, floor − mean over samples and tokens of H), with the entropy H = −Σ_e w_e log w_e / log E
-    of a sample's weights. Above the floor neither value nor gradient is left, so that a router is
-    free to choose there.
+    of a sample's weights. Above the floor, value and gradient are 0.
 
-    Weights of the strategy "hard" have no entropy, and those of "topk" at most log k / log E: give
+    Weights of the strategy "hard" have entropy 0, and those of "topk" at most log k / log E: use
     `logits.softmax(-1)` for the first, and a floor below that limit for the second.
 
     Args:
         weights: `(B, E)`, `(B, T, E)` or `(B, L, E)` routing weights, rows sum to 1; E >= 2.
-        floor: in (0, 1); 1 would be equal weights, 0 one expert for every sample.
+        floor: in (0, 1); an entropy of 1 means equal weights, 0 one expert per sample.
 
     Returns:
         A scalar in [0, floor].

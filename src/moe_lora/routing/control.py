@@ -1,4 +1,4 @@
-"""What a training loop calls to steer the routing of an adapted model."""
+"""Control of the routing of an adapted model, for training loops and inference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_lora.masks import MaskInfo
 from moe_lora.masks.validation import check_size
 from moe_lora.routing.inputs import GivenInputs
 from moe_lora.routing.lookup import ROUTER_ATTRIBUTE, active_adapters, routed_module, routing_state
-from moe_lora.routing.model_call.mask_memory import analyze_as_given
+from moe_lora.routing.model_call.mask_cache import analyze_detached
 from moe_lora.routing.routers.base import Router, RoutingDecision
 from moe_lora.routing.state import RoutingMode, RoutingState
 from moe_lora.routing.statistics import RoutingStats
@@ -26,8 +26,8 @@ from moe_lora.routing.weights.checkpointing import RoutedCheckpoint
 Value = TypeVar("Value")
 
 
-class HasSpecialisedLosses(Protocol):
-    """Describe a loss that knows whether any of its specialized components is on."""
+class HasSpecializedLosses(Protocol):
+    """Protocol of a loss with specialized components that can be switched on and off."""
 
     @property
     def specialized(self) -> bool: ...
@@ -35,36 +35,36 @@ class HasSpecialisedLosses(Protocol):
 
 @contextmanager
 def route(model: nn.Module, weights: Tensor, *, top_k: int | None = None) -> Iterator[None]:
-    """Use given routing weights inside the context: in every call of the model, and of its blocks.
+    """Use given routing weights inside the context, in all calls of the model and of its blocks.
 
-    It acts in the thread, or asynchronous task, that opened it.
+    The context affects only the thread or asyncio task that opened it.
 
     Args:
         model: the adapted model, or a wrapper around it.
         weights: `(E,)`, `(B, E)` or `(B, T, E)`; rows should sum to 1. Gradients reach them. With
-            `B` = 1 one row serves all samples.
-        top_k: how many weights of a row differ from 0 at most. With `(B, E)` weights the other
+            `B` = 1 one row applies to all samples.
+        top_k: the maximal number of non-zero weights in a row. With `(B, E)` weights the other
             experts are then not computed, and no gradient reaches their weights.
 
     Raises:
         TypeError: for weights that are not a floating-point tensor.
-        ValueError: for weights of another shape, more than `top_k` that differ from 0, or a model
-            without an adapter.
+        ValueError: for weights of another shape, more than `top_k` non-zero weights in a row, or a
+            model without an adapter.
     """
     check_override(weights, top_k)
     state = routing_state(model)
     state.check_num_experts("weights", weights, active_adapters(model))
-    with state.steered(override=Override.of(weights, top_k)):
+    with state.steer(override=Override.from_weights(weights, top_k)):
         yield
 
 
 @contextmanager
 def teach_experts(model: nn.Module, expert_grad_mask: Tensor) -> Iterator[None]:
-    """Let every sample's gradient reach the parameters of some experts only.
+    """Mask, per sample, the gradient of the experts' parameters.
 
-    The mixture computes what it always does, and gradients pass through it to everything else, the
-    router included. The passes of the context remember it: their backward may follow later. It acts
-    in the thread, or asynchronous task, that opened it.
+    Neither the output nor any other gradient changes, including that of the router. The mask
+    applies to the forward passes inside the context; their backward passes may follow later. The
+    context affects only the thread or asyncio task that opened it.
 
     Args:
         model: the adapted model, or a wrapper around it.
@@ -84,17 +84,17 @@ def teach_experts(model: nn.Module, expert_grad_mask: Tensor) -> Iterator[None]:
     expert_grad_mask = expert_grad_mask.detach().float()
     if not ((expert_grad_mask == 0) | (expert_grad_mask == 1)).all():
         raise ValueError("Expected `expert_grad_mask` to be 0 or 1, but got other values.")
-    with state.steered(expert_grad_mask=expert_grad_mask):
+    with state.steer(expert_grad_mask=expert_grad_mask):
         yield
 
 
 def set_routing_mode(model: nn.Module, mode: RoutingMode) -> None:
-    """Choose between the router's weights and fixed uniform ones.
+    """Choose between the router's weights and uniform weights.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        mode: "routed", or "uniform" for 1/E without a router call and without a gate product. It
-            is saved with the adapters.
+        mode: "routed", or "uniform" for 1/E without a router call and without a gate product. The
+            mode is saved with the adapters.
 
     Raises:
         ValueError: for an unknown mode, or for "routed" on a model without a router.
@@ -106,8 +106,8 @@ def set_routing_mode(model: nn.Module, mode: RoutingMode) -> None:
             config.routing_mode = mode
 
 
-def routing_mode_for(losses: HasSpecialisedLosses) -> RoutingMode:
-    """Return the mode that suits a loss: routed when a specialized component is on, else uniform.
+def routing_mode_for(losses: HasSpecializedLosses) -> RoutingMode:
+    """Return the mode for a loss: routed if a specialized component is on, else uniform.
 
     Args:
         losses: a `RemovalLoss`, or anything with a property `specialized`.
@@ -125,32 +125,33 @@ def set_router_inputs(
     grid_size: tuple[int, int] | None = None,
     timestep_range: tuple[float, float] | None = None,
 ) -> None:
-    """Give the router inputs that the model's own call does not carry, until the next call of this.
+    """Set router inputs that the model's own call does not contain, until the next call of this.
 
-    They hold for all threads; `router_inputs` gives them to one. Arguments that are left out are
-    cleared: `set_router_inputs(model)` clears all. Tensors are copied, so that later changes in
-    place have no effect.
+    The inputs apply to all threads; `router_inputs` sets them for one. Omitted arguments are
+    cleared: `set_router_inputs(model)` clears all. Tensors are copied, so that later in-place
+    changes have no effect.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        mask: `(B, 1, H, W)` or `(1, 1, H, W)`, in [0, 1], pixel space; 1 = remove. Also one per
-            sample of a batch that guidance repeats. Copied without its graph.
-        image: `(B, 3, H, W)`, in [0, 1]; with it the mask's `detail_complexity` is known. Read
-            without its graph.
-        mask_info: an already analyzed mask, instead of `mask` and `image`. Gradients reach it, so
-            that one with a graph serves one backward pass.
+        mask: `(B, 1, H, W)` or `(1, 1, H, W)`, in [0, 1], pixel space; 1 = remove. When guidance
+            repeats the batch, one mask per sample before the repetition is enough. Copied without
+            its graph.
+        image: `(B, 3, H, W)`, in [0, 1]; needed for the mask's `detail_complexity`. Read without
+            its graph.
+        mask_info: an already analyzed mask, instead of `mask` and `image`. Gradients reach it; one
+            with a graph can be used for one backward pass.
         task_hint: `<expert>_focus` or `<expert>_only`, for example "removal_focus".
         grid_size: `(rows, columns)` of the model's image tokens.
-        timestep_range: the timesteps of clean data and of pure noise, as the caller counts them;
-            by default those of the model's family.
+        timestep_range: the timesteps `(clean, noise)` of clean data and of pure noise; by default
+            those of the model's family.
 
     Raises:
-        ValueError: for a mask given twice, an image without a mask, an unknown hint, a grid that is
-            not two integers >= 1, or a range that is not two different finite numbers.
+        ValueError: for both `mask` and `mask_info`, an image without a mask, an unknown hint, a
+            grid that is not two integers >= 1, or a range that is not two different finite numbers.
     """
     state = routing_state(model)
     given = (mask, image, mask_info, task_hint, grid_size, timestep_range)
-    state.given = _given(state, *given)
+    state.given = _make_given_inputs(state, *given)
 
 
 @contextmanager
@@ -164,22 +165,22 @@ def router_inputs(
     grid_size: tuple[int, int] | None = None,
     timestep_range: tuple[float, float] | None = None,
 ) -> Iterator[None]:
-    """Give the router inputs that the model's own call does not carry, inside the context.
+    """Set router inputs that the model's own call does not contain, inside the context.
 
-    Unlike `set_router_inputs`, it acts in this thread (or asynchronous task) only, so that requests
-    that share a model do not see each other's masks. It replaces all inputs that were given outside
-    of it, and restores them at its end. The arguments are those of `set_router_inputs`.
+    Unlike `set_router_inputs`, the context affects only this thread (or asyncio task), so that
+    concurrent requests to one model do not share masks. It replaces all inputs set outside of it,
+    and restores them at its end. The arguments are those of `set_router_inputs`.
 
     Raises:
         ValueError: as `set_router_inputs`.
     """
     state = routing_state(model)
-    given = _given(state, mask, image, mask_info, task_hint, grid_size, timestep_range)
-    with state.steered(given=given):
+    given = _make_given_inputs(state, mask, image, mask_info, task_hint, grid_size, timestep_range)
+    with state.steer(given=given):
         yield
 
 
-def _given(
+def _make_given_inputs(
     state: RoutingState,
     mask: Tensor | None,
     image: Tensor | None,
@@ -198,7 +199,7 @@ def _given(
     if timestep_range is not None:
         timestep_range = _check_timestep_range(timestep_range)
     if mask is not None:
-        mask_info = analyze_as_given(mask, image)
+        mask_info = analyze_detached(mask, image)
     elif mask_info is not None:
         with torch.inference_mode(False):
             mask_info = mask_info.copy()
@@ -206,19 +207,19 @@ def _given(
 
 
 def attach_router(model: nn.Module, router: Router, adapter_name: str = "default") -> None:
-    """Put a router into an adapted model, in the place of any other.
+    """Attach a router to an adapter, instead of its previous router.
 
-    The adapter's strategy, temperature and `top_k` apply. Build the optimizer afterwards: the
-    router's parameters are new to it.
+    The adapter's strategy, temperature and `top_k` apply. Create the optimizer afterwards, so that
+    it includes the router's parameters.
 
     Args:
         model: the adapted model, or a wrapper around it.
         router: any `Router`.
-        adapter_name: whose router it becomes.
+        adapter_name: the adapter.
 
     Raises:
-        TypeError: when `router` is no `Router`, or was built with arguments that no checkpoint can
-            hold.
+        TypeError: when `router` is not a `Router`, or its constructor's arguments are not JSON
+            values.
         ValueError: when the adapter does not exist.
     """
     if not isinstance(router, Router):
@@ -227,8 +228,8 @@ def attach_router(model: nn.Module, router: Router, adapter_name: str = "default
         json.dumps(router.init_kwargs)
     except TypeError as error:
         raise TypeError(
-            f"Expected {type(router).__name__} to be built with JSON values, which a checkpoint "
-            f"can hold, but got {router.init_kwargs}."
+            f"Expected {type(router).__name__} to be built with JSON values, for checkpoints, but "
+            f"got {router.init_kwargs}."
         ) from error
     module = routed_module(model)
     router.train(module.training)
@@ -236,29 +237,29 @@ def attach_router(model: nn.Module, router: Router, adapter_name: str = "default
 
 
 def adapted_layers(model: nn.Module, adapter_name: str = "default") -> tuple[str, ...]:
-    """List the paths of the layers that an adapter adapts, in the order of weights per layer.
+    """List the paths of an adapter's layers, in the order of weights per layer.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        adapter_name: whose layers.
+        adapter_name: the adapter.
 
     Raises:
         ValueError: when the adapter does not exist.
     """
-    return _of(routing_state(model).layer_names, adapter_name)
+    return _for_adapter(routing_state(model).layer_names, adapter_name)
 
 
 def routing_stats(model: nn.Module, adapter_name: str = "default") -> RoutingStats:
-    """Return what an adapter's router decided since the statistics were last reset.
+    """Return the statistics of an adapter's routing weights since the last reset.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        adapter_name: whose router.
+        adapter_name: the adapter.
 
     Raises:
         ValueError: when the adapter does not exist.
     """
-    return _of(routing_state(model).stats, adapter_name)
+    return _for_adapter(routing_state(model).stats, adapter_name)
 
 
 def current_routing(model: nn.Module, adapter_name: str = "default") -> RoutingDecision | None:
@@ -266,28 +267,31 @@ def current_routing(model: nn.Module, adapter_name: str = "default") -> RoutingD
 
     Args:
         model: the adapted model, or a wrapper around it.
-        adapter_name: whose router.
+        adapter_name: the adapter.
 
     Returns:
-        The decision, or `None` when the last pass asked no router.
+        The decision; `None` when the last pass ran without a router.
     """
-    return routing_state(model).in_thread.decisions.get(adapter_name)
+    return routing_state(model).thread_state.decisions.get(adapter_name)
 
 
 def routed_checkpoint(
     model: nn.Module, checkpoint: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
-    """Make an activation-checkpointing function that recomputes with the right routing.
+    """Create an activation-checkpointing function that recomputes with the same routing.
 
-    Losses on the model's output need no call of this, whatever checkpoints its blocks. It is for
-    losses on inner features alone, which raise without it. Compiled blocks are guarded less: an
-    inner feature of one pass, in one backward pass with the output of a later pass, gets a wrong
-    gradient without an error.
+    It is needed for losses on inner features alone, which raise without it; losses on the model's
+    output work with any checkpointing function. Compiled blocks are checked less: an inner feature
+    of one pass, in one backward pass with the output of a later pass, gets a wrong gradient without
+    an error.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        checkpoint: the function to wrap; `torch.utils.checkpoint.checkpoint` by default, whose
-            keyword arguments (`use_reentrant=False`) are the caller's to give.
+        checkpoint: the function to wrap; by default `torch.utils.checkpoint.checkpoint`, whose
+            keyword arguments, such as `use_reentrant=False`, the caller passes.
+
+    Returns:
+        A function `(function, *args, **kwargs)`, like `torch.utils.checkpoint.checkpoint`.
     """
     return RoutedCheckpoint(checkpoint or torch_checkpoint, routing_state(model))
 
@@ -302,9 +306,9 @@ def _check_timestep_range(timestep_range: tuple[float, float]) -> tuple[float, f
     return float(numbers[0]), float(numbers[1])
 
 
-def _of(known: dict[str, Value], adapter_name: str) -> Value:
-    if adapter_name not in known:
+def _for_adapter(by_adapter: dict[str, Value], adapter_name: str) -> Value:
+    if adapter_name not in by_adapter:
         raise ValueError(
-            f"Expected `adapter_name` to be one of {sorted(known)}, but got {adapter_name!r}."
+            f"Expected `adapter_name` to be one of {sorted(by_adapter)}, but got {adapter_name!r}."
         )
-    return known[adapter_name]
+    return by_adapter[adapter_name]

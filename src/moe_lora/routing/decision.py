@@ -1,4 +1,4 @@
-"""From the inputs of routers to the routing of a pass."""
+"""Running routers, and from their decisions to the routing of a pass."""
 
 from __future__ import annotations
 
@@ -14,54 +14,56 @@ from moe_lora.routing.weights.fitting import fit_to_tokens
 from moe_lora.routing.weights.routing import Dimension, Routing
 
 
-def decide(router: Router, inputs: RouterInputs, model: nn.Module) -> RoutingDecision:
-    """Ask a router on its own device, and return its decision on that of the inputs.
+def run_router(router: Router, inputs: RouterInputs, model: nn.Module) -> RoutingDecision:
+    """Run a router on its own device, and return its decision on the device of the inputs.
 
     Args:
         router: the router.
-        inputs: what it reads.
-        model: the adapted model, whose offloading may keep the router's weights elsewhere.
+        inputs: its inputs.
+        model: the adapted model, whose offloading hooks may cover the router.
 
     Raises:
         ValueError: for a router on the meta device.
     """
-    here = inputs.hidden_states.device
+    device = inputs.hidden_states.device
     with onloaded(router, model):
-        # Weights that a whole-model offload has left elsewhere are used where they are.
-        home = next((p.device for p in router.parameters()), here)
-        if home.type == "meta" and here.type != "meta":
+        # A whole-model offload may keep the router on another device than the inputs.
+        router_device = next((p.device for p in router.parameters()), device)
+        if router_device.type == "meta" and device.type != "meta":
             raise ValueError(
                 f"Expected the weights of {type(router).__name__} in memory, but they are on the "
                 "meta device. Load them, or attach another router, before calling the model."
             )
-        decision: RoutingDecision = router(inputs if home == here else inputs.to(home))
-    return RoutingDecision(decision.weights.to(here), decision.logits.to(here))
+        decision: RoutingDecision = router(
+            inputs if router_device == device else inputs.to(router_device)
+        )
+    return RoutingDecision(decision.weights.to(device), decision.logits.to(device))
 
 
-def routing_of_decisions(
+def routing_from_decisions(
     decisions: Mapping[str, RoutingDecision],
     routers: Mapping[str, Router],
     call: ModelCall,
     task_hint: str | None,
 ) -> Routing:
-    """Make the routing of a pass, whose token weights fit the tokens of the call.
+    """Create the routing of a pass, with token weights fitted to the tokens of the call.
 
     Args:
-        decisions: by adapter name.
-        routers: the routers that made them, by adapter name.
+        decisions: the routers' decisions, by adapter name.
+        routers: the routers, by adapter name.
         call: the model's call.
-        task_hint: the hint that the routers were given.
+        task_hint: the task hint of the call.
     """
     weights: dict[str, Tensor | None] = {}
     dimension: dict[str, Dimension] = {}
     for name, decision in decisions.items():
         router = routers[name]
-        used = router.weights_to_use(decision, task_hint)
+        layer_weights = router.apply_expert_dropout(decision, task_hint)
         if router.num_layers is not None:
             dimension[name] = "layers"
         elif decision.weights.ndim == 3:
-            used, grid = fit_to_tokens(used, call)
+            layer_weights, grid = fit_to_tokens(layer_weights, call)
             dimension.update({} if grid is None else {name: grid})
-        weights[name] = used
+        weights[name] = layer_weights
     nonzero = {name: 1 if r.strategy == "hard" else r.top_k for name, r in routers.items()}
-    return Routing.of(weights, nonzero, dimension)
+    return Routing.from_weights(weights, nonzero, dimension)

@@ -1,4 +1,4 @@
-"""What a router reads."""
+"""The inputs of a router."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_lora.masks import MaskInfo
 
 @dataclass(frozen=True)
 class GivenInputs:
-    """What the caller gave for the router to read; see `moe_lora.set_router_inputs`."""
+    """Router inputs given by the caller; see `moe_lora.set_router_inputs`."""
 
     mask_info: MaskInfo | None = None
     task_hint: str | None = None
@@ -24,20 +24,21 @@ class GivenInputs:
 
 @dataclass(frozen=True)
 class RouterInputs:
-    """Inputs of a router: what is known about one call of the adapted model.
+    """Inputs of a router, from one call of the adapted model.
 
     Args:
-        hidden_states: `(B, T, D)`, the visual tokens that the model was called with, mask channels
-            split off. For FLUX Fill these are the 64 noisy and the 64 masked-image channels.
-        mask_info: the analysed mask of every sample, or `None` when no mask is known.
-        timestep: `(B,)`, as the model was given it (FLUX: sigma in [0, 1]), or `None`.
+        hidden_states: `(B, T, D)`, the visual tokens of the call without mask channels. For FLUX
+            Fill these are the 64 noisy and the 64 masked-image channels.
+        mask_info: the analyzed mask of every sample, or `None` without a mask.
+        timestep: `(B,)`, the model's timestep argument (FLUX: sigma in [0, 1]), or `None`.
         task_hint: a hint such as `"removal_focus"`, or `None`.
-        grid_size: `(rows, columns)` of the `T` tokens, or `None` when the call does not tell.
-        model_inputs: every argument of the call by its parameter name, for routers that read more
-            (for example `pooled_projections`).
-        timestep_range: the timesteps of clean data and of pure noise in the model's own counting:
-            `(0, 1)` for FLUX, `(0, 1000)` for UNets and SD3, `(1, 0)` for Z-Image. `None` when it
-            is known neither of the model's family nor from `set_router_inputs`.
+        grid_size: `(rows, columns)` of the `T` tokens, or `None` when the call does not determine
+            it.
+        model_inputs: all arguments of the call by parameter name, for custom routers (for example
+            `pooled_projections`).
+        timestep_range: the timesteps `(clean, noise)` of clean data and of pure noise: `(0, 1)` for
+            FLUX, `(0, 1000)` for UNets and SD3, `(1, 0)` for Z-Image. `None` when neither the
+            model's family nor `set_router_inputs` defines it.
     """
 
     hidden_states: Tensor
@@ -53,39 +54,39 @@ class RouterInputs:
         """Return the number of samples `B`."""
         return self.hidden_states.shape[0]
 
-    def known_grid(self) -> tuple[int, int]:
-        """Return `grid_size`, for a router that cannot do without.
+    def require_grid_size(self) -> tuple[int, int]:
+        """Return `grid_size`, or raise when it is unknown.
 
         Raises:
-            ValueError: when it is unknown, or does not give the number of tokens.
+            ValueError: when `grid_size` is `None`, or has another number of tokens.
         """
         tokens = self.hidden_states.shape[1]
         if self.grid_size is None:
             raise ValueError(
-                "Expected `grid_size`, the (rows, columns) of the tokens, to be known, but the "
-                "call does not tell. Give it with "
+                "Expected `grid_size`, the (rows, columns) of the tokens, but the call does not "
+                "determine it. Set it with "
                 "moe_lora.set_router_inputs(model, mask=mask, grid_size=(rows, columns))."
             )
         if self.grid_size[0] * self.grid_size[1] != tokens:
             raise ValueError(
-                f"Expected `grid_size` to give {tokens} tokens, but got {tuple(self.grid_size)}."
+                f"Expected `grid_size` to have {tokens} tokens, but got {tuple(self.grid_size)}."
             )
         return self.grid_size
 
     @property
     def sigma(self) -> Tensor:
-        """Return how much of every sample is noise, whatever the model counts its timesteps in.
+        """Return the noise level of every sample, in the same unit for all models.
 
         sigma = (timestep - clean) / (noise - clean), with `(clean, noise)` of `timestep_range`. It
-        is the flow's sigma for models of rectified flow, and the share of the schedule that is yet
-        to be denoised for others.
+        is the flow's sigma for rectified-flow models, and the remaining share of the schedule for
+        others.
 
         Returns:
             `(B,)`, in [0, 1]; float32, or float64 for float64 timesteps.
 
         Raises:
-            ValueError: when the call has no timestep, or one outside of the range, or when the
-                range is unknown.
+            ValueError: when the call has no timestep, the range is unknown, or a timestep is
+                outside the range.
 
         Example:
             >>> latents, steps = torch.zeros(2, 4, 8), torch.tensor([250, 999])
@@ -94,14 +95,14 @@ class RouterInputs:
         """
         if self.timestep is None:
             raise ValueError(
-                "Expected the model to be called with a timestep, of which the router makes a "
-                f"noise level, but got the arguments {sorted(self.model_inputs)}."
+                "Expected the model to be called with a timestep, for the noise level of the "
+                f"router, but got the arguments {sorted(self.model_inputs)}."
             )
         if self.timestep_range is None:
             raise ValueError(
-                "Expected the range of the timesteps to be known, of which the router makes a "
-                "noise level, but the model's family is unknown. Give the timesteps of clean data "
-                "and of pure noise with moe_lora.set_router_inputs(model, "
+                "Expected a known `timestep_range`, for the noise level of the router, but the "
+                "model's family is unknown. Set the timesteps of clean data and of pure noise with "
+                "moe_lora.set_router_inputs(model, "
                 "timestep_range=(clean, noise)): (0, 1) for a flow's sigma, (0, 1000) for the "
                 "steps of most schedulers."
             )
@@ -111,8 +112,8 @@ class RouterInputs:
         lies_within = min(clean, noise) <= lowest and highest <= max(clean, noise)
         if len(steps) and not lies_within:
             raise ValueError(
-                f"Expected timesteps from {clean:g} (clean) to {noise:g} (noise), as the model "
-                f"counts them, but got values from {lowest:g} to {highest:g}."
+                f"Expected timesteps from {clean:g} (clean) to {noise:g} (noise), but got values "
+                f"from {lowest:g} to {highest:g}."
             )
         return (steps - clean) / (noise - clean)
 
@@ -120,7 +121,7 @@ class RouterInputs:
         """Return the same inputs with the tensors on another device.
 
         Args:
-            device: where to put `hidden_states`, `mask_info` and `timestep`; `model_inputs` stay.
+            device: the device of `hidden_states`, `mask_info` and `timestep`; `model_inputs` stay.
             non_blocking: as in `torch.Tensor.to`; accelerate's offloading hooks pass it.
         """
         if self.hidden_states.device == torch.device(device):

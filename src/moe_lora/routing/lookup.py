@@ -1,4 +1,4 @@
-"""From a model, or a wrapper around it, to its adapted part and routing state."""
+"""Lookup of the adapted module and its routing state in a model or a wrapper."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ ROUTER_ATTRIBUTE = "moe_router"
 
 
 def routed_module(model: nn.Module) -> nn.Module:
-    """Find the module that an adapter was injected into, inside any wrappers.
+    """Find the module with the injected adapter, inside any wrappers.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
 
     Raises:
-        ValueError: when the model has no moe_lora adapter, or several parts that have one each.
+        ValueError: when the model has no moe_lora adapter, or several adapted modules.
     """
-    found = dict(_adapted_parts(model))
+    found = dict(_iter_adapted_modules(model))
     if len(found) > 1:
         raise ValueError(
             f"Expected one adapted model, but {type(model).__name__} has {len(found)}: "
-            f"{sorted(found)}. Call this with each of them."
+            f"{sorted(found)}. Call the function once for each of them."
         )
     for module in found.values():
         return module
@@ -32,7 +35,7 @@ def routed_module(model: nn.Module) -> nn.Module:
     )
 
 
-def _adapted_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _iter_adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     seen: set[nn.Module] = set()
     waiting = [("", model)]
     while waiting:
@@ -47,11 +50,25 @@ def _adapted_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def routing_state(model: nn.Module) -> RoutingState:
-    """Return the routing state of an adapted model; see `routed_module` for what is raised."""
+    """Return the routing state of an adapted model.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+
+    Raises:
+        ValueError: as `routed_module`.
+    """
     return cast(RoutingState, getattr(routed_module(model), ROUTER_ATTRIBUTE).state)
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """Return the adapters of an adapted model that act when it is called."""
+    """Return the active adapters of an adapted model.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+
+    Raises:
+        ValueError: as `routed_module`.
+    """
     routers = getattr(routed_module(model), ROUTER_ATTRIBUTE)
     return list(routers.active_adapters)

@@ -1,4 +1,4 @@
-"""Routers whose weights are kept elsewhere until their modules are called."""
+"""Routers under the offloading hooks of diffusers and accelerate."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_lora.routing.weights.context import tensors_in
+from moe_lora.routing.weights.context import iter_output_tensors
 
 
 @contextmanager
 def onloaded(router: nn.Module, model: nn.Module) -> Iterator[None]:
-    """Have a router's weights in memory inside the context.
+    """Onload a router's weights inside the context.
 
-    Offloading hooks of diffusers and accelerate bring weights in when a module is called. For a
-    router this may be the model, which it is asked before, or a module that it does not call, or
-    has called already, and reads the weights of.
+    Offloading hooks of diffusers and accelerate onload weights when a module is called. For a
+    router, this call may come too late (the model's own call), or never (a router may read the
+    weights of a submodule without calling it), and the weights may be offloaded too early.
 
     Args:
         router: the router.
@@ -29,9 +29,9 @@ def onloaded(router: nn.Module, model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _groups_onloaded(router: nn.Module, model: nn.Module) -> Iterator[None]:
-    """Bring in what diffusers' group offloading keeps away, and leave it in meanwhile."""
+    """Onload the groups of diffusers' group offloading, and keep them until the context ends."""
     around = (model, *model.children(), *router.modules())
-    groups = [group for group in offload_groups(around) if _has(group, router)]
+    groups = [group for group in offload_groups(around) if _group_contains(group, router)]
     leaders = [(group, group.onload_leader, group.offload_leader) for group in groups]
     try:
         for group in groups:
@@ -43,14 +43,14 @@ def _groups_onloaded(router: nn.Module, model: nn.Module) -> Iterator[None]:
     finally:
         for group, onload_leader, offload_leader in leaders:
             group.onload_leader, group.offload_leader = onload_leader, offload_leader
-            if offload_leader is not model:  # which is called next, and puts it out
+            if offload_leader is not model:  # the model's call comes next and offloads its groups
                 group.offload_()
 
 
 @contextmanager
 def _modules_onloaded(router: nn.Module) -> Iterator[None]:
-    """Bring in what accelerate keeps away, module by module, and leave it in meanwhile."""
-    held: list[tuple[nn.Module, Any]] = []
+    """Onload the modules of accelerate's offloading, and keep them until the context ends."""
+    onloaded_hooks: list[tuple[nn.Module, Any]] = []
     try:
         for module in router.modules():
             hook: Any = module.__dict__.get("_hf_hook")
@@ -59,16 +59,20 @@ def _modules_onloaded(router: nn.Module) -> Iterator[None]:
                 if getattr(one, "offload", False) is True:
                     one.pre_forward(module)
                     one.offload = False
-                    held.append((module, one))
+                    onloaded_hooks.append((module, one))
         yield
     finally:
-        for module, hook in held:
+        for module, hook in onloaded_hooks:
             hook.offload = True
             hook.post_forward(module, None)
 
 
 def offload_groups(modules: Iterable[nn.Module]) -> list[Any]:
-    """List diffusers' groups of weights that come and go with any of the modules."""
+    """List diffusers' offloading groups of the modules.
+
+    Args:
+        modules: the modules whose own hooks are read.
+    """
     groups: dict[int, Any] = {}
     for module in modules:
         registry: Any = module.__dict__.get("_diffusers_hook")
@@ -79,31 +83,31 @@ def offload_groups(modules: Iterable[nn.Module]) -> list[Any]:
     return list(groups.values())
 
 
-def refuse_backward_from_disk(model: nn.Module, output: Any) -> None:
-    """Raise in a backward pass that would read weights which are on disk again.
+def forbid_backward_from_disk(model: nn.Module, output: Any) -> None:
+    """Make the backward pass raise when the model's weights are offloaded to disk.
 
-    diffusers leaves uninitialized memory in their place, without an error.
+    diffusers would compute it with uninitialized memory, without an error.
 
     Args:
         model: the adapted model.
-        output: what a pass of it returned.
+        output: the output of a pass of the model.
     """
     if not _is_on_disk(model):
         return
 
     def refuse(grad: Tensor) -> None:
         raise RuntimeError(
-            "Expected no backward pass of a model that is offloaded to disk, where its weights are "
-            "by then. Call enable_group_offload without `offload_to_disk_path` to train it."
+            "Cannot run the backward pass of a model that is offloaded to disk: its weights are no "
+            "longer in memory. Call enable_group_offload without `offload_to_disk_path` to train."
         )
 
-    for tensor in tensors_in(output):
+    for tensor in iter_output_tensors(output):
         if tensor.requires_grad:
             tensor.register_hook(refuse)
 
 
 def _is_on_disk(model: nn.Module) -> bool:
-    # Every parameter belongs to some group: it is enough to look around the first one.
+    # Every parameter belongs to a group, so the modules around the first parameter are enough.
     name = next((name for name, _ in model.named_parameters()), "")
     around = [model]
     for step in name.split(".")[:-1]:
@@ -111,11 +115,11 @@ def _is_on_disk(model: nn.Module) -> bool:
     return any(group.offload_to_disk_path is not None for group in offload_groups(around))
 
 
-def _has(group: Any, module: nn.Module) -> bool:
+def _group_contains(group: Any, module: nn.Module) -> bool:
     wanted = {id(tensor) for tensor in _tensors(module)}
-    held = [*group.parameters, *group.buffers]
-    held += [tensor for member in group.modules for tensor in _tensors(member)]
-    return any(id(tensor) in wanted for tensor in held)
+    tensors = [*group.parameters, *group.buffers]
+    tensors += [tensor for member in group.modules for tensor in _tensors(member)]
+    return any(id(tensor) in wanted for tensor in tensors)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""How a model routes: its mode, what the caller gave, and the weights of the current pass."""
+"""The routing state of a model: its mode, given inputs, statistics and the current routing."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from moe_lora.routing.decision import decide, routing_of_decisions
+from moe_lora.routing.decision import routing_from_decisions, run_router
 from moe_lora.routing.inputs import GivenInputs
-from moe_lora.routing.model_call import MaskMemory, ModelCall
+from moe_lora.routing.model_call import MaskCache, ModelCall
 from moe_lora.routing.routers.base import Router
 from moe_lora.routing.routers.gating import task_hints
 from moe_lora.routing.statistics import RoutingStats
 from moe_lora.routing.steering import NO_STEERING, Override, Steering
 from moe_lora.routing.thread_state import PerThread, ThreadState
-from moe_lora.routing.weights.checkpointing import recomputed
+from moe_lora.routing.weights.checkpointing import match_recomputed
 from moe_lora.routing.weights.context import RoutingContext
 from moe_lora.routing.weights.fitting import fit_to_call
 from moe_lora.routing.weights.routing import Routing
@@ -33,8 +33,10 @@ RoutingMode = Literal["routed", "uniform"]
 _STEERINGS: ContextVar[Mapping[RoutingState, Steering]] = ContextVar(
     "_STEERINGS", default=MappingProxyType({})
 )
-_COUNTING = threading.Lock()
-_Opened = tuple[Steering, bool]  # what a context asks for, and whether a task opened it
+_OPEN_CONTEXTS_LOCK = threading.Lock()
+_OpenContext = tuple[
+    Steering, bool
+]  # the effect of a context, and whether an asyncio task opened it
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -43,17 +45,17 @@ def _steering_in_context(state: RoutingState) -> Steering:
 
 
 class RoutingState(RoutingContext):
-    """Decide the routing of every forward pass of one model.
+    """Routing state of one model, which decides the routing of every forward pass.
 
-    What is set most narrowly wins: weights given by `route`, then the mode, then the router.
+    Weights from `route` override the mode, and the uniform mode overrides the router.
 
     Attributes:
         routers: the model's routers by adapter name.
-        expert_names: the experts of every adapter.
-        layer_names: the paths of every adapter's layers, in the order of weights per layer.
-        mode: whether the routers are asked; `set_mode` sets it.
-        given: what the caller gave for the routers to read.
-        stats: what the router of every adapter decided so far.
+        expert_names: the experts by adapter name.
+        layer_names: the layer paths by adapter name, in the order of weights per layer.
+        mode: "routed" or "uniform"; set by `set_mode`.
+        given: the router inputs from `set_router_inputs`.
+        stats: the routing statistics by adapter name.
     """
 
     def __init__(self, routers: nn.ModuleDict) -> None:
@@ -61,77 +63,81 @@ class RoutingState(RoutingContext):
         self.routers = routers
         self.mode: RoutingMode = "routed"
         self.given = GivenInputs()
-        self.mask_memory = MaskMemory()
+        self.mask_cache = MaskCache()
         self.expert_names: dict[str, tuple[str, ...]] = {}
         self.layer_names: dict[str, tuple[str, ...]] = {}
         self.stats: dict[str, RoutingStats] = {}
         self._threads = PerThread()
-        self._open: list[_Opened] = []  # in any thread
+        self._open: list[_OpenContext] = []  # in any thread
         self._is_open = self._is_open_in_task = False
 
     def add_adapter(
         self, adapter_name: str, expert_names: tuple[str, ...], layer_names: tuple[str, ...] = ()
     ) -> None:
-        """Make room for an adapter with its experts and layers."""
+        """Add an adapter with its experts and layers."""
         self.expert_names[adapter_name] = expert_names
         self.layer_names[adapter_name] = layer_names
         self.stats[adapter_name] = RoutingStats(expert_names)
 
     def remove_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
-        decisions = self.in_thread.decisions
-        for known in (self.expert_names, self.layer_names, self.stats, decisions):
-            known.pop(adapter_name, None)
-        self.required.discard(adapter_name)
+        """Remove an adapter."""
+        decisions = self.thread_state.decisions
+        for by_adapter in (self.expert_names, self.layer_names, self.stats, decisions):
+            by_adapter.pop(adapter_name, None)
+        self.routed_adapters.discard(adapter_name)
 
-    def require_routing(self) -> None:
-        """Note which adapters the layers may not mix uniformly by themselves."""
-        self.required.clear()
-        self.required.update(self.routers if self.mode == "routed" else ())
+    def update_routed_adapters(self) -> None:
+        """Update the adapters that must not be mixed uniformly outside of a pass."""
+        self.routed_adapters.clear()
+        self.routed_adapters.update(self.routers if self.mode == "routed" else ())
 
-    def route(
+    def decide_routing(
         self,
         model: nn.Module,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         adapter_names: Iterable[str],
         routers: nn.ModuleDict,
-        before: Routing | None = None,
+        original: Routing | None = None,
     ) -> Routing:
         """Decide the routing of `model(*args, **kwargs)`.
 
         Args:
             model: the adapted model, or a replica of it.
             args: the call's positional arguments.
-            kwargs: its keyword arguments.
-            adapter_names: the adapters that act.
+            kwargs: the call's keyword arguments.
+            adapter_names: the adapters that contribute to the output.
             routers: the routers of the model, or of the replica, by adapter name.
-            before: the routing of the pass that is computed again, if one is.
+            original: in a recomputation, the routing of the original pass.
+
+        Raises:
+            RuntimeError: in a replica of DataParallel inside a context of another thread, or when
+                a checkpoint recomputes the pass with a different routing.
         """
-        steering, mine = self.steering, self.in_thread
-        mine.has_run = True
-        if before is None:  # a checkpointed pass that is computed again decides nothing new
-            mine.decisions = {}
+        steering, thread_state = self.steering, self.thread_state
+        thread_state.has_run = True
+        if original is None:  # a recomputed pass keeps the decisions of the original
+            thread_state.decisions = {}
         if getattr(model, "_is_replica", False) and self._open and steering is NO_STEERING:
             raise RuntimeError(
-                "Expected moe_lora.route, teach_experts and ablate_expert outside of DataParallel, "
-                "whose threads they do not reach. Use DistributedDataParallel, or open them inside "
-                "the module that DataParallel wraps."
+                "Expected no moe_lora.route, teach_experts or ablate_expert around DataParallel, "
+                "since contexts do not reach its threads. Use DistributedDataParallel, or open the "
+                "context inside the module that DataParallel wraps."
             )
         names = list(adapter_names)
-        asked = [name for name in names if name in routers]
+        routed = [name for name in names if name in routers]
         if steering.override is not None:
-            routing = self._overridden(steering.override, names, (model, args, kwargs))
-        elif self.mode == "uniform" or not asked:
+            routing = self._routing_from_override(steering.override, names, (model, args, kwargs))
+        elif self.mode == "uniform" or not routed:
             routing = Routing(dict.fromkeys(names))
         else:
-            given = steering.given or self.given
-            routing = self._ask(asked, given, (model, args, kwargs), routers, record=before is None)
-        routing = self._steered(routing, steering, names)
-        return routing if before is None else recomputed(routing, before)
+            given, call = steering.given or self.given, (model, args, kwargs)
+            routing = self._run_routers(routed, given, call, routers, record=original is None)
+        routing = self._apply_steering(routing, steering, names)
+        return routing if original is None else match_recomputed(routing, original)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _ask(
+    def _run_routers(
         self,
         names: list[str],
         given: GivenInputs,
@@ -140,18 +146,20 @@ class RoutingState(RoutingContext):
         *,
         record: bool,
     ) -> Routing:
-        """Ask the routers, and record what they decide."""
+        """Run the routers, and record their decisions."""
         call = ModelCall.read(*called)
-        inputs = call.router_inputs(given, self.mask_memory.analyze)
-        asked = {name: cast(Router, routers[name]) for name in names}
-        decisions = {name: decide(router, inputs, call.model) for name, router in asked.items()}
+        inputs = call.router_inputs(given, self.mask_cache.analyze)
+        by_name = {name: cast(Router, routers[name]) for name in names}
+        decisions = {
+            name: run_router(router, inputs, call.model) for name, router in by_name.items()
+        }
         if record:
             for name, decision in decisions.items():
                 self.stats[name].update(decision.weights.detach())
-            self.in_thread.decisions = decisions
-        return routing_of_decisions(decisions, asked, call, given.task_hint)
+            self.thread_state.decisions = decisions
+        return routing_from_decisions(decisions, by_name, call, given.task_hint)
 
-    def _overridden(
+    def _routing_from_override(
         self,
         override: Override,
         adapter_names: Iterable[str],
@@ -164,17 +172,17 @@ class RoutingState(RoutingContext):
             weights, grid = (
                 (weights, None) if call is None else fit_to_call(weights, ModelCall.read(*call))
             )
-        return Routing.of(
+        return Routing.from_weights(
             dict.fromkeys(names, weights),
             dict.fromkeys(names, override.top_k),
             {} if grid is None else dict.fromkeys(names, grid),
             version=override.version,
         )
 
-    def _steered(
+    def _apply_steering(
         self, routing: Routing, steering: Steering, adapter_names: Iterable[str]
     ) -> Routing:
-        """Apply what does not decide the weights but changes them."""
+        """Apply ablations and the gradient mask to a routing."""
         for name, expert, renormalize in steering.ablations:
             if name in adapter_names and name in self.expert_names:
                 experts = len(self.expert_names[name])
@@ -183,29 +191,28 @@ class RoutingState(RoutingContext):
         return routing if mask is None else routing.with_grad_mask(mask)
 
     @property
-    def in_thread(self) -> ThreadState:
-        """What of this state belongs to the thread that asks."""
-        return self._threads.mine
+    def thread_state(self) -> ThreadState:
+        """Return the part of the state that belongs to the current thread."""
+        return self._threads.state
 
     @property
     def steering(self) -> Steering:
-        """What the open contexts of this thread, or of this asynchronous task, ask for."""
+        """Return the combined effect of the open contexts of this thread or asyncio task."""
         if not torch.compiler.is_compiling():
             return _STEERINGS.get().get(self, NO_STEERING)
-        # A context variable has no place in a graph, and is asked where only it knows the answer:
-        # for a thread that was handed the context of another one, and for tasks that take turns.
+        # Reading a context variable breaks a compiled graph, so it is read only when needed: in a
+        # thread with a copied context, and for interleaved asyncio tasks.
         if not self._is_open:
             return NO_STEERING
-        opened = self.in_thread.opened
-        asked = opened is NO_STEERING or self._is_open_in_task
-        return _steering_in_context(self) if asked else opened
+        opened = self.thread_state.steering
+        must_read = opened is NO_STEERING or self._is_open_in_task
+        return _steering_in_context(self) if must_read else opened
 
     @contextmanager
-    def steered(self, **changes: Any) -> Iterator[None]:
-        """Change the steering inside the context, in this thread or asynchronous task only.
+    def steer(self, **changes: Any) -> Iterator[None]:
+        """Change the steering inside the context, in this thread or asyncio task only.
 
-        It acts on passes, on the rest of a pass that is under way, and on layers that run outside
-        of any pass.
+        It affects passes, the rest of a running pass, and layers that run outside of any pass.
 
         Args:
             changes: fields of `Steering`.
@@ -213,78 +220,100 @@ class RoutingState(RoutingContext):
         change = Steering(**changes)
         running, before = self.current(), self.steering
         opened = (change, asyncio._get_running_loop() is not None)
-        self._count(self._open.append, opened)
-        self._note((*before.changes, change))
+        self._update_open_contexts(self._open.append, opened)
+        self._set_contexts((*before.contexts, change))
         try:
             if running is None:
                 yield
             else:
-                with self.use(self._resteered(running, change)):
+                with self.use(self._steer_running_pass(running, change)):
                     yield
         finally:
-            self._count(self._open.remove, opened)
-            # Contexts need not be left in the order in which they were entered.
-            self._note(tuple(c for c in self.steering.changes if c is not change))
+            self._update_open_contexts(self._open.remove, opened)
+            # Contexts may close in another order than they were opened.
+            self._set_contexts(tuple(c for c in self.steering.contexts if c is not change))
 
-    def _count(self, add_or_remove: Callable[[_Opened], None], opened: _Opened) -> None:
-        with _COUNTING:
+    def _update_open_contexts(
+        self, add_or_remove: Callable[[_OpenContext], None], opened: _OpenContext
+    ) -> None:
+        with _OPEN_CONTEXTS_LOCK:
             add_or_remove(opened)
             self._is_open = bool(self._open)
             self._is_open_in_task = any(in_task for _, in_task in self._open)
 
-    def _note(self, changes: tuple[Steering, ...]) -> None:
-        """Set what the open contexts of this thread, or asynchronous task, ask for."""
+    def _set_contexts(self, contexts: tuple[Steering, ...]) -> None:
+        """Set the open contexts of this thread or asyncio task."""
         steering = NO_STEERING
-        for change in changes:
-            steering = steering.changed_by(change)
-        if changes:
-            steering = replace(steering, outside=self._outside(steering), changes=changes)
-        others = {state: known for state, known in _STEERINGS.get().items() if state is not self}
-        _STEERINGS.set({**others, self: steering} if changes else others)
-        self.in_thread.opened = steering
+        for change in contexts:
+            steering = steering.combined_with(change)
+        if contexts:
+            steering = replace(
+                steering, outside_pass=self._routing_outside_pass(steering), contexts=contexts
+            )
+        others = {state: value for state, value in _STEERINGS.get().items() if state is not self}
+        _STEERINGS.set({**others, self: steering} if contexts else others)
+        self.thread_state.steering = steering
 
-    def outside(self) -> Routing | None:
+    def routing_outside_pass(self) -> Routing | None:
         steering = self.steering
         override = steering.override
         if override is None or torch.compiler.is_compiling() or override.is_unchanged:
-            return steering.outside
-        return self._outside(steering)
+            return steering.outside_pass
+        return self._routing_outside_pass(steering)
 
-    def _resteered(self, running: Routing, change: Steering) -> Routing:
-        """Make the routing of the rest of a pass that is under way."""
+    def _steer_running_pass(self, running: Routing, change: Steering) -> Routing:
+        """Return the routing for the rest of a running pass."""
         names = running.weights
         if change.override is None:
-            return self._steered(running, change, names)
-        return self._steered(self._overridden(change.override, names), self.steering, names)
+            return self._apply_steering(running, change, names)
+        return self._apply_steering(
+            self._routing_from_override(change.override, names), self.steering, names
+        )
 
-    def _outside(self, steering: Steering) -> Routing:
-        """Make the routing of layers that run outside of a pass."""
+    def _routing_outside_pass(self, steering: Steering) -> Routing:
+        """Return the routing of layers that run outside of any pass."""
         if steering.override is None:
-            names = [name for name in self.expert_names if name not in self.required]
-            return self._steered(Routing(dict.fromkeys(names)), steering, names)
-        experts = steering.override.weights.shape[-1]
-        names = [name for name, known in self.expert_names.items() if len(known) == experts]
-        return self._steered(self._overridden(steering.override, names), steering, names)
+            names = [name for name in self.expert_names if name not in self.routed_adapters]
+            return self._apply_steering(Routing(dict.fromkeys(names)), steering, names)
+        num_experts = steering.override.weights.shape[-1]
+        names = [name for name, experts in self.expert_names.items() if len(experts) == num_experts]
+        return self._apply_steering(
+            self._routing_from_override(steering.override, names), steering, names
+        )
 
     def set_mode(self, mode: RoutingMode) -> None:
-        """Set the mode, "routed" or "uniform"."""
+        """Set the routing mode.
+
+        Args:
+            mode: "routed" or "uniform".
+
+        Raises:
+            ValueError: for another mode, or for "routed" without a router.
+        """
         if mode not in get_args(RoutingMode):
             raise ValueError(
                 f"Expected `mode` to be one of {list(get_args(RoutingMode))}, but got {mode!r}."
             )
         if mode == "routed" and not self.routers:
             raise ValueError(
-                'Expected a router for mode "routed", but the model has none. Name one with '
+                'Expected a router for mode "routed", but the model has none. Configure one with '
                 "MoELoraConfig(router=...) or attach one with moe_lora.attach_router."
             )
         self.mode = mode
-        self.require_routing()
+        self.update_routed_adapters()
 
     def check_hint(self, hint: str | None) -> None:
-        """Raise unless an expert of some adapter answers to the hint."""
-        known = [hint for names in self.expert_names.values() for hint in task_hints(names)]
-        if hint is not None and hint not in known:
-            raise ValueError(f"Expected `task_hint` to be one of {known}, but got {hint!r}.")
+        """Raise unless a task hint is valid for one of the adapters.
+
+        Args:
+            hint: the task hint, or `None`.
+
+        Raises:
+            ValueError: for an unknown hint.
+        """
+        hints = [hint for names in self.expert_names.values() for hint in task_hints(names)]
+        if hint is not None and hint not in hints:
+            raise ValueError(f"Expected `task_hint` to be one of {hints}, but got {hint!r}.")
 
     def fixed_weights(self, adapter_name: str) -> Tensor | None:
         override = self.steering.override
@@ -298,32 +327,35 @@ class RoutingState(RoutingContext):
         if weights is None:
             raise ValueError(
                 f"Expected fixed routing weights to merge adapter {adapter_name!r}, but its "
-                f"{type(router).__name__} chooses them for every input. Merge a mixture of your "
-                "choice with moe_lora.merge(model, weights=...), or the uniform one after "
+                f"{type(router).__name__} computes them from the input. Merge given weights with "
+                "moe_lora.merge(model, weights=...), or uniform weights after "
                 'moe_lora.set_routing_mode(model, "uniform").'
             )
         if weights.ndim != 1:
             raise ValueError(
-                f"Expected {type(router).__name__}.fixed_weights to return (E,) weights, which "
-                f"hold for every layer, but got {tuple(weights.shape)}."
+                f"Expected {type(router).__name__}.fixed_weights to return (E,) weights for all "
+                f"layers, but got {tuple(weights.shape)}."
             )
         return weights
 
-    def check_num_experts(self, what: str, tensor: Tensor, adapter_names: Iterable[str]) -> None:
+    def check_num_experts(self, name: str, tensor: Tensor, adapter_names: Iterable[str]) -> None:
         """Raise unless a tensor's last dimension is the number of experts of the active adapters.
 
         Args:
-            what: the tensor's name.
+            name: the name of the tensor, for the message.
             tensor: `(..., E)`.
-            adapter_names: the active adapters, those of other tuners too; where none is a mixture,
-                the number must be that of any.
+            adapter_names: the active adapters, including those of other tuners; without an active
+                mixture, the number of experts of any adapter is accepted.
+
+        Raises:
+            ValueError: for another number of experts, or active adapters with different numbers.
         """
-        known = self.expert_names
-        active = {name: known[name] for name in adapter_names if name in known}
-        experts = sorted({len(names) for names in (active or known).values()})
+        by_adapter = self.expert_names
+        active = {name: by_adapter[name] for name in adapter_names if name in by_adapter}
+        experts = sorted({len(names) for names in (active or by_adapter).values()})
         if tensor.shape[-1] not in experts or (active and len(experts) > 1):
             raise ValueError(
-                f"Expected `{what}` to have the shape (..., E), for the experts of the active "
+                f"Expected `{name}` to have the shape (..., E), for the experts of the active "
                 f"adapters E in {experts}, but got {tuple(tensor.shape)}."
             )
 

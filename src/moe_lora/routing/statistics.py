@@ -1,4 +1,4 @@
-"""How the experts are used, counted without waiting for the device."""
+"""Statistics of the routing weights, computed without synchronizing with the device."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from moe_lora.tracing import is_transformed
 
-_UPDATING = threading.Lock()  # passes of several threads are counted by one model
+_UPDATE_LOCK = threading.Lock()  # several threads may call one model
 
 
 class RoutingStats:
-    """Accumulate expert usage over the calls of a routed model.
+    """Running statistics of expert usage over the calls of a routed model.
 
-    `update` only queues arithmetic on the weights' device; reading a value waits for it. Token
-    weights count as the mean over the tokens of each sample. Samples with a weight that is NaN or
-    infinite are left out of every number and counted apart. Before the first update every number
-    but the counts is NaN. It is a plain object: no part of a `state_dict`, safe to copy and pickle.
+    `update` only queues operations on the weights' device; reading a value synchronizes. Token
+    weights count as the mean over the tokens of each sample. Samples with NaN or infinite weights
+    are excluded from all values and counted in `non_finite_samples`. Before the first update, all
+    values but the counts are NaN. The object is not part of a `state_dict`; it can be copied and
+    pickled.
 
     Args:
         expert_names: the experts in the order of the weights.
@@ -37,8 +38,8 @@ class RoutingStats:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything seen so far."""
-        # On the CPU, not on a default device: it follows the weights once there are some.
+        """Clear all statistics."""
+        # On the CPU, not on a default device; `update` moves them to the device of the weights.
         nothing = torch.full((len(self.expert_names),), math.nan, device="cpu")
         self._usage = torch.zeros(len(self.expert_names), dtype=torch.int64, device="cpu")
         self._current, self._mean = nothing, nothing
@@ -50,8 +51,8 @@ class RoutingStats:
     def update(self, weights: Tensor) -> None:
         """Add the weights of one call.
 
-        What is traced or transformed (see `watching.is_transformed`) has no values to count, and
-        is passed over.
+        Traced or transformed calls (see `tracing.is_transformed`) are skipped, since they have no
+        values.
 
         Args:
             weights: `(B, E)`, `(B, T, E)` or `(B, L, E)`, rows sum to 1; detached here.
@@ -75,27 +76,27 @@ class RoutingStats:
         rows, count = rows.where(finite, 0.0), finite.sum()
         largest = rows.argmax(-1, keepdim=True) == torch.arange(experts, device=device)
         entropies = torch.special.entr(rows).sum(-1) / math.log(max(experts, 2))
-        with _UPDATING:
+        with _UPDATE_LOCK:
             self._seen += rows.shape[0]
             self._usage = self._usage.to(device) + (largest & finite).sum(0)
             self._current = rows.sum(0) / count
             self._samples = self._samples.to(device) + count
-            self._mean = self._mean_with(self._mean.to(device), rows.sum(0), count)
-            self._entropy = self._mean_with(self._entropy.to(device), entropies.sum(), count)
+            self._mean = self._updated_mean(self._mean.to(device), rows.sum(0), count)
+            self._entropy = self._updated_mean(self._entropy.to(device), entropies.sum(), count)
 
-    def _mean_with(self, mean: Tensor, total: Tensor, count: Tensor) -> Tensor:
-        """Take the sum over `count` more samples into a mean over all finite samples."""
+    def _updated_mean(self, mean: Tensor, total: Tensor, count: Tensor) -> Tensor:
+        """Update a mean over all finite samples by the sum over `count` new samples."""
         before = torch.where(self._samples > count, mean * (1 - count / self._samples), 0.0)
         return torch.where(count > 0, before + total / self._samples, mean)
 
     @property
     def usage(self) -> list[int]:
-        """Count the samples whose largest weight was each expert's, since the last reset."""
+        """Return, per expert, the number of samples with their largest weight on it."""
         return [int(count) for count in self._usage.tolist()]
 
     @property
     def non_finite_samples(self) -> int:
-        """Count the samples with a weight that was NaN or infinite, since the last reset.
+        """Return the number of samples with NaN or infinite weights since the last reset.
 
         Example:
             >>> stats = RoutingStats(["a", "b"])
@@ -117,9 +118,9 @@ class RoutingStats:
 
     @property
     def entropy(self) -> float:
-        """Return the mean entropy of the samples' weights over log E.
+        """Return the mean entropy of the samples' weights, divided by log E.
 
-        0 when every sample takes one expert, 1 when every sample takes all experts equally.
+        It is 0 with one expert per sample, and 1 with equal weights.
         """
         return float(self._entropy)
 
@@ -141,7 +142,7 @@ class RoutingStats:
     def log_line(self) -> str:
         """Return the running mean weights as one line of a training log.
 
-        Experts appear by their names without `_expert`.
+        The names of the experts are without `_expert`.
         """
         shares = ", ".join(
             f"{name.removesuffix('_expert')}={weight:.2f}"
@@ -150,7 +151,7 @@ class RoutingStats:
         return f"Expert Usage: {shares}"
 
     def is_collapsed(self, threshold: float = 0.9) -> bool:
-        """Tell whether one expert's running mean weight is above a threshold.
+        """Return whether one expert's running mean weight is above a threshold.
 
         Args:
             threshold: in (0, 1).
@@ -158,9 +159,9 @@ class RoutingStats:
         return max(self.mean_weights) > threshold
 
     def idle_experts(self, threshold: float = 0.01) -> tuple[str, ...]:
-        """Name the experts whose running mean weight is below a threshold.
+        """Return the names of the experts with a running mean weight below a threshold.
 
-        An expert may be idle without a collapse: with three, two may share all the weight.
+        An expert may be idle without a collapse: two of three experts may share all the weight.
 
         Args:
             threshold: in (0, 1).
@@ -175,30 +176,30 @@ class RoutingStats:
         return tuple(name for name, weight in pairs if weight < threshold)
 
     def collapse_warning(self, threshold: float = 0.9) -> str | None:
-        """Return a warning the first time that the router is found collapsed, else `None`.
+        """Return a warning about a collapsed router, once until `reset`, else `None`.
 
-        A router whose weights are NaN or infinite is one, too. `reset` arms it again.
+        NaN or infinite weights count as a collapse, too.
 
         Args:
-            threshold: as in `is_collapsed`.
+            threshold: in (0, 1), as in `is_collapsed`.
         """
         if self._warned:
             return None
         if self.non_finite_samples:
             self._warned = True
             return (
-                f"The router gave weights that are NaN or infinite to {self.non_finite_samples} "
-                f"of the last {self._seen} samples. Look for inf and NaN in its inputs and "
-                "parameters; clip gradients or lower the learning rate."
+                f"The router's weights were NaN or infinite for {self.non_finite_samples} of the "
+                f"last {self._seen} samples. Look for inf and NaN in its inputs and parameters; "
+                "clip gradients or lower the learning rate."
             )
         if not self.is_collapsed(threshold):
             return None
         self._warned = True
         means = self.mean_weights
-        taker = max(range(len(means)), key=means.__getitem__)
+        largest = max(range(len(means)), key=means.__getitem__)
         return (
-            f"The router has collapsed: {self.expert_names[taker]} takes {means[taker]:.0%} of the "
-            f"weight over the last {self._seen} samples. Raise the load-balancing weight, the "
-            "entropy floor's weight or the routing temperature, drop experts in training, or train "
+            f"The router has collapsed: {self.expert_names[largest]} has {means[largest]:.0%} of "
+            f"the weight over the last {self._seen} samples. Raise the load-balancing weight, the "
+            "weight of the entropy floor or the routing temperature, use expert dropout, or train "
             "longer with uniform weights first."
         )

@@ -1,4 +1,4 @@
-"""What the contexts that are open around a pass ask of its routing."""
+"""Effect of the open contexts (`route`, `ablate_expert`, ...) on the routing of a pass."""
 
 from __future__ import annotations
 
@@ -14,33 +14,44 @@ from moe_lora.routing.weights.routing import Routing, new_version
 
 @dataclass(frozen=True, eq=False)
 class Override:
-    """Weights that win over mode and router; see `moe_lora.route`."""
+    """Weights that override mode and router; see `moe_lora.route`.
+
+    Args:
+        weights: `(E,)`, `(B, E)` or `(B, T, E)`.
+        top_k: the maximal number of non-zero weights in a row, if it is known.
+        initial_version: the routing version for the initial values of the weights.
+        initial_changes: the number of in-place changes of the weights at the start; `None` when
+            torch counts none.
+    """
 
     weights: Tensor
     top_k: int | None = None
-    version_at_start: Tensor | None = None
-    changes: int | None = None
+    initial_version: Tensor | None = None
+    initial_changes: int | None = None
 
     @classmethod
-    def of(cls, weights: Tensor, top_k: int | None = None) -> Override:
-        """Remember the weights, and their state, under a version of their own."""
+    def from_weights(cls, weights: Tensor, top_k: int | None = None) -> Override:
+        """Create the override of given weights, with a new routing version."""
         if weights.ndim == 2 and weights.shape[0] == 1 and top_k is None:
-            weights = weights[0]  # one row serves all samples, in compiled models too
-        return cls(weights, top_k, new_version(), _changes(weights))
+            weights = weights[0]  # one row applies to all samples, in compiled models too
+        return cls(weights, top_k, new_version(), _in_place_changes(weights))
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the weights are known to be what they were."""
-        return self.changes is not None and _changes(self.weights) == self.changes
+        """Return whether the weights are known to be unchanged since the start."""
+        return (
+            self.initial_changes is not None
+            and _in_place_changes(self.weights) == self.initial_changes
+        )
 
     @property
     def version(self) -> Tensor | None:
-        """The version of routings by these weights, a new one where they may have changed."""
-        return self.version_at_start if self.is_unchanged else new_version()
+        """Return the routing version of the weights, a new one if they may have changed."""
+        return self.initial_version if self.is_unchanged else new_version()
 
 
 class Ablation(NamedTuple):
-    """An expert that is left out, and whether the others share its weight."""
+    """Ablated expert of an adapter, with or without renormalization of the others."""
 
     adapter_name: str
     expert: int
@@ -49,26 +60,26 @@ class Ablation(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """What the contexts that are open around a pass ask of its routing.
+    """Combined effect of the open contexts on the routing of a pass.
 
     Args:
-        override: the innermost `route`.
-        ablations: of all `ablate_expert`.
-        expert_grad_mask: of the innermost `teach_experts`, `(B, E)`.
-        given: of the innermost `router_inputs`.
-        outside: the routing of layers that run outside of any pass.
-        changes: what each of the contexts asks for, in the order in which they were opened.
+        override: the weights of the innermost `route`.
+        ablations: the ablations of all `ablate_expert`.
+        expert_grad_mask: `(B, E)`, the mask of the innermost `teach_experts`.
+        given: the inputs of the innermost `router_inputs`.
+        outside_pass: the routing of layers that run outside of any pass.
+        contexts: the effect of each open context, in the order of their opening.
     """
 
     override: Override | None = None
     ablations: tuple[Ablation, ...] = ()
     expert_grad_mask: Tensor | None = None
     given: GivenInputs | None = None
-    outside: Routing | None = None
-    changes: tuple[Steering, ...] = ()
+    outside_pass: Routing | None = None
+    contexts: tuple[Steering, ...] = ()
 
-    def changed_by(self, inner: Steering) -> Steering:
-        """Return what this and a context inside it ask for together."""
+    def combined_with(self, inner: Steering) -> Steering:
+        """Return the combined effect with a context inside of these."""
         mask = inner.expert_grad_mask
         return Steering(
             override=inner.override or self.override,
@@ -82,7 +93,16 @@ NO_STEERING = Steering()
 
 
 def check_override(weights: Tensor, top_k: int | None) -> None:
-    """Raise unless weights, and the number of those that differ from 0, describe an override."""
+    """Raise unless the weights and `top_k` of an override are valid.
+
+    Args:
+        weights: `(E,)`, `(B, E)` or `(B, T, E)`.
+        top_k: the maximal number of non-zero weights in a row; `None` means no limit.
+
+    Raises:
+        TypeError: for anything but a floating-point tensor.
+        ValueError: for another shape, a `top_k` outside [1, E], or rows with more non-zero weights.
+    """
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         raise TypeError(
             f"Expected `weights` to be a floating-point tensor, but got {type(weights)}."
@@ -100,10 +120,10 @@ def check_override(weights: Tensor, top_k: int | None) -> None:
         )
     if ((weights != 0).sum(-1) > top_k).any():
         raise ValueError(
-            f"Expected at most `top_k`={top_k} weights of a row to differ from 0, but got more."
+            f"Expected at most `top_k`={top_k} non-zero weights per row, but got more."
         )
 
 
-def _changes(tensor: Tensor) -> int | None:
-    """Count the changes of a tensor in place, where it counts them."""
+def _in_place_changes(tensor: Tensor) -> int | None:
+    """Return the number of in-place changes of a tensor; `None` where torch counts none."""
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""The part of a model's routing state that every thread has for itself."""
+"""The thread-local part of a model's routing state."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from moe_lora.routing.steering import NO_STEERING
 
 
 class ThreadState:
-    """The part of a model's routing state that belongs to one thread.
+    """Routing state of one thread.
 
     Attributes:
-        opened: the steering of the context that was opened last, for compiled graphs.
+        steering: the steering of the innermost open context, for compiled graphs.
         decisions: weights and logits of the last pass by adapter, with gradient.
-        has_run: whether a pass has run since this was set to false.
+        has_run: whether a pass has run since the attribute was set to false.
     """
 
     def __init__(self) -> None:
-        self.opened = NO_STEERING
+        self.steering = NO_STEERING
         self.decisions: dict[str, RoutingDecision] = {}
         self.has_run = False
 
 
 class PerThread(threading.local):
-    """The `ThreadState` of this thread, as `mine`.
+    """Thread-local `ThreadState`, in the attribute `state`.
 
-    It is never set again: what compiled code stores in a subclass of `threading.local` is lost.
+    The attribute is set once only: compiled code loses what it assigns to an attribute of a
+    `threading.local` subclass.
     """
 
     def __init__(self) -> None:
-        self.mine = ThreadState()
+        self.state = ThreadState()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PerThread:
         return PerThread()

@@ -15,12 +15,12 @@ from moe_lora.tuner.validation.config_fields import check_fields, is_integer
 from moe_lora.tuner.validation.names import check_expert_names
 
 FORMAT_VERSION = 1
-"""The version of the checkpoint format that is written, and the highest that is read."""
+"""The version of written checkpoints, and the highest version that can be read."""
 
 DEFAULT_EXPERT_NAMES = ("removal_expert", "background_expert", "completion_expert")
 
-# What says where the weights come from or how training goes on, but not what they compute.
-_EDITABLE = frozenset(
+# Fields without effect on the function that the weights compute: their origin, and training.
+_EDITABLE_FIELDS = frozenset(
     (
         "task_type",
         "peft_type",
@@ -40,9 +40,9 @@ _EDITABLE = frozenset(
 
 
 class MoELoraType(str):
-    """Stand where PEFT expects a member of its closed `PeftType` enumeration.
+    """String with the interface of PEFT's closed `PeftType` enumeration.
 
-    A plain string key works in all of PEFT's mappings; in a few places PEFT also reads `.value`.
+    A string key works in all of PEFT's mappings; PEFT also reads `.value` in a few functions.
     """
 
     @property
@@ -60,14 +60,13 @@ PEFT_TYPE = MoELoraType("MOE_LORA")
 
 @dataclass
 class MoELoraConfig(PeftConfig):
-    """Configure `MoELoraModel`; `MoELoraConfig(target_modules=...)` alone works on any model.
+    """Configuration of a mixture of LoRA experts.
 
-    Without `router` the experts are mixed uniformly until `moe_lora.route` or
-    `moe_lora.attach_router` says otherwise.
+    `MoELoraConfig(target_modules=...)` alone works on any model. Without `router`, the experts are
+    mixed uniformly, except inside `moe_lora.route` or after `moe_lora.attach_router`.
 
     Raises:
-        ValueError: for a value that a field cannot have, an expert list or a gate that cannot be
-            honored.
+        ValueError: for an invalid field value, or contradictory fields.
 
     Example:
         >>> config = MoELoraConfig(target_modules=["to_q"], num_experts=2)
@@ -91,7 +90,7 @@ class MoELoraConfig(PeftConfig):
     )
     num_experts: int | None = field(
         default=None,
-        metadata={"help": "Number of experts E; follows from expert_names when it is not given."},
+        metadata={"help": "Number of experts E; by default the length of expert_names."},
     )
     expert_names: tuple[str, ...] | None = field(
         default=None,
@@ -104,23 +103,24 @@ class MoELoraConfig(PeftConfig):
         default_factory=dict, metadata={"help": "Arguments of the router's constructor."}
     )
     routing_strategy: Literal["soft", "hard", "topk"] = field(
-        default="soft", metadata={"help": "How logits become weights: soft, hard or topk."}
+        default="soft", metadata={"help": "From logits to weights: soft, hard or topk."}
     )
     routing_temperature: float = field(
-        default=1.0, metadata={"help": "Divides the router's logits; > 0."}
+        default=1.0, metadata={"help": "Divisor of the router's logits; > 0."}
     )
     top_k: int | None = field(
-        default=None, metadata={"help": "Experts that stay under topk, in [1, num_experts]."}
+        default=None,
+        metadata={"help": "Experts with a non-zero weight under topk, in [1, num_experts]."},
     )
     routing_mode: Literal["routed", "uniform"] = field(
         default="routed",
-        metadata={"help": "The mode that the model starts in; set_routing_mode notes it here."},
+        metadata={"help": "The initial routing mode; set_routing_mode updates it."},
     )
     expert_dropout: float = field(
         default=0.0,
         metadata={
-            "help": "In training, the router's choice leaves each expert out of a sample with this "
-            "probability, never all of them; in [0, 1)."
+            "help": "In training, the probability of dropping each expert in a sample, never all "
+            "of them; in [0, 1)."
         },
     )
     use_rslora: bool = field(
@@ -130,28 +130,29 @@ class MoELoraConfig(PeftConfig):
         default=True,
         metadata={
             "help": "lora_A: kaiming uniform (True) or gaussian of deviation 1/r; lora_B: zero, "
-            "so that the adapted model starts as the base model. False draws lora_B too (tests)."
+            "so that the adapted model starts as the base model. With False, lora_B is random, too "
+            "(for tests)."
         },
     )
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Ranks of single layers: name or regex to r."}
+        default_factory=dict, metadata={"help": "Ranks of individual layers: name or regex to r."}
     )
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "As rank_pattern, for lora_alpha."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train and save whole."}
+        default=None, metadata={"help": "Additional modules to train and save in full."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the blocks to adapt; all by default."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the block list that layers_to_transform counts."}
+        default=None, metadata={"help": "Name of the block list indexed by layers_to_transform."}
     )
 
     base_in_channels: int | None = field(
         default=None,
-        metadata={"help": "Input channels of the base model; filled and checked by injection."},
+        metadata={"help": "Input channels of the base model; set and checked by injection."},
     )
     format_version: int = field(
         default=FORMAT_VERSION, metadata={"help": "Version of the checkpoint format."}
@@ -177,7 +178,7 @@ class MoELoraConfig(PeftConfig):
                 "Expected `target_modules` to be a list when `layers_to_transform` is given, but "
                 f"got {self.target_modules!r}."
             )
-        self._settle_experts()
+        self._resolve_experts()
         check_gate(self.routing_strategy, self.routing_temperature, self.top_k, len(self.experts))
 
     @classmethod
@@ -186,8 +187,8 @@ class MoELoraConfig(PeftConfig):
     ) -> PeftConfig:
         """Read a config from a folder or the Hub.
 
-        It remembers the shapes of the weights in the same folder, so that its injection into a
-        model that they do not fit fails before the model changes.
+        The config keeps the shapes of the weights in the same folder, so that its injection into an
+        incompatible model fails before the model changes.
 
         Args:
             pretrained_model_name_or_path: the folder, or the name of a repository on the Hub.
@@ -195,13 +196,13 @@ class MoELoraConfig(PeftConfig):
             kwargs: arguments of `huggingface_hub.hf_hub_download`.
 
         Raises:
-            ValueError: for a config of values that cannot be honoured or of a newer version, or
-                weights that are truncated or corrupt.
+            ValueError: for a config with invalid values or of a newer version, or for weights that
+                are truncated or corrupt.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
         if isinstance(config, MoELoraConfig) and weights.is_file():
-            config.stored = StoredWeights.read(weights, config.meaning())
+            config.stored = StoredWeights.read(weights, config.weight_fields())
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,16 +212,18 @@ class MoELoraConfig(PeftConfig):
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Return the expert names, which are settled once the config exists."""
+        """Return the expert names; never `None`, unlike the field `expert_names`."""
         assert self.expert_names is not None
         return self.expert_names
 
-    def meaning(self) -> dict[str, Any]:
-        """Return the fields without which a checkpoint's weights mean nothing, by name.
+    def weight_fields(self) -> dict[str, Any]:
+        """Return the fields that determine the function of a checkpoint's weights, by name.
 
-        The others, such as `inference_mode`, may be edited in a checkpoint's file.
+        The other fields, such as `inference_mode`, may be edited in a checkpoint's file.
         """
-        return {name: value for name, value in self.to_dict().items() if name not in _EDITABLE}
+        return {
+            name: value for name, value in self.to_dict().items() if name not in _EDITABLE_FIELDS
+        }
 
     def rank_of(self, path: str) -> int:
         """Return the rank of the experts in a layer.
@@ -240,7 +243,7 @@ class MoELoraConfig(PeftConfig):
             get_pattern_key(list(self.alpha_pattern), path), self.lora_alpha
         )
 
-    def _settle_experts(self) -> None:
+    def _resolve_experts(self) -> None:
         if self.expert_names is not None:
             names = tuple(self.expert_names)
         elif self.num_experts in (None, len(DEFAULT_EXPERT_NAMES)):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lora.routing.weights.checkpointing import guarded
+from moe_lora.routing.weights.checkpointing import check_version_in_backward
 from moe_lora.tracing import is_transformed
 from moe_lora.tuner.config import MoELoraConfig
 from moe_lora.tuner.mixture_product.fused import add_mixture
@@ -18,12 +18,18 @@ from moe_lora.tuner.mixture_product.plain import LinearParameters, apply_gate, m
 
 
 class Factors(NamedTuple):
-    """Remember a mixture of fixed weights, `A (E, r, *in_shape)` and `B (out, E, r)`."""
+    """Factors of a mixture with fixed routing weights, which are folded into `B`.
+
+    Attributes:
+        A: `(E, r, *in_shape)`.
+        B: `(out, E, r)`.
+    """
 
     A: Tensor
     B: Tensor
 
     def to(self, device: torch.device) -> Factors:
+        """Return the factors on another device."""
         return Factors(self.A.to(device), self.B.to(device))
 
     def product(self) -> Tensor:
@@ -33,14 +39,14 @@ class Factors(NamedTuple):
 
 
 class MoELoraExperts(nn.Module):
-    """Hold the experts of one adapter in one linear layer.
+    """Experts of one adapter in one linear layer.
 
     Args:
-        in_shape: `(in,)`, the shape of what one row of `lora_A` multiplies.
+        in_shape: `(in,)`, the shape of one row of `lora_A`.
         out_features: width of the layer's output.
         r: rank of each expert.
         lora_alpha: numerator of the scaling.
-        config: the adapter's configuration, for what is the same in all layers.
+        config: the adapter's configuration.
     """
 
     def __init__(
@@ -62,7 +68,12 @@ class MoELoraExperts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, init: bool | str = True) -> None:
-        """Draw `lora_A` and set `lora_B` to zero (with `init=False`, draw both)."""
+        """Initialize `lora_A` randomly and `lora_B` with zeros.
+
+        Args:
+            init: "gaussian", or `True` or "kaiming" for a Kaiming uniform `lora_A`; `False`
+                initializes `lora_B` randomly, too.
+        """
         if init == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
         else:
@@ -70,12 +81,12 @@ class MoELoraExperts(nn.Module):
         if init:
             nn.init.zeros_(self.lora_B)
         else:
-            # The bound of an expert's own nn.Linear(r, out), whatever the number of experts.
+            # The bound of nn.Linear(r, out) for each expert, independent of the number of experts.
             nn.init.uniform_(self.lora_B, -1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
 
     @property
-    def drops(self) -> bool:
-        """Tell whether dropout acts now."""
+    def has_active_dropout(self) -> bool:
+        """Return whether dropout is active."""
         return self.dropout.training and self.dropout.p > 0
 
     def forward(
@@ -92,9 +103,9 @@ class MoELoraExperts(nn.Module):
 
         Args:
             x: `(..., in)`.
-            base: the base layer's output, or a frozen linear layer yet to be applied.
+            base: the base layer's output, or the parameters of a frozen linear layer to apply.
             weights: aligned with `x`; `None` means 1/E.
-            expert_indices: aligned with `x`, the experts whose weights are not zero.
+            expert_indices: aligned with `x`, the experts with non-zero weights.
             expert_grad_mask: aligned with `x`, 1 for the experts that a sample trains;
                 `None` for all.
             routing_version: the version of the routing.
@@ -106,37 +117,44 @@ class MoELoraExperts(nn.Module):
 
     @torch.no_grad()
     def factors(self, weights: Tensor | None = None) -> Factors:
-        """Return what a mixture of `(E,)` fixed weights adds to the base weight.
+        """Return the factors of the mixture with fixed routing weights.
+
+        Args:
+            weights: `(E,)`; `None` means 1/E.
 
         Returns:
-            A copy, in float32 (float64 for float64 experts).
+            Copies in float32 (float64 for float64 experts).
         """
-        precise = torch.promote_types(self.lora_A.dtype, torch.float32)
-        A, B = self.lora_A.to(precise, copy=True), self.lora_B.to(precise)
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        A, B = self.lora_A.to(dtype, copy=True), self.lora_B.to(dtype)
         gate = B.new_full((B.shape[1],), 1 / B.shape[1]) if weights is None else weights.to(B)
         return Factors(A, B * (gate * self.scaling).view(1, -1, 1))
 
     def delta_weight(self, weights: Tensor | None = None) -> Tensor:
-        """Return the `(out, *in_shape)` change of the base weight under fixed weights."""
+        """Return the `(out, *in_shape)` change of the base weight for fixed routing weights.
+
+        Args:
+            weights: `(E,)`; `None` means 1/E.
+        """
         return self.factors(weights).product()
 
 
 class MoELoraConvExperts(MoELoraExperts):
-    """Hold the experts of one adapter in one convolution.
+    """Experts of one adapter in one convolution.
 
     `lora_A` is `(E, r, in, kh, kw)`, a convolution with the base's stride and padding to `E·r`
-    channels; `lora_B` mixes these at every place.
+    channels; `lora_B` is a 1 x 1 convolution of these channels.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
-        # `model.to(memory_format=torch.channels_last)` knows weights of four dimensions.
-        def rank_4(tensor: Tensor) -> Tensor:
+        # `model.to(memory_format=torch.channels_last)` supports tensors of 4 dimensions only.
+        def apply_to_4d(tensor: Tensor) -> Tensor:
             if tensor.ndim != 5:
                 return fn(tensor)
             applied = fn(tensor.flatten(0, 1))
             return applied.view(*tensor.shape[:2], *applied.shape[1:])
 
-        super()._apply(rank_4, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._apply(apply_to_4d, *args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
     def forward(  # type: ignore[override]
@@ -154,7 +172,7 @@ class MoELoraConvExperts(MoELoraExperts):
         Args:
             x: `(B, in, H, W)`.
             base: `(B, out, H', W')`, the base layer's output.
-            convolve: the base's convolution of an input with a weight.
+            convolve: the base's convolution, as a function of input and weight.
             weights: `(E, 1, 1)` or `(B, E, 1 or H', 1 or W')`; `None` means 1/E.
             expert_grad_mask: `(B, E, 1, 1)`, 1 for the experts that a sample trains;
                 `None` for all.
@@ -166,18 +184,20 @@ class MoELoraConvExperts(MoELoraExperts):
         hidden = convolve(x, A)
         if expert_grad_mask is not None:
             detached = convolve(x, A.detach())
-            hidden = detached + _gated(hidden - detached, expert_grad_mask)
+            hidden = detached + _gate_channels(hidden - detached, expert_grad_mask)
         if weights is None:
             hidden = hidden * (self.scaling / self.lora_A.shape[0])
         else:
-            hidden = _gated(hidden, weights * self.scaling)
+            hidden = _gate_channels(hidden, weights * self.scaling)
         if expert_grad_mask is None:
             delta = F.conv2d(hidden, B)
         else:
-            trained = _gated(hidden, expert_grad_mask)
+            trained = _gate_channels(hidden, expert_grad_mask)
             delta = F.conv2d(trained, B) + F.conv2d(hidden - trained, B.detach())
-        return base + guarded(delta, None if is_transformed() else routing_version)
+        return base + check_version_in_backward(
+            delta, None if is_transformed() else routing_version
+        )
 
 
-def _gated(hidden: Tensor, gate: Tensor) -> Tensor:
+def _gate_channels(hidden: Tensor, gate: Tensor) -> Tensor:
     return apply_gate(hidden.movedim(-3, -1), gate.movedim(-3, -1)).movedim(-1, -3)

@@ -1,4 +1,4 @@
-"""Fold a fixed mixture into the base model."""
+"""Merging a mixture with fixed routing weights into the base model."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def merge(
     adapter_names: list[str] | None = None,
     safe_merge: bool = False,
 ) -> None:
-    """Merge the adapters of a model into its base weights, in place, under fixed weights.
+    """Merge the adapters of a model into its base weights, in place, with fixed routing weights.
 
-    `W ← W + B · diag(s · w) · A`. `unmerge` takes them out again. All layers are merged, or, when
-    an error is raised, none.
+    `W ← W + B · diag(s · w) · A`. `unmerge` reverts it. When an error is raised, no layer is
+    merged.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        weights: `(E,)`; `None` takes the weights that the model's routing fixes (uniform mode, no
-            router, or a router whose weights do not depend on the input).
-        adapter_names: which adapters; the active ones by default.
-        safe_merge: refuse NaN and inf before a base weight changes.
+        weights: `(E,)`; `None` means the fixed weights of the model's routing (uniform mode, no
+            router, or a router with input-independent weights).
+        adapter_names: the adapters; the active ones by default.
+        safe_merge: check for NaN and inf before a base weight changes.
 
     Raises:
-        ValueError: when `weights` is `None` and the router chooses weights for every input, since
+        ValueError: when `weights` is `None` and the router's weights depend on the input, since
             no single base weight equals an input-dependent mixture; for weights not of shape
             (E,); when several parts of the model are adapted; or, with `safe_merge`, for NaN or
             inf.
@@ -55,7 +55,7 @@ def merge(
 
 
 def unmerge(model: nn.Module) -> None:
-    """Take merged adapters out of the base weights again.
+    """Remove merged adapters from the base weights.
 
     Args:
         model: the adapted model, or a wrapper around it.
@@ -79,36 +79,37 @@ def check_mergeable(
     safe_merge: bool = False,
     weights: Tensor | None = None,
 ) -> None:
-    """Raise what merging would raise in any layer, before a base weight changes.
+    """Raise, before a base weight changes, if merging would raise in any layer.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        adapter_names: which adapters; the active ones by default.
-        safe_merge: look for NaN and inf, too, which computes every merged weight once more.
-        weights: `(E,)`; `None` takes those that the model's routing fixes.
+        adapter_names: the adapters; the active ones by default.
+        safe_merge: check for NaN and inf, too, which computes every merged weight an extra time.
+        weights: `(E,)`; `None` means the fixed weights of the model's routing.
 
     Raises:
         ValueError: when an adapter's weights depend on the input, or `weights` are for another
             number of experts; with `safe_merge`, for NaN or inf; when weights are on disk.
+        TypeError: for a quantized weight that cannot be merged into.
     """
     check_not_on_disk(model)
     for layer in _layers(model):
         names = layer.active_adapters if adapter_names is None else adapter_names
         new = [n for n in names if n in layer.moe_lora_experts and n not in layer.merged_adapters]
-        mixed = {name: _fixed(layer, name, weights) for name in new}
+        mixed = {name: _fixed_weights(layer, name, weights) for name in new}
         if not getattr(layer.quantization_backend, "supports_merge", True):
-            layer.get_base_weight()  # says why it cannot be merged into
+            layer.get_base_weight()  # raises with the reason
         broken = None
         if safe_merge and new:
             with onload_layer(layer):
-                broken = _first_not_finite(layer, mixed)
+                broken = _find_non_finite_adapter(layer, mixed)
         if broken is not None:
             raise ValueError(
-                f"Expected finite merged weights, but adapter {broken!r} gives NaN or inf."
+                f"Expected finite merged weights, but adapter {broken!r} produces NaN or inf."
             )
 
 
-def _fixed(layer: RoutedLayer, adapter_name: str, weights: Tensor | None) -> Tensor | None:
+def _fixed_weights(layer: RoutedLayer, adapter_name: str, weights: Tensor | None) -> Tensor | None:
     if weights is None:
         return layer.context.fixed_weights(adapter_name)
     experts = cast(MoELoraExperts, layer.moe_lora_experts[adapter_name]).lora_A.shape[0]
@@ -120,7 +121,7 @@ def _fixed(layer: RoutedLayer, adapter_name: str, weights: Tensor | None) -> Ten
     return weights
 
 
-def _first_not_finite(layer: RoutedLayer, weights: dict[str, Tensor | None]) -> str | None:
+def _find_non_finite_adapter(layer: RoutedLayer, weights: dict[str, Tensor | None]) -> str | None:
     merged = layer.get_base_weight()
     for name, mixed in weights.items():
         delta = layer.get_delta_weight(name, mixed)

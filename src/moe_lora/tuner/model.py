@@ -1,4 +1,4 @@
-"""Which module becomes which layer, and where the router lives."""
+"""The PEFT model: injection of adapted layers and the router, merging and unloading."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from moe_lora.families import default_targets, family_of
 from moe_lora.routing.lookup import ROUTER_ATTRIBUTE
-from moe_lora.routing.routers.registry import counts_layers
+from moe_lora.routing.routers.registry import needs_num_layers
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.config import PEFT_TYPE, MoELoraConfig
 from moe_lora.tuner.layer import layer_class
 from moe_lora.tuner.merging import check_mergeable
 from moe_lora.tuner.rollback import all_or_nothing
-from moe_lora.tuner.router_container.adapted_model import AdaptedModel
 from moe_lora.tuner.router_container.building import build_router
 from moe_lora.tuner.router_container.container import (
     AdapterRouters,
-    number_layers,
-    place_routers,
+    index_layers,
+    install_routers,
     remove_routers,
 )
-from moe_lora.tuner.router_container.guards import check_untouched
+from moe_lora.tuner.router_container.guards import check_routers_unadapted
+from moe_lora.tuner.router_container.model_reference import ModelReference
 from moe_lora.tuner.state_dict.module_paths import bare_path, is_checkpoint_wrapper
 from moe_lora.tuner.state_dict.names import tensors_to_load, tensors_to_save, without_adapter_name
 from moe_lora.tuner.state_dict.stored import check_base_width
@@ -36,13 +36,14 @@ from moe_lora.tuner.validation.names import check_adapter_name
 
 
 class MoELoraModel(BaseTuner):
-    """Adapt a model by mixtures of LoRA experts and the router that mixes them.
+    """PEFT model with mixtures of LoRA experts and their routers.
 
     Args:
         model: the model to adapt, in place.
-        config: a `MoELoraConfig`, or several by adapter name.
+        peft_config: a `MoELoraConfig`, or several by adapter name.
         adapter_name: the adapter's name.
         low_cpu_mem_usage: create the adapter's weights on the meta device, to be loaded later.
+        state_dict: names of the layers to adapt, as in PEFT.
     """
 
     prefix: str = "moe_lora_"
@@ -63,7 +64,7 @@ class MoELoraModel(BaseTuner):
                 super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         except BaseException:
             if "peft_config" not in vars(model) and vars(model).get("_hf_peft_config_loaded"):
-                # diffusers sets it before the injection, and takes it for a sign of success.
+                # diffusers sets it before the injection, and later reads it as a sign of success.
                 vars(model)["_hf_peft_config_loaded"] = False
             raise
 
@@ -75,9 +76,9 @@ class MoELoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Replace the target layers and place the router; called by PEFT and diffusers.
+        """Replace the target layers and install the router (called by PEFT and diffusers).
 
-        When it fails, the model is as it was.
+        When an error is raised, the model stays unchanged.
         """
         if state_dict is not None:
             state_dict = {k: v for k, v in state_dict.items() if ROUTER_ATTRIBUTE not in k}
@@ -86,15 +87,15 @@ class MoELoraModel(BaseTuner):
         width = check_base_width(config.base_in_channels, model)
         if config.stored is not None:
             config.stored.check_base(model, len(config.experts), config.rank_of)
-        by_layer = counts_layers(config.router, config.router_kwargs)
+        by_layer = needs_num_layers(config.router, config.router_kwargs)
         router = None if by_layer else build_router(config, model, low_cpu_mem_usage)
         with all_or_nothing(model):
-            # Away for the time being: they are not to be adapted, frozen or matched.
-            held = model._modules.pop(ROUTER_ATTRIBUTE, None)
-            if isinstance(held, AdapterRouters):
-                routers, self._model = held, held.adapted_model
+            # Removed during the injection, which must not adapt, freeze or match routers.
+            existing = model._modules.pop(ROUTER_ATTRIBUTE, None)
+            if isinstance(existing, AdapterRouters):
+                routers, self._model = existing, existing.adapted_model
             else:
-                self._model = AdaptedModel(model)
+                self._model = ModelReference(model)
                 routers = AdapterRouters(self.peft_config, self._model)
                 routers.state.mode = config.routing_mode  # the first adapter decides it
             self._context = routers.state
@@ -105,15 +106,15 @@ class MoELoraModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-            place_routers(model, routers)
+            install_routers(model, routers)
             routers.configs = self.peft_config
-            layers = number_layers(model, adapter_name)
+            layers = index_layers(model, adapter_name)
             routers.add_adapter(adapter_name, layers)
             if by_layer:
                 router = build_router(config, model, low_cpu_mem_usage, len(layers))
             if router is not None:
                 routers.attach(adapter_name, router.train(model.training))
-            _widen_experts(model, adapter_name)
+            _cast_float8_experts(model, adapter_name)
             if config.stored is not None:
                 config.stored.check_fit(model, adapter_name)
         config.base_in_channels, config.stored = width, None
@@ -127,7 +128,7 @@ class MoELoraModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        # A layer is the same one inside a compiled or checkpointed block.
+        # Targets name the layers of the bare model, inside compiled or checkpointed blocks, too.
         return BaseTuner._check_target_module_exists(peft_config, bare_path(key))
 
     def _create_and_replace(
@@ -141,11 +142,11 @@ class MoELoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if is_checkpoint_wrapper(target):
-            return  # what it wraps is the layer, and has a key of its own
+            return  # the wrapped layer has its own key
         current_key = bare_path(current_key)
         r, alpha = peft_config.rank_of(current_key), peft_config.alpha_of(current_key)
-        # Directly around the base layer, inside of other tuners' layers: these then find their own
-        # layers where they expect them, whichever came first.
+        # The adapted layer directly wraps the base layer, inside other tuners' layers, so that
+        # these find their own layers in any order of injection.
         while isinstance(target, BaseTunerLayer) and not isinstance(target, RoutedLayer):
             parent, target_name, target = target, "base_layer", target.base_layer
         if isinstance(target, RoutedLayer):
@@ -171,7 +172,7 @@ class MoELoraModel(BaseTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """Merge adapters into the base weights of all layers or, when it raises, of none."""
+        """Merge adapters into the base weights of all layers; when it raises, of none."""
         check_mergeable(self.model, adapter_names, safe_merge=safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -201,12 +202,12 @@ class MoELoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse what PEFT lets only its own LoRA layers choose; PEFT calls this."""
+        """Raise for `adapter_names`, which only PEFT's LoRA supports (called by PEFT)."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "Expected no `adapter_names`, but got some: one adapter mixes the experts of all "
-                "samples of a batch. Call model.set_adapter and run the samples of each adapter "
-                "by themselves, or weigh experts by sample with moe_lora.route."
+                "Expected no `adapter_names`, since all samples of a batch use the same adapter. "
+                "Call model.set_adapter and run the samples of each adapter separately, or set the "
+                "weights of the experts per sample with moe_lora.route."
             )
         yield
 
@@ -254,11 +255,11 @@ class MoELoraModel(BaseTuner):
 def _check_routers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, AdapterRouters):
-            check_untouched(module.moe_lora_routers)
+            check_routers_unadapted(module.moe_lora_routers)
 
 
-def _widen_experts(model: nn.Module, adapter_name: str) -> None:
-    """Hold the experts in float32 where PEFT gave them the 8-bit floats of their base layer."""
+def _cast_float8_experts(model: nn.Module, adapter_name: str) -> None:
+    """Cast experts to float32 where PEFT created them in the 8-bit floats of their base layer."""
     for module in model.modules():
         if isinstance(module, RoutedLayer) and adapter_name in module.moe_lora_experts:
             experts = module.moe_lora_experts[adapter_name]
@@ -268,9 +269,9 @@ def _widen_experts(model: nn.Module, adapter_name: str) -> None:
 
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     check_adapter_name(adapter_name)
-    held = getattr(model, "peft_config", {}).get(adapter_name)
-    if held is not None and held.peft_type != PEFT_TYPE:
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is not None and config.peft_type != PEFT_TYPE:
         raise ValueError(
-            f"Expected a free adapter name, but {adapter_name!r} is a {held.peft_type} adapter of "
-            "the model. Give another `adapter_name`, or merge that adapter first."
+            f"Expected an unused adapter name, but {adapter_name!r} is a {config.peft_type} "
+            "adapter of the model. Choose another `adapter_name`, or merge that adapter first."
         )

@@ -1,4 +1,4 @@
-"""A loss that keeps the experts of a layer from doing the same."""
+"""A loss on the overlap between the outputs of a layer's experts."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from moe_lora.tuner.experts import MoELoraExperts
 
 
 def orthogonality_loss(model: nn.Module, adapter_name: str = "default") -> Tensor:
-    """Measure how much the outputs of the experts overlap, over all adapted layers.
+    """Penalize the overlap between the outputs of the experts.
 
-    The mean over layers and over pairs of experts of `expert_overlap`. It reads the parameters
-    alone, so it can be computed before or after the forward pass, or every few steps; no `(out,
-    in)` matrix is made. At the start, where every `lora_B` is zero, it is 0.
+    The mean of `expert_overlap` over layers and pairs of experts. It depends on the parameters
+    only, so it can be computed before or after the forward pass, or every few steps, without any
+    `(out, in)` matrix. Initially, when every `lora_B` is zero, it is 0.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        adapter_name: whose experts.
+        adapter_name: the adapter.
 
     Returns:
-        A scalar in [0, 1]: 0 for experts that write into orthogonal directions, 1 for experts of
-        which each does the same as all others.
+        A scalar in [0, 1]: 0 for experts with orthogonal outputs, 1 for identical experts.
 
     Raises:
         ValueError: when the adapter does not exist, or has a single expert.
     """
-    known = routing_state(model).expert_names
-    if adapter_name not in known:
+    expert_names = routing_state(model).expert_names
+    if adapter_name not in expert_names:
         raise ValueError(
-            f"Expected `adapter_name` to be one of {sorted(known)}, but got {adapter_name!r}."
+            f"Expected `adapter_name` to be one of {sorted(expert_names)}, but got "
+            f"{adapter_name!r}."
         )
-    experts = len(known[adapter_name])
+    experts = len(expert_names[adapter_name])
     if experts < 2:
         raise ValueError(
-            f"Expected at least 2 experts to keep apart, but {adapter_name!r} has {experts}."
+            f"Expected at least 2 experts, but adapter {adapter_name!r} has {experts}."
         )
     first, second = torch.triu_indices(experts, experts, offset=1).unbind()
     overlaps = [
@@ -48,21 +48,21 @@ def orthogonality_loss(model: nn.Module, adapter_name: str = "default") -> Tenso
 
 
 def expert_overlap(lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """Compare the outputs of a layer's experts, pair by pair.
+    """Compute the pairwise overlap between the outputs of a layer's experts.
 
     With ΔW_e = B_e A_e, the output of expert e for white input has the covariance
     S_e = ΔW_e ΔW_eᵀ. The overlap of two experts is the cosine of their covariances,
     tr(S_e S_f) / √(tr S_e² · tr S_f²): 0 exactly when their outputs lie in orthogonal subspaces, 1
-    when the covariances are equal up to a factor. It does not depend on the size of an expert, and
-    takes products of `(r, r)` blocks of the Gram matrices A Aᵀ and Bᵀ B only.
+    when the covariances are equal up to a factor. It does not depend on the norm of an expert, and
+    needs only products of `(r, r)` blocks of the Gram matrices A Aᵀ and Bᵀ B.
 
     Args:
         lora_A: `(E, r, in)`, or `(E, r, in, kh, kw)` of a convolution.
         lora_B: `(out, E, r)`.
 
     Returns:
-        `(E, E)`, symmetric, in [0, 1], in float32 (float64 for float64 experts); an expert that is
-        zero overlaps with none, itself included.
+        `(E, E)`, symmetric, in [0, 1], in float32 (float64 for float64 experts); a zero expert has
+        overlap 0 with all experts, itself included.
 
     Source:
         The cosine is the RV coefficient: Robert and Escoufier, Applied Statistics 25 (1976).
@@ -79,15 +79,15 @@ def expert_overlap(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     # tr(S_e S_f) = tr(A_e A_eᵀ · B_eᵀ B_f · A_f A_fᵀ · B_fᵀ B_e)
     product = (inner.unsqueeze(1) @ outer @ inner.unsqueeze(0) * outer).sum((-2, -1))
     size = product.diagonal()
-    there = size > 0
-    root = torch.where(there, size, 1).sqrt()
-    return torch.where(there.unsqueeze(1) & there, product / (root.unsqueeze(1) * root), 0)
+    nonzero = size > 0
+    root = torch.where(nonzero, size, 1).sqrt()
+    return torch.where(nonzero.unsqueeze(1) & nonzero, product / (root.unsqueeze(1) * root), 0)
 
 
 def _unit_size(factors: Tensor) -> Tensor:
-    """Divide each expert's factor by its norm, so that products of four do not underflow.
+    """Divide each expert's factor by its norm, so that products of four factors do not underflow.
 
-    The overlap does not depend on these norms, hence no gradient of them is needed.
+    The overlap does not depend on the norms, so they need no gradient.
     """
     factors = factors.to(torch.promote_types(factors.dtype, torch.float32))
     norms = factors.detach().flatten(1).norm(dim=1)

@@ -1,4 +1,4 @@
-"""Base layers with quantised weights: what merges into them, and the way back."""
+"""Base layers with quantized weights: backends for merging, saving and restoring weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 
 class UnmergeableBackend(QuantizationBackend):
-    """Stand for a quantisation that base weights cannot be read from and written to.
+    """Backend of a quantization without access to the base weights.
 
-    Such a layer can be adapted and trained, since its experts act beside it.
+    Layers with this backend can be adapted and trained, but not merged.
 
     Args:
-        backend_name: what PEFT's layer status calls the quantisation.
-        weight: the quantised weight, for the error message.
+        backend_name: the name of the quantization in PEFT's layer status.
+        weight: the quantized weight, for the error message.
     """
 
     supports_merge = False
@@ -31,29 +31,35 @@ class UnmergeableBackend(QuantizationBackend):
 
     def get_base_weight(self, base_layer: nn.Module) -> Tensor:
         raise TypeError(
-            "Expected a base weight that can be dequantised and quantised again, but got a "
-            f"{self.weight_type}. Load the base model without quantisation to merge into it."
+            "Expected a base weight that can be dequantized and quantized again, but got a "
+            f"{self.weight_type}. Load the base model without quantization to merge adapters."
         )
 
     def set_base_weight(self, peft_layer: nn.Module, weight_data: Tensor) -> None:
         self.get_base_weight(peft_layer)
 
 
-class KeptWeight(NamedTuple):
-    """Remember the weight of a quantised layer, and what some layers hold of it besides."""
+class SavedWeight(NamedTuple):
+    """Saved weight of a quantized layer.
+
+    Attributes:
+        weight: the weight.
+        state: the layer's attribute `state`, the quantization state of bitsandbytes' 8-bit layers;
+            `None` for others.
+    """
 
     weight: Tensor
     state: Any
 
 
-def is_quantised(base: nn.Module) -> bool:
-    """Tell whether a layer's weight is anything but plain floating-point numbers.
+def is_quantized(base: nn.Module) -> bool:
+    """Return whether a layer's weight is quantized: not a floating-point tensor of PyTorch's own.
 
     Args:
         base: a layer with a `weight`.
 
     Example:
-        >>> is_quantised(nn.Linear(2, 2))
+        >>> is_quantized(nn.Linear(2, 2))
         False
     """
     weight = base.weight
@@ -64,17 +70,17 @@ def is_quantised(base: nn.Module) -> bool:
 def quantization_backend(
     base: nn.Module, kwargs: Mapping[str, Any] | None = None
 ) -> QuantizationBackend | None:
-    """Return what reads a layer's quantised weight as floats and quantises floats into it.
+    """Return the backend that dequantizes and quantizes a layer's weight.
 
     Args:
         base: the base layer.
-        kwargs: what `peft.utils.get_quantization_kwargs` found out about the whole model; torchao
-            weights other than int8 weight-only ones cannot be quantised again without it.
+        kwargs: the model's `peft.utils.get_quantization_kwargs`; required to quantize torchao
+            weights again, other than int8 weight-only ones.
 
     Returns:
-        One of PEFT's backends; `None` for a layer that is not quantised.
+        A PEFT backend; `None` for a layer that is not quantized.
     """
-    if not is_quantised(base):
+    if not is_quantized(base):
         return None
     weight, kwargs = base.weight, dict(kwargs or {})
     assert isinstance(weight, Tensor)
@@ -86,37 +92,41 @@ def quantization_backend(
         elif "get_apply_tensor_subclass" not in kwargs:
             return UnmergeableBackend(library, weight)
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        # bitsandbytes repacks 4-bit weights for inference on a CPU, where dequantising them gives
-        # wrong numbers; taking the state dict brings the usual packing back.
+        # bitsandbytes repacks 4-bit weights for inference on a CPU; dequantizing these gives wrong
+        # values. `state_dict` restores the usual packing.
         base.state_dict()
     backend = resolve_quantization_backend(base, **kwargs)
     return backend if backend is not None else UnmergeableBackend(library, weight)
 
 
-def keep_weight(base: nn.Module) -> KeptWeight:
-    """Return a quantised layer's weight, safe from what is written into the layer afterwards."""
+def save_weight(base: nn.Module) -> SavedWeight:
+    """Return a quantized layer's weight, unaffected by later changes of the layer.
+
+    Args:
+        base: the quantized layer.
+    """
     weight = base.weight
     assert isinstance(weight, Tensor)
     if type(weight).__name__ == "Params4bit":
-        # What quantises into it changes attributes of the old weight, too.
+        # Quantizing a new weight changes attributes of the old one, too.
         weight = copy.copy(weight)
-    return KeptWeight(weight, copy.copy(getattr(base, "state", None)))
+    return SavedWeight(weight, copy.copy(getattr(base, "state", None)))
 
 
-def restore_weight(base: nn.Module, kept: KeptWeight) -> None:
-    """Put a kept weight back, as it was to the last bit.
+def restore_weight(base: nn.Module, saved: SavedWeight) -> None:
+    """Restore a saved weight exactly.
 
     Args:
-        base: the layer that it came from, on whatever device it is now.
-        kept: what `keep_weight` returned.
+        base: the layer of the weight, on any device.
+        saved: the result of `save_weight`.
     """
     assert isinstance(base.weight, Tensor)
-    weight = kept.weight
+    weight = saved.weight
     if weight.device != base.weight.device:
         weight = weight.to(base.weight.device)
     base.weight = weight
-    if kept.state is not None:
-        base.state = kept.state
+    if saved.state is not None:
+        base.state = saved.state
 
 
 def _int8_weight_only_config(weight: Any) -> object | None:

@@ -1,4 +1,4 @@
-"""The only place that touches PEFT's mappings."""
+"""Registration of the PEFT method in PEFT's mappings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from moe_lora.tuner.model import MoELoraModel
 
 
 def register() -> None:
-    """Make `"MOE_LORA"` a PEFT method; calling it again changes nothing.
+    """Register `"MOE_LORA"` as a PEFT method; later calls have no effect.
 
-    `PeftType` is a closed enumeration, but all that saves, loads and injects only looks names up
-    in these mappings, where a string is as good a key.
+    `PeftType` is a closed enumeration, but PEFT saves, loads and injects by looking up names in
+    these mappings, and a string works as a key.
 
     Raises:
-        RuntimeError: when the name already belongs to another method.
+        RuntimeError: when the name is registered for another method.
     """
     entries: list[tuple[dict[Any, Any], Any]] = [
         (PEFT_TYPE_TO_CONFIG_MAPPING, MoELoraConfig),
@@ -31,6 +31,6 @@ def register() -> None:
     for mapping, value in entries:
         if mapping.setdefault(PEFT_TYPE, value) != value:
             raise RuntimeError(
-                f"Expected the PEFT method {PEFT_TYPE.value!r} to be free, but it is registered "
-                f"as {mapping[PEFT_TYPE]}."
+                f"Expected the PEFT method {PEFT_TYPE.value!r} to be unregistered, but it is "
+                f"registered as {mapping[PEFT_TYPE]}."
             )

@@ -1,4 +1,4 @@
-"""All or nothing: a model that is given back as it was when something fails."""
+"""Rollback of a model to its previous state when an operation fails."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moe_lora.routing.weights.context import RoutingContext
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Undo what an adapter's injection did to a model when the context ends in an error.
+    """Restore a model when the context ends in an error, for example in an adapter's injection.
 
-    Submodules, hooks, attributes and `requires_grad` are put back; the values of parameters are
-    not looked at, since injecting an adapter changes none.
+    Submodules, hooks, attributes and `requires_grad` are restored; the values of parameters are
+    not, since injecting an adapter changes none.
 
     Args:
         model: the model, or a wrapper around it.
@@ -30,13 +30,13 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         for value in vars(module).values()
         if isinstance(value, RoutingContext)
     }
-    kept = [(held, _copy(vars(held))) for held in (*modules, *contexts.values())]
+    snapshots = [(owner, _copy(vars(owner))) for owner in (*modules, *contexts.values())]
     try:
         yield
     except BaseException:
-        for held, (attributes, contents) in kept:
-            vars(held).clear()
-            vars(held).update(attributes)
+        for owner, (attributes, contents) in snapshots:
+            vars(owner).clear()
+            vars(owner).update(attributes)
             for container, content in contents:
                 _refill(container, content)
         for parameter, requires_grad in flags:
@@ -49,7 +49,7 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 def _copy(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Container, Container]]]:
-    # Subclasses may be frozen, as diffusers' configs are, and are then of no interest.
+    # Exact types only: subclasses may be frozen, as diffusers' configs are, and then never change.
     contents = [
         (value, value.copy()) for value in attributes.values() if type(value) in _CONTAINERS
     ]

@@ -1,4 +1,4 @@
-"""Take the mixtures out of a model that other tuners adapt, too."""
+"""Unloading mixtures from a model with adapters of other tuners."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def unload_beside_others(
     safe_merge: bool = False,
     adapter_names: list[str] | None = None,
 ) -> None:
-    """Remove this method's layers, routers and configurations, and leave other tuners' alone.
+    """Remove this method's layers, routers and configurations, and keep those of other tuners.
 
     Args:
         model: the adapted model.
         merge: merge the adapters into the base weights first.
-        safe_merge: refuse NaN and inf when merging.
-        adapter_names: which adapters are merged; the active ones by default.
+        safe_merge: check for NaN and inf when merging.
+        adapter_names: the adapters to merge; the active ones by default.
     """
     configs = cast(dict[str, PeftConfig], model.peft_config)
     ours = [name for name, config in configs.items() if config.peft_type == PEFT_TYPE]

@@ -64,7 +64,7 @@ def test_coin_boxes_hold_the_24_coins() -> None:
         assert 30 < columns.stop - columns.start < 70
 
 
-def test_jitter_keeps_the_range_and_changes_the_colours() -> None:
+def test_jitter_keeps_the_range_and_changes_the_colors() -> None:
     image = photographs.random_crop(rng(), photographs.load_photograph("flower"), SIZE)
     changed = photographs.jitter_colors(rng(), image)
     assert changed.min() >= 0

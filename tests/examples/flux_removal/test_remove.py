@@ -365,7 +365,7 @@ def test_by_default_the_image_stays_but_for_what_the_model_changed(
         ["--background", "no color"],
     ],
 )
-def test_flags_that_could_not_be_honoured_end_the_program(
+def test_flags_that_could_not_be_honored_end_the_program(
     flags: list[str], files: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit):

@@ -135,7 +135,7 @@ def test_an_initialization_that_changes_the_base_is_refused(make_mlp, tmp_path, 
     assert changed == (init.lower().partition("_n")[0] in ("pissa", "olora", "corda", "lora_ga"))
 
 
-def test_loftq_which_quantises_the_base_is_refused():
+def test_loftq_which_quantizes_the_base_is_refused():
     config = LoraConfig(init_lora_weights=True, loftq_config={}).to_dict()
     config |= {"init_lora_weights": "loftq", "loftq_config": vars(LoftQConfig())}
     with pytest.raises(ValueError, match="'loftq' changed the base weights"):

@@ -48,6 +48,8 @@ def test_guidance_of_samples_of_different_sizes_is_recognized():
     ],
 )
 def test_rows_whose_samples_are_not_proven_raise(given, latents):
-    expected = f"for the {len(latents)} samples of the call, .* but got {given}.* Give one for each"
+    expected = (
+        f"for the {len(latents)} samples of the call, .* but got {given}.* Pass one per sample"
+    )
     with pytest.raises(ValueError, match=expected):
         index(given, latents)

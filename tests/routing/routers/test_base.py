@@ -114,8 +114,8 @@ def test_a_subclass_without_logits_cannot_be_built():
 def test_init_kwargs_are_the_arguments_given():
     assert Linear(8).init_kwargs == {"width": 8}
     assert Linear(8, 4, scale=2.0).init_kwargs == {"width": 8, "experts": 4, "scale": 2.0}
-    given = Linear(width=8, colour="red").init_kwargs
-    assert given == {"width": 8, "colour": "red"}
+    given = Linear(width=8, color="red").init_kwargs
+    assert given == {"width": 8, "color": "red"}
     assert Linear(**given).init_kwargs == given
 
 

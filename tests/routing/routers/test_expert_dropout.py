@@ -100,7 +100,7 @@ def test_a_probability_outside_its_range_raises(p):
 
 
 @pytest.mark.parametrize("by_token", [False, True])
-def test_the_layers_get_renormalised_weights_and_the_decision_keeps_all(by_token):
+def test_the_layers_get_renormalized_weights_and_the_decision_keeps_all(by_token):
     model, x = adapted(0.5, by_token=by_token), torch.randn(40, 3, 6)
     model(x)
     decision, weights = moe_lora.current_routing(model), used(model)
@@ -167,7 +167,7 @@ def test_draws_are_those_of_the_seed():
     assert not torch.equal(found[0], found[2])
 
 
-def test_an_only_hint_is_honoured():
+def test_an_only_hint_is_honored():
     model = adapted(0.9)
     moe_lora.set_router_inputs(model, task_hint="background_only")
     model(torch.randn(50, 3, 6))

@@ -183,7 +183,7 @@ def test_an_unknown_mode_raises():
         (torch.zeros(2, 15, 6), torch.zeros(3, 1, 24, 40), GRID, r"`mask` to have shape \(2, 1"),
         (torch.zeros(2, 15, 6), torch.zeros(2, 24, 40), GRID, r"`mask` to have shape \(2, 1"),
         (torch.zeros(2, 15, 6), torch.zeros(2, 1, 24, 40), None, "Expected `grid_size`, the"),
-        (torch.zeros(2, 15, 6), torch.zeros(2, 1, 24, 40), (4, 4), "to give 15 tokens, but got"),
+        (torch.zeros(2, 15, 6), torch.zeros(2, 1, 24, 40), (4, 4), "to have 15 tokens, but got"),
     ],
 )
 def test_shapes_that_disagree_raise(hidden, mask, grid, message):

@@ -32,7 +32,7 @@ def test_uniform_gives_one_over_e(experts):
 
 
 def test_uniform_needs_to_know_its_experts():
-    with pytest.raises(ValueError, match="call configure"):
+    with pytest.raises(ValueError, match="Call configure"):
         UniformRouter()(call())
 
 

@@ -42,7 +42,9 @@ def test_a_reloaded_class_takes_its_own_name_again():
 def test_another_class_may_not_take_a_name(other):
     held = make()
     register_router("mine")(held)
-    with pytest.raises(ValueError, match="Expected a free router name, but 'mine' already names"):
+    with pytest.raises(
+        ValueError, match="Expected a new router name, but 'mine' is already registered for"
+    ):
         register_router("mine")(make(*other))
     assert router_class("mine") is held
 

@@ -16,10 +16,10 @@ from moe_lora.routing.routers.removal import REMOVAL_EXPERTS
 GRID, DIM = (6, 8), 5
 
 
-def box(*places):
+def box(*positions):
     """Return masks of 96 x 128 pixels, each full in rows and columns of tokens."""
-    mask = torch.zeros(len(places), 1, 96, 128)
-    for index, (top, bottom, left, right) in enumerate(places):
+    mask = torch.zeros(len(positions), 1, 96, 128)
+    for index, (top, bottom, left, right) in enumerate(positions):
         mask[index, :, top * 16 : bottom * 16, left * 16 : right * 16] = 1
     return mask
 
@@ -41,7 +41,7 @@ def make(**kwargs):
     return TokenRemovalRouter(DIM, **kwargs).configure(REMOVAL_EXPERTS).eval()
 
 
-def test_at_first_the_place_of_a_token_decides():
+def test_initially_the_position_of_a_token_decides():
     chosen = make()(call(box((1, 5, 2, 7)))).weights.argmax(-1).view(GRID)
     for row in range(GRID[0]):
         for column in range(GRID[1]):
@@ -136,5 +136,5 @@ def test_it_is_named_saved_loaded_and_trained_in_flux_fill(make_flux, make_flux_
     loaded(**call), (first := moe_lora.current_routing(loaded).weights)
     loaded(**later)
     assert not torch.allclose(moe_lora.current_routing(loaded).weights, first)
-    with pytest.raises(ValueError, match="TokenRemovalRouter chooses them for every input"):
+    with pytest.raises(ValueError, match="TokenRemovalRouter computes them from the input"):
         loaded.merge_adapter()

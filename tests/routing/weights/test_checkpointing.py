@@ -160,9 +160,9 @@ def test_a_reentrant_checkpoint_is_right_where_they_require_none(weights):
     assert_same_gradients(results[0], results[1])
 
 
-@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("given", [False, True])
-def test_second_order_gradients_are_those_without_checkpointing(given, taught):
+def test_second_order_gradients_are_those_without_checkpointing(given, masked):
     results = []
     for model in (adapted(Checkpointed(direct)), adapted(Checkpointed(use_reentrant=False))):
         w = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]], requires_grad=True)
@@ -170,7 +170,7 @@ def test_second_order_gradients_are_those_without_checkpointing(given, taught):
         expert_grad_mask = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
         with (
             moe_lora.route(model, w.softmax(-1)) if given else nullcontext(),
-            moe_lora.routing.teach_experts(model, expert_grad_mask) if taught else nullcontext(),
+            moe_lora.routing.teach_experts(model, expert_grad_mask) if masked else nullcontext(),
         ):
             out = model(torch.linspace(-1, 1, 8).view(2, 4))
         first = torch.autograd.grad(out.square().sum(), learned, create_graph=True)

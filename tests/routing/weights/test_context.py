@@ -16,13 +16,13 @@ W = torch.tensor([[0.5, 0.3, 0.2]])
 
 
 def routing() -> Routing:
-    return Routing.of({"a": W})
+    return Routing.from_weights({"a": W})
 
 
 @pytest.fixture
 def context() -> RoutingContext:
     made = RoutingContext()
-    made.required.add("a")
+    made.routed_adapters.add("a")
     return made
 
 
@@ -30,8 +30,8 @@ def test_passes_nest_and_give_the_outer_one_back(context):
     outer, inner = routing(), routing()
     with context.use(outer):
         with context.use(inner):
-            assert context.of_adapter("a") is inner
-        assert context.of_adapter("a") is outer
+            assert context.routing_for("a") is inner
+        assert context.routing_for("a") is outer
     assert context.current() is None
 
 
@@ -52,17 +52,17 @@ def test_another_thread_has_no_part_in_a_pass(context):
 
 def test_without_a_pass_an_adapter_with_a_router_raises_and_another_is_uniform(context):
     with pytest.raises(RuntimeError, match=r"moe_lora\.route"):
-        context.of_adapter("a")
-    assert context.of_adapter("b").weights == {}
+        context.routing_for("a")
+    assert context.routing_for("b").weights == {}
 
 
 def test_a_pass_that_says_nothing_of_an_adapter_with_a_router_raises(context):
     with context.use(Routing({"b": None})), pytest.raises(RuntimeError, match="'a'"):
-        context.of_adapter("a")
+        context.routing_for("a")
 
 
 def test_the_end_of_a_pass_that_never_began_does_no_harm(context):
-    assert context.leave(1) is None
+    assert context.exit(1) is None
     with context.use(routing()):
         assert context.current() is not None
 
@@ -72,8 +72,8 @@ def test_the_end_of_a_pass_that_never_began_does_no_harm(context):
 )
 def test_copies_are_of_one_lineage_and_require_by_themselves(context, copied):
     other = copied(context)
-    other.required = {*other.required, "b"}
-    assert context.required == {"a"}
+    other.routed_adapters = {*other.routed_adapters, "b"}
+    assert context.routed_adapters == {"a"}
     with context.use(routing()) as _:
         assert other.current() is context.current()
     stranger = RoutingContext()

@@ -6,25 +6,25 @@ import pickle
 import pytest
 import torch
 
-from moe_lora.routing.weights.routing import Routing, without_weight
+from moe_lora.routing.weights.routing import Routing, zero_expert_weight
 
 W = torch.tensor([[0.5, 0.3, 0.2], [0.0, 1.0, 0.0]])
 
 
 def test_a_routing_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Routing.of({"a": W}).weights = {}
+        Routing.from_weights({"a": W}).weights = {}
 
 
 def test_every_routing_has_a_version_of_its_own_and_uniform_ones_share_theirs():
-    versions = [int(Routing.of({"a": W}).version) for _ in range(3)]
+    versions = [int(Routing.from_weights({"a": W}).version) for _ in range(3)]
     assert len(set(versions)) == 3
     assert int(Routing({"a": None}).version) == int(Routing().version) == 0
     assert 0 not in versions
 
 
 def test_what_changes_a_routing_makes_another_one():
-    routing = Routing.of({"a": W, "b": None})
+    routing = Routing.from_weights({"a": W, "b": None})
     masked = routing.with_grad_mask(torch.ones(2, 3))
     ablated = routing.without_expert("b", 0, 2, renormalize=True)
     assert routing.expert_grad_mask is None
@@ -39,7 +39,7 @@ def test_what_changes_a_routing_makes_another_one():
     [(W, 2, True), (W, 3, False), (W, None, False), (W[0], 2, False), (W[None], 2, False)],
 )
 def test_experts_are_chosen_per_sample_where_not_all_count(weights, k, chosen):
-    routing = Routing.of({"a": weights}, {"a": k})
+    routing = Routing.from_weights({"a": weights}, {"a": k})
     assert ("a" in routing.expert_indices) == chosen
     if chosen:
         assert routing.expert_indices["a"].shape == (2, k)
@@ -48,17 +48,17 @@ def test_experts_are_chosen_per_sample_where_not_all_count(weights, k, chosen):
 
 def test_weights_per_layer_are_those_of_the_layer():
     weights = torch.rand(2, 4, 3)
-    routing = Routing.of({"a": weights}, {"a": 1}, {"a": "layers"})
-    found, indices = routing.of_layer("a", torch.tensor([2]))
+    routing = Routing.from_weights({"a": weights}, {"a": 1}, {"a": "layers"})
+    found, indices = routing.select_layer("a", torch.tensor([2]))
     assert torch.equal(found, weights[:, 2])
     assert torch.equal(indices, weights[:, 2].topk(1).indices)
-    assert routing.grid_of("a") is None
+    assert routing.token_grid("a") is None
 
 
 def test_only_token_weights_of_an_image_have_a_grid():
-    routing = Routing.of({"a": torch.rand(1, 6, 3), "b": W}, dimension={"a": (2, 3)})
-    assert routing.grid_of("a") == (2, 3)
-    assert routing.grid_of("b") is None
+    routing = Routing.from_weights({"a": torch.rand(1, 6, 3), "b": W}, dimension={"a": (2, 3)})
+    assert routing.token_grid("a") == (2, 3)
+    assert routing.token_grid("b") is None
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_routings_are_compared_by_their_values(other, same):
 
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_a_lone_expert_that_is_left_out_leaves_nothing(renormalize):
-    assert without_weight(W, 1, renormalize=renormalize)[1].tolist() == [0.0, 0.0, 0.0]
+    assert zero_expert_weight(W, 1, renormalize=renormalize)[1].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_versions_are_on_the_cpu_and_can_be_saved_for_backward():
     with torch.device("meta"), torch.inference_mode():
-        version = Routing.of({"a": W}).version
+        version = Routing.from_weights({"a": W}).version
     assert version.device.type == "cpu"
     assert not version.is_inference()
     assert pickle.loads(pickle.dumps(int(version))) == int(version)

@@ -1,4 +1,4 @@
-"""Which experts count under `top_k`, and which weights gradient reaches."""
+"""Experts with non-zero weights under `top_k`, and the gradients of the weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SIGNED = {
 
 @pytest.mark.parametrize("weights", SIGNED.values(), ids=SIGNED)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_top_k_computes_what_all_experts_do_and_teaches_those_that_count(kind, weights):
+def test_top_k_computes_the_full_mixture_and_trains_the_experts_with_weight(kind, weights):
     make, shape = LAYERS[kind]
     config = MoELoraConfig(r=2, num_experts=E, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(nn.Sequential(make()), config)

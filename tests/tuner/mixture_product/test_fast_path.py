@@ -248,7 +248,7 @@ def test_a_model_of_fake_tensors():
         }
     # `moe_lora.route` would look at values.
     state = moe_lora.routing.control.routing_state(adapted.model)
-    with state.steered(override=Override(weights)), mode:
+    with state.steer(override=Override(weights)), mode:
         out = torch.func.functional_call(adapted.net, learned, (x,))
     assert out.shape == x.shape
 
@@ -364,7 +364,7 @@ WATCHERS = {
 
 @pytest.mark.parametrize("shape", [(2, 4, 6), (2, 6)])
 @pytest.mark.parametrize("watcher", WATCHERS.values(), ids=WATCHERS)
-def test_what_watches_the_base_layer_sees_its_call(watcher, shape):
+def test_hooks_and_patches_of_the_base_layer_are_called(watcher, shape):
     config = MoELoraConfig(r=R, lora_alpha=R, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(nn.Sequential(BASE), config)
     x = torch.randn(shape, requires_grad=True)
@@ -406,7 +406,7 @@ def test_a_tensor_subclass_stays_one(kind):
         assert Logged.functions.count(F.linear) == 2 * 3  # the base's, A and B of two layers
 
 
-def test_nothing_watches_by_itself_or_under_a_default_device():
+def test_fusing_is_possible_by_default_and_under_a_default_device():
     x = torch.randn(2, 6)
     assert can_fuse(x, nn.Parameter(x), None)
     assert is_plain_linear(BASE)

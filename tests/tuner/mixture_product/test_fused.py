@@ -22,11 +22,11 @@ TOLERANCE = {
     torch.bfloat16: 2e-2,
     torch.float16: 5e-3,
 }
-LEARNERS = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
-CHOSEN = torch.tensor([[0, 2], [2, 1]])
+EXPERT_GRAD_MASK = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+EXPERT_INDICES = torch.tensor([[0, 2], [2, 1]])
 
 
-class Watching(TorchFunctionMode):
+class PlainMode(TorchFunctionMode):
     """A mode that changes nothing, with which nothing is fused."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -35,24 +35,24 @@ class Watching(TorchFunctionMode):
 
 @contextmanager
 def plainly():
-    with Watching():
+    with PlainMode():
         assert not can_fuse()
         yield
 
 
 def weights_of(kind, shape):
-    places = shape[1:-1]
+    positions = shape[1:-1]
     sizes = {
         "fixed": (E,),
-        "sample": (shape[0], *[1] * len(places), E),
+        "sample": (shape[0], *[1] * len(positions), E),
         "token": (*shape[:-1], E),
-        "row": (shape[0], *places[:1], *[1] * (len(places) - 1), E),
+        "row": (shape[0], *positions[:1], *[1] * (len(positions) - 1), E),
     }
     return None if kind == "uniform" else torch.rand(sizes[kind], dtype=torch.float64) - 0.3
 
 
-def apart(tensor, shape):
-    """Give a tensor per sample the dimensions of an input."""
+def expand_to(tensor, shape):
+    """Reshape a tensor per sample to broadcast against an input."""
     return tensor.view(tensor.shape[0], *[1] * (len(shape) - 2), tensor.shape[-1])
 
 
@@ -61,7 +61,7 @@ def apart(tensor, shape):
     shape=st.sampled_from([(2, D_IN), (2, 3, D_IN), (2, 2, 3, D_IN), (0, 3, D_IN), (2, 0, D_IN)]),
     kind=st.sampled_from(["uniform", "fixed", "sample", "token", "row"]),
     choose=st.booleans(),
-    teach=st.booleans(),
+    use_mask=st.booleans(),
     layer=st.booleans(),
     bias=st.booleans(),
     dtype=st.sampled_from(list(TOLERANCE)),
@@ -71,7 +71,7 @@ def apart(tensor, shape):
     seed=st.integers(0, 2**31),
 )
 def test_fused_and_plain_operations_agree(
-    shape, kind, choose, teach, layer, bias, dtype, expert_dtype, autocast, frozen, seed
+    shape, kind, choose, use_mask, layer, bias, dtype, expert_dtype, autocast, frozen, seed
 ):
     torch.manual_seed(seed)
     batch = shape[0]
@@ -88,8 +88,8 @@ def test_fused_and_plain_operations_agree(
         base = torch.randn(*shape[:-1], D_OUT).to(dtype)
     # Layers choose for tokens of samples of which each has weights of its own.
     choose = choose and kind == "sample" and len(shape) > 2
-    expert_indices = apart(CHOSEN[:batch], shape) if choose else None
-    expert_grad_mask = apart(LEARNERS[:batch].float(), shape) if teach else None
+    expert_indices = expand_to(EXPERT_INDICES[:batch], shape) if choose else None
+    expert_grad_mask = expand_to(EXPERT_GRAD_MASK[:batch].float(), shape) if use_mask else None
     learned = {n: t for n, t in operands.items() if t is not None and n not in frozen}
     for tensor in learned.values():
         tensor.requires_grad_()
@@ -126,7 +126,7 @@ def test_second_derivatives(kind, shape, choose, layer):
     if choose and (kind != "sample" or len(shape) == 2):
         pytest.skip("layers choose for tokens of samples only")
     weight = torch.randn(D_OUT, D_IN, dtype=torch.float64)
-    expert_indices = apart(CHOSEN, shape) if choose else None
+    expert_indices = expand_to(EXPERT_INDICES, shape) if choose else None
 
     def run(x, lora_A, lora_B, base, *weights):
         mix = mixture_operands(lora_A, lora_B, weights[0] if weights else None, 0.5, expert_indices)
@@ -165,7 +165,7 @@ def test_weights_that_depend_on_the_input_are_differentiated_twice():
 @pytest.mark.parametrize("kind", ["uniform", "fixed", "sample"])
 @pytest.mark.parametrize("choose", [False, True])
 @pytest.mark.parametrize("shape", [(2, D_IN), (2, 3, D_IN), (2, 2, 3, D_IN)])
-def test_experts_that_are_not_taught_get_no_gradient_of_any_order(shape, choose, kind, plain):
+def test_masked_experts_get_no_gradient_of_any_order(shape, choose, kind, plain):
     if choose and (kind != "sample" or len(shape) == 2):
         pytest.skip("layers choose for tokens of samples only")
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -175,7 +175,7 @@ def test_experts_that_are_not_taught_get_no_gradient_of_any_order(shape, choose,
     lora_A = torch.randn(E, R, D_IN, dtype=torch.float64, requires_grad=True)
     lora_B = torch.randn(D_OUT, E, R, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(D_OUT, D_IN, dtype=torch.float64)
-    expert_indices = apart(CHOSEN, shape) if choose else None
+    expert_indices = expand_to(EXPERT_INDICES, shape) if choose else None
 
     def penalty(A, B, expert_grad_mask):
         mix = mixture_operands(A, B, weights, 0.5, expert_indices, expert_grad_mask)
@@ -188,11 +188,11 @@ def test_experts_that_are_not_taught_get_no_gradient_of_any_order(shape, choose,
         return torch.autograd.grad(penalty(lora_A, lora_B, expert_grad_mask), [lora_A, lora_B, x])
 
     def oracle():
-        """Every sample by itself, with experts of which those that are not taught are constants."""
+        """Every sample separately, with the masked experts as constants."""
         if kind == "fixed":
             return None  # the penalty on shared weights is no sum over samples
         total = [torch.zeros_like(t) for t in (lora_A, lora_B, x)]
-        for i, row in enumerate(LEARNERS):
+        for i, row in enumerate(EXPERT_GRAD_MASK):
             one = x[i : i + 1].detach().requires_grad_()
             A = torch.stack([a if t else a.detach() for a, t in zip(lora_A, row, strict=True)])
             B = torch.stack(
@@ -203,7 +203,7 @@ def test_experts_that_are_not_taught_get_no_gradient_of_any_order(shape, choose,
                 w = weights.detach()[i : i + 1].requires_grad_()
             kept = w
             if choose:
-                kept = w * torch.zeros(E).double().index_fill(0, CHOSEN[i], 1.0)
+                kept = w * torch.zeros(E).double().index_fill(0, EXPERT_INDICES[i], 1.0)
             out = one @ weight.T
             for e in range(E):
                 out = out + 0.5 * kept[..., e, None] * (one @ A[e].T @ B[:, e].T)
@@ -217,10 +217,10 @@ def test_experts_that_are_not_taught_get_no_gradient_of_any_order(shape, choose,
 
     if plain:
         with plainly():
-            found = gradients(apart(LEARNERS, shape))
+            found = gradients(expand_to(EXPERT_GRAD_MASK, shape))
     else:
-        found = gradients(apart(LEARNERS, shape))
-    nobody = gradients(torch.zeros_like(apart(LEARNERS, shape)))
+        found = gradients(expand_to(EXPERT_GRAD_MASK, shape))
+    nobody = gradients(torch.zeros_like(expand_to(EXPERT_GRAD_MASK, shape)))
     assert not nobody[0].any()
     assert not nobody[1].any()
     torch.testing.assert_close(found[2], nobody[2], rtol=1e-9, atol=1e-9)

@@ -196,13 +196,15 @@ def test_the_sum_may_be_modified_in_place(base, shape):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-LEARNERS = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+EXPERT_GRAD_MASK = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", ["sample", "uniform"])
-def test_a_sample_teaches_only_its_experts_and_everything_else(shape, kind, compiling, monkeypatch):
+def test_the_gradient_mask_blocks_the_parameters_of_experts_only(
+    shape, kind, compiling, monkeypatch
+):
     x, lora_A, lora_B = (t.requires_grad_() for t in draw(shape, torch.float64))
     weight = torch.randn(D_OUT, D_IN, dtype=torch.float64)
     w = torch.rand(2, E, dtype=torch.float64).requires_grad_() if kind == "sample" else None
@@ -219,24 +221,26 @@ def test_a_sample_teaches_only_its_experts_and_everything_else(shape, kind, comp
     plain, expected = gradients(slice(None), None)
     one_by_one = [gradients(slice(i, i + 1), None)[1] for i in range(2)]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    out, found = gradients(slice(None), LEARNERS)
+    out, found = gradients(slice(None), EXPERT_GRAD_MASK)
     torch.testing.assert_close(out, plain, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-10, atol=1e-10)
-    of_A = sum(g[1] * LEARNERS[i].view(-1, 1, 1) for i, g in enumerate(one_by_one))
-    of_B = sum(g[2] * LEARNERS[i].view(1, -1, 1) for i, g in enumerate(one_by_one))
+    of_A = sum(g[1] * EXPERT_GRAD_MASK[i].view(-1, 1, 1) for i, g in enumerate(one_by_one))
+    of_B = sum(g[2] * EXPERT_GRAD_MASK[i].view(1, -1, 1) for i, g in enumerate(one_by_one))
     torch.testing.assert_close(found[1], of_A, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(found[2], of_B, rtol=1e-10, atol=1e-10)
     if w is not None:
         torch.testing.assert_close(found[3], expected[3], rtol=1e-10, atol=1e-10)
 
 
-def test_chosen_experts_are_taught_alike():
+def test_the_gradient_mask_applies_to_selected_experts():
     x, lora_A, lora_B = (t.requires_grad_() for t in draw((2, 7, D_IN), torch.float64))
     base = torch.randn(2, 7, D_OUT, dtype=torch.float64)
     w = torch.tensor([[0.0, 0.4, 0.6], [0.7, 0.3, 0.0]], dtype=torch.float64).unsqueeze(1)
     results = []
     for expert_indices in (None, w.topk(2).indices):
-        mix = mixture_operands(lora_A, lora_B, w, 0.5, expert_indices, LEARNERS.unsqueeze(1))
+        mix = mixture_operands(
+            lora_A, lora_B, w, 0.5, expert_indices, EXPERT_GRAD_MASK.unsqueeze(1)
+        )
         out = add_mixture(x, mix, base)
         results.append(torch.autograd.grad(out.square().sum(), [x, lora_A, lora_B]))
     for found, wanted in zip(*results, strict=True):

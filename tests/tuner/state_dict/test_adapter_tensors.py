@@ -191,9 +191,9 @@ def test_another_tuner_beside_the_mixture_leaves_its_keys_alone(
     order = [(mixture, "mixture"), (other, "style")]
     for one, name in reversed(order) if first else order:
         model = inject_adapter_in_model(one, model, name)
-    places = moe_lora.tuner.state_dict.adapter_tensors.adapter_tensors
-    for name, tensor in places(model, "mixture").items():
-        places(alone, "mixture")[name].data.copy_(tensor)
+    parameters_of = moe_lora.tuner.state_dict.adapter_tensors.adapter_tensors
+    for name, tensor in parameters_of(model, "mixture").items():
+        parameters_of(alone, "mixture")[name].data.copy_(tensor)
     set_adapter(model, ["mixture", "style"])
     if deleted:
         prefix = "lora_" if kind == "lora" else "hada_"
@@ -245,7 +245,7 @@ def test_other_beginnings_of_keys_are_named(make_mlp, tmp_path):
     with pytest.raises(ValueError, match=r"it has them in 'inner'\. Load the adapter into that"):
         load_adapter(nn.ModuleDict({"inner": make_mlp()}), folder)
     write(folder, {n.replace("model.first", "model.part.first"): t for n, t in tensors.items()})
-    with pytest.raises(ValueError, match=r"without the beginning 'part\.'"):
+    with pytest.raises(ValueError, match=r"without the prefix 'part\.'"):
         load_adapter(make_mlp(), folder)
 
 
@@ -336,7 +336,7 @@ def test_no_checkpoint_is_replaced_by_one_that_would_not_load(make_mlp, tmp_path
 def test_a_state_dict_that_lacks_experts_is_refused_by_stock_saving(make_mlp, tmp_path):
     model = get_peft_model(make_mlp(), MoELoraConfig(target_modules=["first"]))
     state = {n: t for n, t in model.state_dict().items() if "lora_B" not in n}
-    with pytest.raises(ValueError, match="Expected the state dict to have all"):
+    with pytest.raises(ValueError, match="Expected the state dict to have all keys"):
         model.save_pretrained(tmp_path, state_dict=state)
     assert get_peft_model_state_dict(model, state_dict={}) == {}
 

@@ -16,12 +16,12 @@ def named_arguments(
     """Return the arguments of `model(*args, **kwargs)` by parameter name.
 
     Args:
-        model: the model that is called.
+        model: the called model.
         args: positional arguments.
-        kwargs: keyword arguments; those that `**kwargs` of the model takes keep their names.
+        kwargs: keyword arguments; those in the model's `**kwargs` keep their names.
 
     Raises:
-        TypeError: the model's `forward` does not take these arguments.
+        TypeError: when the model's `forward` does not take these arguments.
     """
     signature = _signature(type(model).forward)
     arguments = dict(signature.bind_partial(model, *args, **kwargs).arguments)

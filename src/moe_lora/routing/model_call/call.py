@@ -1,4 +1,4 @@
-"""One call of an adapted model, read once."""
+"""One call of an adapted model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from moe_lora.routing.inputs import GivenInputs, RouterInputs
 from moe_lora.routing.model_call.arguments import named_arguments
 from moe_lora.routing.model_call.image_tokens import Grid, ImageTokens, find_image_tokens
 from moe_lora.routing.model_call.latents import (
+    average_frames,
+    find_timestep,
     named_latents,
-    one_image,
-    readable_latents,
-    timestep_of,
+    router_latents,
 )
 from moe_lora.routing.model_call.samples import sample_index
 
@@ -28,10 +28,10 @@ _FILL_PIXELS = 16
 
 @dataclass(frozen=True, eq=False)
 class ModelCall:
-    """What one call of a model says. Every property is computed once, when it is first asked for.
+    """One call of a model. Every property is computed once, at its first use.
 
     Args:
-        model: the model that is called.
+        model: the called model.
         arguments: the call's arguments by parameter name.
 
     Example:
@@ -52,7 +52,7 @@ class ModelCall:
         """Read the call `model(*args, **kwargs)`.
 
         Args:
-            model: the model that is called.
+            model: the called model.
             args: positional arguments.
             kwargs: keyword arguments.
         """
@@ -65,50 +65,51 @@ class ModelCall:
 
     @cached_property
     def named_latents(self) -> Tensor | list[Tensor] | None:
-        """Return the latents that stand under a known name; `None` where none do."""
+        """Return the latents with a known argument name, or `None`."""
         return named_latents(self.arguments)
 
     @cached_property
     def latents(self) -> Tensor:
-        """Return the latents for a router, as `readable_latents` finds them."""
-        return readable_latents(self.arguments)
+        """Return the latents for a router; see `router_latents`."""
+        return router_latents(self.arguments)
 
     @cached_property
     def image_tokens(self) -> ImageTokens | None:
-        """Return the image's place among the packed tokens `(B, T, D)`, if the call says it."""
+        """Return the position of the image in the packed tokens `(B, T, D)`, if it is known."""
         return find_image_tokens(self.arguments, self.latents.shape[1], self.family.references)
 
     def router_inputs(
         self, given: GivenInputs | None = None, analyze: Callable[[Tensor], MaskInfo] = analyze
     ) -> RouterInputs:
-        """Make the inputs of a router.
+        """Create the inputs of a router.
 
-        FLUX Fill (384 input channels) and 9-channel inpainting UNets carry their mask, which is
-        recovered and split off. What the caller gives wins over what the call carries.
+        The latents of FLUX Fill (384 input channels) and 9-channel inpainting UNets contain the
+        mask: it is recovered, and its channels are removed. Inputs given by the caller override
+        those of the call.
 
-        Images become one token per latent pixel. Videos are averaged over their frames, since one
-        mask serves every frame. Packed tokens of references are left out where the call says which
-        they are. For masks of fewer samples see `sample_index`.
+        Images become one token per latent pixel. Videos are averaged over their frames, since all
+        frames share one mask. Packed tokens of references are excluded if the call identifies
+        them. For masks of fewer samples see `sample_index`.
 
         Args:
-            given: what the caller gave by `set_router_inputs`.
-            analyze: makes a `MaskInfo` of a mask that the call carries.
+            given: the caller's inputs, from `set_router_inputs`.
+            analyze: computes the `MaskInfo` of a mask in the latents.
 
         Raises:
-            ValueError: the call holds no tensor to read, or the sizes contradict each other.
+            ValueError: when the call has no tensor for a router, or contradictory sizes.
         """
         given = given or GivenInputs()
-        image = one_image(self.latents, self.family.video_axes)
+        image = average_frames(self.latents, self.family.video_axes)
         tokens, grid = self._visual_tokens(image, given.grid_size)
         info, carried = given.mask_info, self._carried_mask(tokens)
         if carried is not None:
             if info is None:
                 info = analyze(_read_mask(carried, image, tokens, grid))
-            tokens = _without_mask(tokens, carried)
+            tokens = _drop_mask_channels(tokens, carried)
         return RouterInputs(
             hidden_states=tokens,
-            mask_info=None if info is None else self._match_mask(info),
-            timestep=timestep_of(self.arguments, tokens),
+            mask_info=None if info is None else self._expand_mask_info(info),
+            timestep=find_timestep(self.arguments, tokens),
             timestep_range=given.timestep_range or self.family.timestep_range,
             task_hint=given.task_hint,
             grid_size=grid,
@@ -124,7 +125,7 @@ class ModelCall:
         if image.shape[1] == input_channels(self.model) != image.shape[2]:
             return image.transpose(1, 2), grid
         if grid is None and self.image_tokens is not None:
-            return self.image_tokens.one_image(image), self.image_tokens.grid
+            return self.image_tokens.average_frames(image), self.image_tokens.grid
         return image, grid
 
     def _carried_mask(self, tokens: Tensor) -> CarriedMask | None:
@@ -133,7 +134,7 @@ class ModelCall:
             return None
         return carried if tokens.shape[-1] == carried.channels else None
 
-    def _match_mask(self, info: MaskInfo) -> MaskInfo:
+    def _expand_mask_info(self, info: MaskInfo) -> MaskInfo:
         index = sample_index(info.mask.shape[0], self.latents)
         return info if index is None else info.select(index)
 
@@ -143,12 +144,12 @@ def _read_mask(carried: CarriedMask, image: Tensor, tokens: Tensor, grid: Grid |
         return from_inpainting_unet(image)
     if grid is None:
         raise ValueError(
-            "Expected `img_ids` in the call, from which the token grid is read, but got none. Give "
-            "the grid with moe_lora.set_router_inputs(model, grid_size=(rows, columns))."
+            "Expected `img_ids` in the call, which determine the token grid, but got none. Set the "
+            "grid with moe_lora.set_router_inputs(model, grid_size=(rows, columns))."
         )
     return from_flux_fill(tokens, _FILL_PIXELS * grid[0], _FILL_PIXELS * grid[1])
 
 
-def _without_mask(tokens: Tensor, carried: CarriedMask) -> Tensor:
+def _drop_mask_channels(tokens: Tensor, carried: CarriedMask) -> Tensor:
     before, after = tokens[..., : carried.first], tokens[..., carried.stop :]
     return torch.cat([before, after], dim=-1) if after.shape[-1] else before

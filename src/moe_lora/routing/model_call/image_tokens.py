@@ -1,4 +1,4 @@
-"""Which of a call's packed tokens are the image."""
+"""The image among the packed tokens of a call."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The image's place among packed tokens; the other tokens are references.
+    """Position of the image in the packed tokens; the other tokens are references.
 
     Args:
         total: number of packed tokens.
-        first: index of the image's first token.
-        frames: number of frames of the image.
+        first: index of the first image token.
+        frames: number of frames.
         grid: `(rows, columns)` of a frame.
     """
 
@@ -33,22 +33,25 @@ class ImageTokens:
 
     @property
     def count(self) -> int:
-        """Return the number of the image's tokens."""
+        """Return the number of image tokens."""
         return self.frames * self.grid[0] * self.grid[1]
 
-    def one_image(self, hidden: Tensor) -> Tensor:
-        """Average the image's tokens over its frames, `(B, total, D)` to `(B, T, D)`."""
+    def average_frames(self, hidden: Tensor) -> Tensor:
+        """Average the image tokens over the frames, `(B, total, D)` to `(B, T, D)`."""
         image = hidden[:, self.first : self.first + self.count]
         averaged: Tensor = image.unflatten(1, (self.frames, -1)).mean(dim=1)
         return averaged
 
-    def spread(self, weights: Tensor) -> Tensor:
-        """Extend token weights to all packed tokens, `(B, T, E)` to `(B, total, E)`.
+    def expand_weights(self, weights: Tensor) -> Tensor:
+        """Expand token weights to all packed tokens, `(B, T, E)` to `(B, total, E)`.
 
-        Every frame takes the weights of one frame, and references the mean over the image.
+        Every frame gets the weights of one frame, and references get the mean over the image.
+
+        Args:
+            weights: `(B, T, E)`, for the tokens of a frame, of the image or of the call.
 
         Raises:
-            ValueError: for another `T` than that of a frame, of the image or of all tokens.
+            ValueError: for any other number of tokens.
         """
         tokens = weights.shape[1]
         if tokens == self.total:
@@ -70,57 +73,56 @@ def find_image_tokens(
 ) -> ImageTokens | None:
     """Find the image among packed tokens.
 
-    FLUX numbers its tokens (`img_ids`), Qwen-Image gives the sizes of its images (`img_shapes`),
-    LTX its own (`num_frames`, `height`, `width`).
+    The position follows from the token ids of FLUX (`img_ids`), the image sizes of Qwen-Image
+    (`img_shapes`) or the video size of LTX (`num_frames`, `height`, `width`).
 
     Args:
         arguments: the call's arguments by name.
         total: number of packed tokens.
-        references: where the model's family puts reference images.
+        references: position of reference images in the model's family.
 
     Returns:
-        The image's tokens; None where no argument describes them.
+        The image tokens; `None` when no argument describes them.
 
     Raises:
-        ValueError: the arguments contradict the number of tokens.
+        ValueError: when the arguments contradict the number of tokens.
     """
     if arguments.get("img_ids") is not None:
-        return _numbered(arguments["img_ids"], total)
-    shape = _shape_of_image(arguments, 0 if references == "last" else -1)
+        return _from_token_ids(arguments["img_ids"], total)
+    shape = _image_shape(arguments, 0 if references == "last" else -1)
     if shape is None:
         return None
     frames, rows, columns = shape
     tokens = frames * rows * columns
     if tokens > total:
         raise ValueError(
-            f"Expected {frames} * {rows} * {columns} image tokens (frames, rows, columns), as the "
-            f"call says, but got {total}."
+            f"Expected {frames} * {rows} * {columns} image tokens (frames, rows, columns), from "
+            f"the arguments of the call, but got {total}."
         )
     first = 0 if references == "last" else total - tokens
     return ImageTokens(total, first, frames, (rows, columns))
 
 
-def _shape_of_image(arguments: Mapping[str, Any], place: int) -> tuple[int, int, int] | None:
+def _image_shape(arguments: Mapping[str, Any], index: int) -> tuple[int, int, int] | None:
     # Qwen-Image: (frames, rows, columns) of every image of every sample. LTX: three arguments.
     shapes = arguments.get("img_shapes")
     if shapes is None:
         shapes = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
         return None if None in shapes else (int(shapes[0]), int(shapes[1]), int(shapes[2]))
     samples = shapes if isinstance(shapes, list) else [shapes]
-    own = {tuple(images[place]) if isinstance(images, list) else images for images in samples}
-    if len(own) > 1:
+    sizes = {tuple(images[index]) if isinstance(images, list) else images for images in samples}
+    if len(sizes) > 1:
         raise ValueError(
-            f"Expected images of one size for the router to read, but got `img_shapes` {shapes}. "
-            "Call the model once for each size, or route by hand with "
-            "moe_lora.route(model, weights)."
+            f"Expected images of one size for the router, but got `img_shapes` {shapes}. Call the "
+            "model once per size, or set the weights with moe_lora.route(model, weights)."
         )
-    frames, rows, columns = own.pop()
+    frames, rows, columns = sizes.pop()
     return int(frames), int(rows), int(columns)
 
 
-def _numbered(ids: Tensor, total: int) -> ImageTokens:
-    # ids[..., 1] is the row, ids[..., 2] the column; ids[..., 0] tells the reference images that
-    # follow from the image.
+def _from_token_ids(ids: Tensor, total: int) -> ImageTokens:
+    # ids[..., 1] is the row, ids[..., 2] the column; ids[..., 0] distinguishes the image from the
+    # reference images after it.
     ids = ids[0] if ids.ndim == 3 else ids
     is_image = (ids[:, 0] == ids[0, 0]).long().cumprod(0)
     last = (ids[:, 1:3].long() * is_image[:, None]).amax(dim=0)
@@ -128,6 +130,6 @@ def _numbered(ids: Tensor, total: int) -> ImageTokens:
     if rows * columns != count or len(ids) != total:
         raise ValueError(
             f"Expected `img_ids` to number the {total} image tokens, but got {rows} rows "
-            f"of {columns}. Give the grid with moe_lora.set_router_inputs(model, grid_size=...)."
+            f"of {columns}. Set the grid with moe_lora.set_router_inputs(model, grid_size=...)."
         )
     return ImageTokens(total, 0, 1, (rows, columns))

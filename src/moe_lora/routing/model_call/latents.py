@@ -1,4 +1,4 @@
-"""The latents of a call, and its timestep."""
+"""The latents and the timestep of a call."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")
 
 
 def named_latents(arguments: Mapping[str, Any]) -> Tensor | list[Tensor] | None:
-    """Return the latents that stand under a known name.
+    """Return the latents with a known argument name.
 
     Args:
         arguments: the call's arguments by name.
 
     Returns:
-        One tensor, or one tensor per sample where the call has a list (of lists: their last
-        tensors, those before are references); None where no argument has a known name.
+        One tensor, or one tensor per sample for a list. Of a list of lists, the last tensor of each
+        sample, after its references. `None` when no argument has a known name.
     """
     for name in _LATENT_NAMES:
         found = _samples(arguments.get(name))
@@ -31,8 +31,8 @@ def named_latents(arguments: Mapping[str, Any]) -> Tensor | list[Tensor] | None:
     return None
 
 
-def readable_latents(arguments: Mapping[str, Any]) -> Tensor:
-    """Return the latents for a router: the named ones, or else the first floating-point tensor.
+def router_latents(arguments: Mapping[str, Any]) -> Tensor:
+    """Return the latents for a router: the named latents, or the first floating-point tensor.
 
     Args:
         arguments: the call's arguments by name.
@@ -41,48 +41,48 @@ def readable_latents(arguments: Mapping[str, Any]) -> Tensor:
         `(B, ...)` with 2 to 5 dimensions; lists of samples are stacked.
 
     Raises:
-        ValueError: there is no floating-point tensor of 2 dimensions or more, or a list holds
-            samples of different sizes.
+        ValueError: when there is no floating-point tensor with at least 2 dimensions, or the
+            samples of a list have different sizes.
     """
     named = [arguments.get(name) for name in _LATENT_NAMES]
     for value in [*named, *arguments.values()]:
         found = _samples(value)
-        tensor = stacked(found) if isinstance(found, list) else found
+        tensor = stack_samples(found) if isinstance(found, list) else found
         if tensor is not None and tensor.is_floating_point() and tensor.ndim >= 2:
             return tensor if tensor.ndim <= 5 else tensor.flatten(2)
     raise ValueError(
-        "Expected the model to be called with a floating-point tensor of 2 dimensions or more for "
-        f"the router to read, but got the arguments {sorted(arguments)}."
+        "Expected the model to be called with a floating-point tensor of at least 2 dimensions, as "
+        f"the latents for the router, but got the arguments {sorted(arguments)}."
     )
 
 
-def stacked(samples: list[Tensor]) -> Tensor:
+def stack_samples(samples: list[Tensor]) -> Tensor:
     """Stack the samples of a list.
 
     Args:
         samples: tensors of one shape.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: when the shapes differ.
     """
     if len({sample.shape for sample in samples}) > 1:
         raise ValueError(
-            "Expected samples of one size for the router to read, but got the sizes "
-            f"{[tuple(sample.shape) for sample in samples]}. Call the model once for each "
-            "size, or route by hand with moe_lora.route(model, weights)."
+            "Expected samples of one size for the router, but got the sizes "
+            f"{[tuple(sample.shape) for sample in samples]}. Call the model once per size, or set "
+            "the weights with moe_lora.route(model, weights)."
         )
     return torch.stack(samples)
 
 
-def one_image(latents: Tensor, axes: VideoAxes) -> Tensor:
+def average_frames(latents: Tensor, axes: VideoAxes) -> Tensor:
     """Average a video over its frames.
 
     Args:
-        latents: 5 dimensions in the order of `axes`; others are returned as they are.
-        axes: the order.
+        latents: 5 dimensions in the order of `axes`; others are returned unchanged.
+        axes: the order of the dimensions.
 
     Returns:
-        `(B, C, h, w)` of a video.
+        `(B, C, h, w)` for a video.
     """
     if latents.ndim != 5:
         return latents
@@ -91,15 +91,15 @@ def one_image(latents: Tensor, axes: VideoAxes) -> Tensor:
     return latents.mean(dim=1 if axes == "frames_first" else 2)
 
 
-def timestep_of(arguments: Mapping[str, Any], like: Tensor) -> Tensor | None:
+def find_timestep(arguments: Mapping[str, Any], like: Tensor) -> Tensor | None:
     """Return the timestep of every sample.
 
     Args:
         arguments: the call's arguments by name.
-        like: `(B, ...)`; its batch and device are the result's.
+        like: `(B, ...)`, a tensor with the batch size and device of the result.
 
     Returns:
-        `(B,)`; None where the call has no timestep.
+        `(B,)`; `None` when the call has no timestep.
     """
     given = (arguments.get(name) for name in _TIMESTEP_NAMES)
     timestep = next((value for value in given if value is not None), None)
@@ -110,7 +110,7 @@ def timestep_of(arguments: Mapping[str, Any], like: Tensor) -> Tensor | None:
         return values.reshape(1).expand(batch)
     if values.shape[0] != batch or values.ndim == 1:
         return values.reshape(-1)
-    # Frames or tokens that are given are at an earlier timestep than those that are made.
+    # Conditioning frames or tokens have a lower noise level than generated ones.
     return values.flatten(1).amax(dim=1)
 
 

@@ -1,4 +1,4 @@
-"""The router interface: one method to write."""
+"""The base class of routers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_lora.routing.routers.gating import RoutingStrategy, apply_task_hint, ch
 
 
 class RoutingDecision(NamedTuple):
-    """Pair the weights of one call with the logits that they came from.
+    """Routing weights of one call and their logits.
 
     Attributes:
         weights: `(B, E)`, `(B, T, E)` or `(B, L, E)`, rows sum to 1.
@@ -29,30 +29,30 @@ class RoutingDecision(NamedTuple):
 
 
 class Router(nn.Module, ABC):
-    """Decide per sample, per token, or per layer, how much each expert counts.
+    """Base class of routers: routing weights of the experts per sample, per token or per layer.
 
-    A subclass writes `logits(inputs)`; strategy, temperature, task hints, statistics, saving and
-    loading come from here. Create every parameter in `__init__`: the optimizer must see them. The
-    parameters stay in float32 (or float64) whatever dtype the model is cast to.
+    A subclass implements `logits(inputs)`; the base class adds strategy, temperature, task hints,
+    statistics, saving and loading. Create every parameter in `__init__`: the optimizer must see
+    them. The parameters stay in float32 (or float64) whatever dtype the model is cast to.
 
     Class attributes:
         needs_mask: whether a call without a mask is an error.
-        registered_name: set by `register_router`; what a checkpoint calls the class.
+        registered_name: the name of the class in configs and checkpoints; set by `register_router`.
 
     Attributes:
-        num_layers: `None`, or the number of adapted layers for which the router decides one by one:
-            it then returns logits `(B, num_layers, E)`, in the order of `adapted_layers(model)`.
-            Set it in `__init__`, from an argument of this name.
+        num_layers: `None`, or the number of adapted layers with separate weights: the logits are
+            then `(B, num_layers, E)`, in the order of `adapted_layers(model)`. Set it in
+            `__init__`, from an argument of this name.
         frozen_parameters: names of the parameters that did not require gradients when the router
-            was put into a model, and never will.
-        expert_dropout: in training, the probability of leaving an expert out of a sample; the
-            config's, once the router is in a model.
+            was attached to a model; they stay frozen.
+        expert_dropout: in training, the probability of dropping an expert in a sample; taken from
+            the config when the router is attached to a model.
 
     Example:
-        >>> class Favourite(Router):
+        >>> class Favorite(Router):
         ...     def logits(self, inputs):
         ...         return torch.tensor([[2.0, 0.0, 0.0]]).expand(inputs.batch_size, 3)
-        >>> Favourite()(RouterInputs(torch.zeros(1, 4, 8))).weights.round(decimals=2)
+        >>> Favorite()(RouterInputs(torch.zeros(1, 4, 8))).weights.round(decimals=2)
         tensor([[0.7900, 0.1100, 0.1100]])
     """
 
@@ -63,7 +63,7 @@ class Router(nn.Module, ABC):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Router:
         router = super().__new__(cls)
-        # What it was built with is what a checkpoint needs to build it again.
+        # A checkpoint stores the constructor's arguments and rebuilds the router from them.
         signature = inspect.signature(cls.__init__)
         bound = signature.bind_partial(router, *args, **kwargs)
         arguments = dict(list(bound.arguments.items())[1:])
@@ -89,16 +89,16 @@ class Router(nn.Module, ABC):
         With `num_layers` set, per layer and expert, `(B, L, E)`.
 
         Args:
-            inputs: what the model was called with; floating tensors arrive in float32.
+            inputs: the inputs of the call; floating-point tensors are float32 or float64.
         """
 
     @classmethod
     def default_kwargs(cls, model: nn.Module, given: Collection[str] = ()) -> Mapping[str, Any]:
-        """Return constructor arguments that can be read off the model to adapt (none by default).
+        """Return default constructor arguments for a model (none by default).
 
         Args:
-            model: the model that the router will live in.
-            given: names of the arguments that the caller gives; they win over these.
+            model: the model to adapt.
+            given: names of the arguments from the caller, which override the defaults.
         """
         return {}
 
@@ -117,19 +117,19 @@ class Router(nn.Module, ABC):
         temperature: float = 1.0,
         top_k: int | None = None,
     ) -> Router:
-        """Set what turns logits into weights; the tuner calls this with the config's fields.
+        """Set experts, strategy and temperature; the tuner calls this with the config's fields.
 
         Args:
             expert_names: the experts in the order of the logits.
             strategy: "soft", "hard" or "topk".
-            temperature: divides the logits; > 0.
-            top_k: how many experts stay under "topk".
+            temperature: divisor of the logits; > 0.
+            top_k: the number of experts with a non-zero weight under "topk", in [1, E].
 
         Returns:
             The router itself.
 
         Raises:
-            ValueError: for settings that describe no gate.
+            ValueError: for invalid settings; see `check_gate`.
         """
         check_gate(strategy, temperature, top_k, len(expert_names))
         self.expert_names = tuple(expert_names)
@@ -139,35 +139,40 @@ class Router(nn.Module, ABC):
     def forward(self, inputs: RouterInputs) -> RoutingDecision:
         """Return weights and logits for one call of the model.
 
+        Args:
+            inputs: the inputs of the call.
+
         Raises:
-            ValueError: when the router needs a mask and none is known, when the logits do not have
-                one entry per sample and expert, or for an unknown task hint.
+            ValueError: for a missing mask when `needs_mask` is set, for logits without one entry
+                per sample and expert, or for an unknown task hint.
         """
         if self.needs_mask and inputs.mask_info is None:
             raise ValueError(
-                f"{type(self).__name__} needs a mask, and the model's inputs carry none. Give it "
-                "with moe_lora.set_router_inputs(model, mask=mask), route by hand with "
+                f"{type(self).__name__} needs a mask, but the model's inputs contain none. Set it "
+                "with moe_lora.set_router_inputs(model, mask=mask), set the weights with "
                 "moe_lora.route(model, weights), or call "
                 'moe_lora.set_routing_mode(model, "uniform").'
             )
         with torch.autocast(inputs.hidden_states.device.type, enabled=False):
-            logits = self.logits(_in_float32(inputs))
+            logits = self.logits(_inputs_in_float32(inputs))
             self._check_logits(logits, inputs)
-            weights = self._gate(self._hinted(logits, inputs.task_hint))
+            weights = self._gate(self._apply_task_hint(logits, inputs.task_hint))
         return RoutingDecision(weights, logits)
 
-    def weights_to_use(self, decision: RoutingDecision, task_hint: str | None = None) -> Tensor:
-        """Return the weights that the layers get: in training, with experts dropped at random.
+    def apply_expert_dropout(
+        self, decision: RoutingDecision, task_hint: str | None = None
+    ) -> Tensor:
+        """Return the weights for the layers, in training with experts dropped at random.
 
-        The decision itself, which auxiliary losses and statistics see, is that of all experts.
+        Auxiliary losses and statistics use the decision without dropout.
 
         Args:
-            decision: what the router returned.
-            task_hint: the hint of that call.
+            decision: the router's output.
+            task_hint: the hint of the call.
 
         Returns:
-            The shape of `decision.weights`, rows sum to 1; `decision.weights` itself outside of
-            training or with an `expert_dropout` of 0.
+            The shape of `decision.weights`, rows sum to 1; `decision.weights` itself in evaluation
+            mode or with an `expert_dropout` of 0.
 
         Raises:
             ValueError: when `expert_dropout` is not in [0, 1).
@@ -175,10 +180,10 @@ class Router(nn.Module, ABC):
         if not self.training or self.expert_dropout == 0:
             return decision.weights
         return self._gate(
-            drop_experts(self._hinted(decision.logits, task_hint), self.expert_dropout)
+            drop_experts(self._apply_task_hint(decision.logits, task_hint), self.expert_dropout)
         )
 
-    def _hinted(self, logits: Tensor, task_hint: str | None) -> Tensor:
+    def _apply_task_hint(self, logits: Tensor, task_hint: str | None) -> Tensor:
         names = self.expert_names or [f"expert_{i}" for i in range(logits.shape[-1])]
         return apply_task_hint(logits, task_hint, names)
 
@@ -201,9 +206,8 @@ class Router(nn.Module, ABC):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        # Router arithmetic is float32: `model.to(torch.bfloat16)` moves a router, but does not
-        # round it.
-        def keep_precision(tensor: Tensor) -> Tensor:
+        # Router arithmetic is float32: `model.to(torch.bfloat16)` must not round its parameters.
+        def apply_without_rounding(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if tensor.dtype in (torch.float32, torch.float64) and moved.dtype in (
                 torch.float16,
@@ -212,11 +216,11 @@ class Router(nn.Module, ABC):
                 return tensor.to(moved.device)
             return moved
 
-        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(apply_without_rounding, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
-def _in_float32(inputs: RouterInputs) -> RouterInputs:
+def _inputs_in_float32(inputs: RouterInputs) -> RouterInputs:
     timestep = inputs.timestep
     return replace(
         inputs,

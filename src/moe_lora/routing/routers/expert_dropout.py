@@ -1,4 +1,4 @@
-"""Leave whole experts out of training steps, so that none of them is left untrained."""
+"""Expert dropout: in training, samples drop whole experts, so that all experts get trained."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from torch import Tensor
 
 
 def check_expert_dropout(p: float) -> None:
-    """Raise unless a probability of dropping an expert is in [0, 1).
+    """Raise unless the probability of dropping an expert is in [0, 1).
+
+    Args:
+        p: the probability.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: for a probability outside [0, 1).
     """
     if not 0 <= p < 1:
         raise ValueError(f"Expected `expert_dropout` to be in [0, 1), but got {p}.")
@@ -19,10 +22,10 @@ def check_expert_dropout(p: float) -> None:
 def drop_experts(logits: Tensor, p: float) -> Tensor:
     """Set the logits of randomly chosen experts to -inf.
 
-    In every sample each expert is dropped with probability p, by itself, for all tokens alike. One
-    of those whose logit is not -inf already always stays: where all would go, each of them is
-    spared with the same probability. The softmax of what is left is the softmax of all,
-    renormalized; the strategies "hard" and "topk" choose among those that stay.
+    In every sample each expert is dropped independently with probability p, for all tokens at once.
+    At least one expert with a finite logit remains: when all would be dropped, one of them, drawn
+    uniformly, is kept. The softmax of the result is the renormalized softmax of the remaining
+    experts; the strategies "hard" and "topk" select among them.
 
     Args:
         logits: `(B, ..., E)`.
@@ -44,7 +47,7 @@ def drop_experts(logits: Tensor, p: float) -> Tensor:
     batch, experts = logits.shape[0], logits.shape[-1]
     shape = (batch, *[1] * (logits.ndim - 2), experts)
     draws = torch.rand(shape, device=logits.device).expand_as(logits)
-    # An expert stays by its own draw, or because no other that could stay has drawn better.
+    # An expert remains by its own draw, or because its draw is the largest.
     open_draws = draws.masked_fill(logits == -torch.inf, -1.0)
     best = open_draws.argmax(-1, keepdim=True) == torch.arange(experts, device=logits.device)
     return logits.masked_fill(~(best | (draws >= p)), -torch.inf)

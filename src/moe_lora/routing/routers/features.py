@@ -1,4 +1,4 @@
-"""What the router sees of the visual tokens, pooled with the mask's help."""
+"""Router features: mask-aware pooling of visual tokens, noise level, position in the mask."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moe_lora.masks import boundary_band, to_tokens
 
 FeatureMode = Literal["mask_focused", "boundary_aware", "content_adaptive"]
 
-EMPTY_WEIGHT = 1e-6
-"""Token weights that sum to no more than this pool over nothing; all tokens are used instead."""
+MIN_TOTAL_WEIGHT = 1e-6
+"""Smallest sum of pooling weights; below it, the mean runs over all tokens."""
 
 NOISE_FEATURES = 5
 """The width of `noise_features`."""
@@ -23,7 +23,7 @@ TOKEN_MASK_FEATURES = 4
 """The width of `token_mask_features`."""
 
 MASK_BIAS = 2.0
-"""Initial attention score that a fully masked token has over an unmasked one (e² = 7.4 times)."""
+"""Initial attention score of a fully masked token relative to an unmasked one (e² = 7.4 times)."""
 
 
 class MaskAwareFeatureExtractor(nn.Module):
@@ -31,14 +31,14 @@ class MaskAwareFeatureExtractor(nn.Module):
 
     Every mode is a weighted mean Σ_t w_t h_t over the tokens of the sample, Σ_t w_t = 1:
 
-    - `mask_focused`: w_t is proportional to the share of token t that the mask covers.
-    - `boundary_aware`: w_t is proportional to the share of token t that lies in the band along the
+    - `mask_focused`: w_t is proportional to the masked share of token t.
+    - `boundary_aware`: w_t is proportional to the share of token t inside the band along the
       mask's edge (`boundary_band`), half a token wide on each side of it (at least a pixel).
     - `content_adaptive`: w = softmax_t(h_t · q / √D + b · m_t) with a learned query q, a learned
-      bias b and the covered share m_t.
+      bias b and the masked share m_t.
 
-    An empty mask has no masked tokens, and an empty or full one no boundary: the mean then runs
-    over all tokens of that sample.
+    An empty mask has no masked tokens, and an empty or full mask has no boundary: the mean then
+    runs over all tokens of the sample.
 
     Args:
         input_dim: the width `D` of a token.
@@ -85,8 +85,8 @@ class MaskAwareFeatureExtractor(nn.Module):
             `(B, feature_dim)`, in the dtype of `hidden_states`.
 
         Raises:
-            ValueError: when `grid_size` is missing or does not give `T` tokens, or when the shapes
-                do not agree.
+            ValueError: when `grid_size` is missing or rows · columns is not T, or when the shapes
+                do not match.
         """
         rows, columns = self._check(hidden_states, mask, grid_size)
         if self.mode == "boundary_aware":
@@ -97,7 +97,7 @@ class MaskAwareFeatureExtractor(nn.Module):
             scores = hidden_states @ query / math.sqrt(self.input_dim)
             weights = (scores + self.mask_bias.to(scores.dtype) * covered).softmax(-1)
         else:
-            weights = _normalised(covered)
+            weights = _normalize_rows(covered)
         return torch.einsum("bt,btd->bd", weights, hidden_states)
 
     def _check(
@@ -116,25 +116,25 @@ class MaskAwareFeatureExtractor(nn.Module):
             )
         if grid_size is None:
             raise ValueError(
-                "Expected `grid_size`, the (rows, columns) of the tokens, to be known: without it "
-                "the mask cannot be laid over the tokens."
+                "Expected `grid_size`, the (rows, columns) of the tokens, but got None. The mask "
+                "cannot be resized to the tokens without it."
             )
         if grid_size[0] * grid_size[1] != tokens:
             raise ValueError(
-                f"Expected `grid_size` to give {tokens} tokens, but got {tuple(grid_size)}."
+                f"Expected `grid_size` to have {tokens} tokens, but got {tuple(grid_size)}."
             )
         return grid_size
 
 
-def _normalised(weights: Tensor) -> Tensor:
+def _normalize_rows(weights: Tensor) -> Tensor:
     total = weights.sum(-1, keepdim=True)
-    some = total > EMPTY_WEIGHT
+    nonempty = total > MIN_TOTAL_WEIGHT
     uniform = torch.full_like(weights, 1 / weights.shape[-1])
-    return torch.where(some, weights / torch.where(some, total, 1.0), uniform)
+    return torch.where(nonempty, weights / torch.where(nonempty, total, 1.0), uniform)
 
 
 def noise_features(sigma: Tensor) -> Tensor:
-    """Describe a noise level by smooth functions of it.
+    """Compute smooth features of a noise level.
 
     [σ, sin πσ, cos πσ, sin 2πσ, cos 2πσ]
 
@@ -154,11 +154,11 @@ def noise_features(sigma: Tensor) -> Tensor:
 
 
 def token_mask_features(mask: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Tell for every token where it lies relative to the mask.
+    """Compute the position of every token relative to the mask.
 
-    The share of the token that the mask covers; the share that lies in the band along the mask's
-    edge (`boundary_band`), half a token wide on each side of it (at least a pixel); and the mean
-    cover of the 3 x 3 and of the 7 x 7 tokens around it, as far as they are in the image.
+    The features are the masked share of the token; its share inside the band along the mask's edge
+    (`boundary_band`), half a token wide on each side of it (at least a pixel); and the mean masked
+    share of the 3 x 3 and of the 7 x 7 tokens around it, inside the image.
 
     Args:
         mask: `(B, 1, H, W)`, in [0, 1], any resolution; 1 = remove.

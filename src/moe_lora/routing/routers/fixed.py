@@ -1,4 +1,4 @@
-"""Routers that do not look at their inputs: equal weights and weights set by hand."""
+"""Routers with input-independent weights: uniform and fixed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _InputFreeRouter(Router):
         """Return the same logits for every sample.
 
         Args:
-            inputs: what the model was called with; only its batch size and device count.
+            inputs: the inputs of the call; only batch size and device are used.
 
         Returns:
             `(B, E)`, float32.
@@ -44,9 +44,9 @@ class _InputFreeRouter(Router):
 
 @register_router("uniform")
 class UniformRouter(_InputFreeRouter):
-    """Give every expert the same weight, 1/E.
+    """Router with the same weight, 1/E, for every expert.
 
-    The number of experts comes from `configure`. A task hint still tilts the weights.
+    The number of experts comes from `configure`. A task hint changes the weights.
 
     Example:
         >>> UniformRouter().configure(["a", "b", "c", "d"]).fixed_weights()
@@ -64,30 +64,30 @@ class UniformRouter(_InputFreeRouter):
         """Set the experts; see `Router.configure`.
 
         Raises:
-            ValueError: for a strategy other than "soft": among equal logits none is the largest.
+            ValueError: for a strategy other than "soft", since equal logits have no largest one.
         """
         super().configure(expert_names, strategy=strategy, temperature=temperature, top_k=top_k)
         if strategy != "soft":
             raise ValueError(
-                f'Expected `routing_strategy` to be "soft" with the uniform router, whose logits '
-                f"are all equal, but got {strategy!r}."
+                f'Expected `routing_strategy` to be "soft" with the uniform router, since its '
+                f"logits are all equal, but got {strategy!r}."
             )
         return self
 
     def _expert_logits(self) -> list[float]:
         if self.expert_names is None:
             raise ValueError(
-                "Expected UniformRouter to know its experts; call configure(expert_names) first."
+                "UniformRouter has no experts yet. Call configure(expert_names) first."
             )
         return [0.0] * len(self.expert_names)
 
 
 @register_router("fixed")
 class FixedRouter(_InputFreeRouter):
-    """Give every sample the same weights, set by hand.
+    """Router with the same given weights for every sample.
 
     The logits are log(weights), so that strategy, temperature and task hints act as on any router:
-    under "soft" at temperature 1 and without a hint the routing weights are `weights`.
+    with "soft", temperature 1 and no hint, the routing weights are `weights`.
 
     Args:
         weights: one per expert, in the order of the experts; ≥ 0, sum 1.
@@ -119,10 +119,10 @@ class FixedRouter(_InputFreeRouter):
         temperature: float = 1.0,
         top_k: int | None = None,
     ) -> Router:
-        """Set what turns logits into weights; see `Router.configure`.
+        """Set experts, strategy and temperature; see `Router.configure`.
 
         Raises:
-            ValueError: when there is not one weight per expert.
+            ValueError: when the number of weights is not the number of experts.
         """
         if len(expert_names) != len(self.weights):
             raise ValueError(
@@ -137,20 +137,20 @@ class FixedRouter(_InputFreeRouter):
         """Return log(weights) for every sample.
 
         Args:
-            inputs: what the model was called with; only batch size, device and hint count.
+            inputs: the inputs of the call; only batch size, device and hint are used.
 
         Returns:
             `(B, E)`, float32; -inf where the weight is 0.
 
         Raises:
-            ValueError: for a task hint that favours an expert whose weight is 0.
+            ValueError: for a task hint for an expert with weight 0.
         """
         names = self.expert_names or [f"expert_{i}" for i in range(len(self.weights))]
         for name, weight in zip(names, self.weights, strict=True):
             if weight == 0 and inputs.task_hint in task_hints([name]):
                 raise ValueError(
-                    f"Expected `task_hint` to favour an expert with a weight > 0, but got "
-                    f"{inputs.task_hint!r} while the fixed weight of {name!r} is 0."
+                    f"Expected `task_hint` to name an expert with a weight > 0, but got "
+                    f"{inputs.task_hint!r}, and the fixed weight of {name!r} is 0."
                 )
         return super().logits(inputs)
 

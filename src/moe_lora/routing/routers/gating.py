@@ -11,13 +11,19 @@ from torch import Tensor
 RoutingStrategy = Literal["soft", "hard", "topk"]
 
 HINT_BIAS = 2.0
-"""What `<expert>_focus` adds to that expert's logit: odds times e² = 7.4 at temperature 1."""
+"""Bias of `<expert>_focus` on that expert's logit: odds times e² = 7.4 at temperature 1."""
 
 
 def check_gate(
     strategy: str, temperature: float, top_k: int | None, num_experts: int | None = None
 ) -> None:
-    """Raise unless the settings describe a gate.
+    """Raise unless the settings of a gate are valid.
+
+    Args:
+        strategy: "soft", "hard" or "topk".
+        temperature: divisor of the logits; > 0.
+        top_k: the number of experts with a non-zero weight; only with "topk".
+        num_experts: the number of experts, if it is known.
 
     Raises:
         ValueError: for an unknown strategy, a temperature that is not positive, `top_k` missing
@@ -49,24 +55,24 @@ def gate(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> Tensor:
-    """Turn logits into routing weights.
+    """Compute routing weights from logits.
 
-    `soft`: softmax(logits / temperature). `topk`: the same after every logit but the `top_k`
-    largest became -inf, so that the others are exactly 0. `hard`: one-hot at the largest logit,
-    with the gradient of `soft` (straight-through). An expert of weight 0 is not computed in layers
-    with tokens, so that a layer passes gradient to the weights of the others only.
+    `soft`: softmax(logits / temperature). `topk`: the same with all logits but the `top_k` largest
+    set to -inf, so that the other weights are exactly 0. `hard`: one-hot at the largest logit, with
+    the gradient of `soft` (straight-through). Layers with tokens skip experts of weight 0, so that
+    only the other weights get a gradient.
 
     Args:
         logits: `(..., E)`, any real values.
         strategy: "soft", "hard" or "topk".
-        temperature: divides the logits; > 0.
-        top_k: how many experts stay, in [1, E]; only with "topk".
+        temperature: divisor of the logits; > 0.
+        top_k: the number of experts with a non-zero weight, in [1, E]; only with "topk".
 
     Returns:
         `(..., E)` in float32 (float64 for float64 logits); rows sum to 1.
 
     Raises:
-        ValueError: as `check_gate` does.
+        ValueError: as `check_gate`.
 
     Example:
         >>> gate(torch.tensor([2.0, 1.0, -1.0]), "topk", top_k=2).round(decimals=3)
@@ -90,7 +96,13 @@ def gate(
 
 
 def task_hints(expert_names: Sequence[str]) -> tuple[str, ...]:
-    """List the hints that a set of experts understands.
+    """List the task hints for a set of experts.
+
+    Args:
+        expert_names: the experts.
+
+    Returns:
+        `<stem>_focus` and `<stem>_only` per expert; the stem is the name without `_expert`.
 
     Example:
         >>> task_hints(["removal_expert", "background_expert"])
@@ -103,8 +115,8 @@ def task_hints(expert_names: Sequence[str]) -> tuple[str, ...]:
 def apply_task_hint(logits: Tensor, hint: str | None, expert_names: Sequence[str]) -> Tensor:
     """Bias logits by a task hint.
 
-    `<stem>_focus` adds `HINT_BIAS` to the expert's logit, `<stem>_only` leaves that expert alone
-    (every other logit becomes -inf), where the stem is the expert's name without `_expert`.
+    `<stem>_focus` adds `HINT_BIAS` to the expert's logit, `<stem>_only` sets all other logits to
+    -inf; the stem is the expert's name without `_expert`.
 
     Args:
         logits: `(..., E)`.
@@ -115,7 +127,7 @@ def apply_task_hint(logits: Tensor, hint: str | None, expert_names: Sequence[str
         `(..., E)`, the biased logits.
 
     Raises:
-        ValueError: for a hint that no expert answers to.
+        ValueError: for an unknown hint.
     """
     if hint is None:
         return logits
@@ -123,7 +135,7 @@ def apply_task_hint(logits: Tensor, hint: str | None, expert_names: Sequence[str
     if hint not in hints:
         raise ValueError(f"Expected `task_hint` to be one of {list(hints)}, but got {hint!r}.")
     index, kind = divmod(hints.index(hint), 2)
-    chosen = torch.arange(len(expert_names), device=logits.device) == index
+    is_hinted = torch.arange(len(expert_names), device=logits.device) == index
     if kind == 0:
-        return logits + HINT_BIAS * chosen.to(logits.dtype)
-    return logits.masked_fill(~chosen, float("-inf"))
+        return logits + HINT_BIAS * is_hinted.to(logits.dtype)
+    return logits.masked_fill(~is_hinted, float("-inf"))

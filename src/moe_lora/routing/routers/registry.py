@@ -1,4 +1,4 @@
-"""Router classes by name, so that a saved adapter can name its router."""
+"""Registry of router classes by their name in configs and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _ROUTERS: dict[str, type[Router]] = {}
 
 
 def register_router(name: str) -> Callable[[RouterClass], RouterClass]:
-    """Register a `Router` subclass under a name that `MoELoraConfig(router=...)` accepts.
+    """Register a `Router` subclass under a name for `MoELoraConfig(router=...)`.
 
-    The same class may be registered again (a reloaded module); a different class may not take a
-    name that is in use.
+    The same class may be registered again (a reloaded module).
 
     Args:
-        name: what configs and checkpoints call the router.
+        name: the router's name in configs and checkpoints.
 
     Returns:
         A decorator that returns the class unchanged.
 
     Raises:
-        ValueError: when another class holds the name.
+        ValueError: when another class has the name.
     """
 
     def register(cls: RouterClass) -> RouterClass:
-        held = _ROUTERS.get(name)
-        if held is not None and _full_name(held) != _full_name(cls):
+        registered = _ROUTERS.get(name)
+        if registered is not None and _full_name(registered) != _full_name(cls):
             raise ValueError(
-                f"Expected a free router name, but {name!r} already names {_full_name(held)}."
+                f"Expected a new router name, but {name!r} is already registered for "
+                f"{_full_name(registered)}."
             )
         _ROUTERS[name] = cls
         cls.registered_name = name
@@ -49,28 +49,31 @@ def router_names() -> tuple[str, ...]:
 
 
 def router_class(name: str) -> type[Router]:
-    """Look a router class up.
+    """Look up a router class.
+
+    Args:
+        name: the registered name.
 
     Raises:
         ValueError: when no class is registered under the name.
     """
     if name not in _ROUTERS:
         raise ValueError(
-            f"Expected `router` to be one of {list(router_names())}, but got {name!r}. A router "
-            "of your own must be registered with @moe_lora.register_router before it is named."
+            f"Expected `router` to be one of {list(router_names())}, but got {name!r}. Register a "
+            "custom router with @moe_lora.register_router first."
         )
     return _ROUTERS[name]
 
 
-def counts_layers(name: str | None, kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a router must be told the number of the adapted layers.
+def needs_num_layers(name: str | None, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a router's constructor needs the number of adapted layers.
 
-    That is so when its constructor has a parameter `num_layers`, and that is "auto" or, having no
-    default, missing.
+    It does when it has a parameter `num_layers` with the argument "auto", or without an argument
+    and a default.
 
     Args:
-        name: of a registered router; or `None`.
-        kwargs: the arguments that are given.
+        name: the name of a registered router, or `None`.
+        kwargs: the constructor's arguments.
 
     Raises:
         ValueError: when no class is registered under the name.

@@ -1,4 +1,4 @@
-"""What the routers for object removal have in common."""
+"""Building blocks of the routers for object removal."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ REMOVAL_EXPERTS = ("removal_expert", "background_expert", "completion_expert")
 
 
 class SoftThreshold(nn.Module):
-    """Say smoothly whether a value is above a learned threshold.
+    """Smooth step function with a learned threshold and slope.
 
     sigmoid(exp(log_slope) · (value − threshold))
 
     Args:
-        threshold: where the answer is 0.5, initially.
-        slope: how sharp the step is, initially; > 0.
+        threshold: the initial threshold.
+        slope: the initial slope; > 0.
     """
 
     def __init__(self, threshold: float, slope: float) -> None:
@@ -36,54 +36,57 @@ class SoftThreshold(nn.Module):
         self.log_slope = nn.Parameter(torch.tensor([math.log(slope)]))
 
     def forward(self, value: Tensor) -> Tensor:
-        """Return the answer in (0, 1), in the shape of `value`."""
+        """Apply the step function, with a result in (0, 1) in the shape of `value`."""
         return torch.sigmoid(self.log_slope.exp() * (value - self.threshold))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # Version 0.1.0 saved numbers without a dimension.
+        # Version 0.1.0 saved 0-dimensional tensors.
         for key in (f"{prefix}threshold", f"{prefix}log_slope"):
             if key in state_dict:
                 state_dict[key] = state_dict[key].view(-1)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def small_network(inputs: int, hidden_dim: int) -> nn.Sequential:
-    """Return Linear, ReLU, Dropout(0.1), Linear to one logit per removal expert, near 0 at first.
+def small_mlp(inputs: int, hidden_dim: int) -> nn.Sequential:
+    """Return Linear, ReLU, Dropout(0.1), Linear with one logit per removal expert, near 0 at first.
 
     Args:
-        inputs: the width of what it reads.
+        inputs: the input width.
         hidden_dim: the width of the hidden layer.
     """
     last = nn.Linear(hidden_dim, len(REMOVAL_EXPERTS))
-    # Not zero: then the first layer would get no gradient in the first step.
+    # With zero weights, the first layer would get no gradient in the first step.
     nn.init.normal_(last.weight, std=0.01)
     nn.init.zeros_(last.bias)
     return nn.Sequential(nn.Linear(inputs, hidden_dim), nn.ReLU(), nn.Dropout(0.1), last)
 
 
 def check_num_layers(num_layers: int) -> int:
-    """Return a number of adapted layers.
+    """Return the number of adapted layers, or raise.
+
+    Args:
+        num_layers: the number.
 
     Raises:
-        ValueError: unless it is an integer >= 1.
+        ValueError: for anything but an integer >= 1.
     """
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
         raise ValueError(
             f"Expected `num_layers` to be an integer >= 1, but got {num_layers!r}. "
-            '"auto" stands for the number of adapted layers in router_kwargs; for an instance it '
-            "is len(moe_lora.routing.adapted_layers(model))."
+            'Use "auto" in router_kwargs, or len(moe_lora.routing.adapted_layers(model)) for an '
+            "instance."
         )
     return num_layers
 
 
 class RemovalRouter(Router):
-    """Choose between removal, background and completion by the mask and the visual tokens.
+    """Base class of the routers for removal, background and completion experts.
 
     Args:
-        input_dim: the width of the visual tokens, mask channels split off.
-        time_aware: whether the router reads the noise level of the call.
+        input_dim: the width of the visual tokens without mask channels.
+        time_aware: whether the noise level of the call is an input.
     """
 
     needs_mask: ClassVar[bool] = True
@@ -93,15 +96,15 @@ class RemovalRouter(Router):
         self.input_dim, self.time_aware = input_dim, time_aware
 
     @property
-    def noise_width(self) -> int:
-        """Return the width of what `noise` adds."""
+    def noise_dim(self) -> int:
+        """Return the width of `noise_inputs(inputs)`."""
         return NOISE_FEATURES if self.time_aware else 0
 
-    def noise(self, inputs: RouterInputs) -> list[Tensor]:
-        """Return `[noise_features(sigma)]`, `(B, NOISE_FEATURES)`, or nothing.
+    def noise_inputs(self, inputs: RouterInputs) -> list[Tensor]:
+        """Return `[noise_features(sigma)]`, `(B, NOISE_FEATURES)`, or an empty list.
 
         Args:
-            inputs: their timestep counts.
+            inputs: the inputs of the call, with a timestep.
         """
         if not self.time_aware:
             return []
@@ -109,15 +112,14 @@ class RemovalRouter(Router):
 
     @classmethod
     def default_kwargs(cls, model: nn.Module, given: Collection[str] = ()) -> Mapping[str, Any]:
-        """Read `input_dim` off the model's `config.in_channels`, less the mask's channels.
+        """Return `input_dim`: the model's `config.in_channels` without mask channels.
 
-        384 channels are FLUX Fill's (256 hold the mask), 9 an inpainting UNet's (1 holds it); any
-        other number is taken as it is.
+        FLUX Fill has 384 channels, 256 of them for the mask; an inpainting UNet has 9, 1 of them
+        for the mask. For other models, `input_dim` is the number of channels.
 
         Args:
-            model: the model that the router will live in.
-            given: names of the arguments that the caller gives; with `input_dim` among them nothing
-                is read.
+            model: the model to adapt.
+            given: names of the arguments from the caller; with `input_dim` the result is empty.
 
         Raises:
             ValueError: when the model has no `config.in_channels`.
@@ -127,8 +129,8 @@ class RemovalRouter(Router):
         channels = visual_channels(model)
         if channels is None:
             raise ValueError(
-                f"Expected {type(model).__name__} to have `config.in_channels`, which tells the "
-                "router how wide its tokens are; pass router_kwargs={'input_dim': ...} instead."
+                f"Expected {type(model).__name__} to have `config.in_channels`, the width of its "
+                "tokens, but got none. Pass router_kwargs={'input_dim': ...} instead."
             )
         return {"input_dim": channels}
 
@@ -140,11 +142,11 @@ class RemovalRouter(Router):
         temperature: float = 1.0,
         top_k: int | None = None,
     ) -> Router:
-        """Set what turns logits into weights; see `Router.configure`.
+        """Set experts, strategy and temperature; see `Router.configure`.
 
         Raises:
-            ValueError: unless there are three experts, with those of `REMOVAL_EXPERTS` that occur
-                in their own places.
+            ValueError: for another number of experts than three, or for names of `REMOVAL_EXPERTS`
+                in a different order.
         """
         cls = type(self).__name__
         if len(expert_names) != len(REMOVAL_EXPERTS):

@@ -1,4 +1,4 @@
-"""The router for object removal: three experts, chosen by mask and latents."""
+"""The router for object removal: routing weights of three experts from mask and latents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_lora.routing.routers.removal import (
     RemovalRouter,
     SoftThreshold,
     check_num_layers,
-    small_network,
+    small_mlp,
 )
 
 MASK_FEATURES = 5
@@ -21,7 +21,7 @@ MASK_FEATURES = 5
 
 
 class RemovalRules(nn.Module):
-    """Say as logits which expert the mask calls for, by smooth rules with learned constants.
+    """Logits of the experts from smooth rules on the mask, with learned constants.
 
     - removal = s_0 · ragged(edge complexity) · medium(area)
     - background = s_1 · large(area) · (1 − detailed(detail complexity))
@@ -29,9 +29,9 @@ class RemovalRules(nn.Module):
 
     Each term is a `SoftThreshold` with its own learned threshold and slope (small is 1 minus one);
     the strengths s are learned too. The thresholds start at edge complexity 0.30, area 0.08
-    (medium), 0.30 (large) and 0.06 (small), and detail complexity 0.65. A mask of unknown detail
-    counts as one without detail, as `MaskInfo.features()` has it: it calls for completion only by
-    being small.
+    (medium), 0.30 (large) and 0.06 (small), and detail complexity 0.65. An unknown detail
+    complexity counts as 0, see `MaskInfo.features()`: the completion logit then depends on the area
+    only.
 
     Args:
         strength: the initial s of all three rules.
@@ -53,7 +53,7 @@ class RemovalRules(nn.Module):
         """Apply the rules.
 
         Args:
-            features: `(B, 5)` as `MaskInfo.features()` returns them.
+            features: `(B, 5)`, from `MaskInfo.features()`.
 
         Returns:
             `(B, 3)` logits of removal, background and completion.
@@ -68,25 +68,27 @@ class RemovalRules(nn.Module):
 
 @register_router("three_expert_removal")
 class ThreeExpertRemovalRouter(RemovalRouter):
-    """Choose between removal, background and completion by the mask and the visual tokens.
+    """Router between removal, background and completion experts, from mask and visual tokens.
 
     logits = router([extractor(hidden_states, mask) ‖ mask features]) + rules(mask features)
 
-    With `time_aware=True` the network reads `noise_features(sigma)`, too. With `num_layers` every
-    adapted layer adds its own learned logits to these, zero at first; the network still runs once.
-
     where `router` is Linear, ReLU, Dropout(0.1), Linear and `rules` the learned `RemovalRules`. The
-    last Linear starts small, so that at first the rules decide: ragged masks of medium or large
-    area go to removal, large smooth ones with little detail to background, small or richly
-    detailed ones to completion.
+    last Linear starts small, so that the rules dominate at first: ragged masks of medium or large
+    area favor removal, large smooth ones with little detail background, small or richly detailed
+    ones completion.
+
+    With `time_aware=True`, `noise_features(sigma)` is an additional input of the network. With
+    `num_layers`, every adapted layer adds its own learned logits, zero at first; the network still
+    runs once.
 
     Args:
-        input_dim: the width of the visual tokens, mask channels split off; 128 for FLUX Fill.
+        input_dim: the width of the visual tokens without mask channels; 128 for FLUX Fill.
         hidden_dim: the width of the hidden layer.
-        mode: how the tokens are pooled, see `MaskAwareFeatureExtractor`.
-        prior_scale: the initial strength of the rules, a logit; 0 starts without them.
-        time_aware: read the noise level of the call.
-        num_layers: the number of adapted layers, for a decision in each; "auto" in `router_kwargs`.
+        mode: the pooling of the tokens, see `MaskAwareFeatureExtractor`.
+        prior_scale: the initial strength of the rules, a logit; 0 disables them at first.
+        time_aware: whether the noise level of the call is an input.
+        num_layers: the number of adapted layers, for separate weights in each; "auto" in
+            `router_kwargs`.
 
     Raises:
         ValueError: for a `num_layers` that is not an integer >= 1.
@@ -116,8 +118,8 @@ class ThreeExpertRemovalRouter(RemovalRouter):
         super().__init__(input_dim, time_aware)
         self.extractor = MaskAwareFeatureExtractor(input_dim, mode)
         self.rules = RemovalRules(prior_scale)
-        self.router = small_network(
-            self.extractor.feature_dim + MASK_FEATURES + self.noise_width, hidden_dim
+        self.router = small_mlp(
+            self.extractor.feature_dim + MASK_FEATURES + self.noise_dim, hidden_dim
         )
         if num_layers is not None:
             self.num_layers = check_num_layers(num_layers)
@@ -127,20 +129,20 @@ class ThreeExpertRemovalRouter(RemovalRouter):
         """Return the logits of removal, background and completion.
 
         Args:
-            inputs: hidden states `(B, T, input_dim)`, the analysed mask, the grid size and, when
-                it is time-aware, the timestep count.
+            inputs: the inputs of the call: hidden states `(B, T, input_dim)`, the analyzed mask,
+                the grid size and, with `time_aware`, the timestep.
 
         Returns:
             `(B, 3)`, or `(B, num_layers, 3)`.
 
         Raises:
-            ValueError: when the tokens are not `input_dim` wide, or their grid is unknown.
+            ValueError: for tokens of another width than `input_dim`, or an unknown grid.
         """
         assert inputs.mask_info is not None
         visual = self.extractor(inputs.hidden_states, inputs.mask_info.mask, inputs.grid_size)
         mask_features = inputs.mask_info.features()
         dtype = self.rules.strengths.dtype
-        parts = [visual, mask_features, *self.noise(inputs)]
-        joined = torch.cat([part.to(dtype) for part in parts], dim=-1)
-        logits: Tensor = self.router(joined) + self.rules(mask_features.to(dtype))
+        parts = [visual, mask_features, *self.noise_inputs(inputs)]
+        features = torch.cat([part.to(dtype) for part in parts], dim=-1)
+        logits: Tensor = self.router(features) + self.rules(mask_features.to(dtype))
         return logits if self.num_layers is None else logits.unsqueeze(1) + self.layer_offsets

@@ -1,4 +1,4 @@
-"""The router for object removal that decides for every token."""
+"""The router for object removal with weights per token."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from moe_lora.routing.inputs import RouterInputs
 from moe_lora.routing.routers.features import TOKEN_MASK_FEATURES, token_mask_features
 from moe_lora.routing.routers.registry import register_router
-from moe_lora.routing.routers.removal import RemovalRouter, SoftThreshold, small_network
+from moe_lora.routing.routers.removal import RemovalRouter, SoftThreshold, small_mlp
 from moe_lora.routing.routers.three_expert_removal import MASK_FEATURES
 
 
 class TokenRules(nn.Module):
-    """Say as logits which expert a token calls for by its place, by smooth rules.
+    """Logits of the experts from smooth rules on a token's position, with learned constants.
 
     - removal = s_0 · edge(band share)
     - background = s_1 · (1 − edge(band share)) · (1 − inside(cover))
@@ -21,8 +21,8 @@ class TokenRules(nn.Module):
 
     These are the regions of the three losses: the boundary loss acts along the mask's edge, the
     consistency loss outside of the mask, the detail loss inside. Each term is a `SoftThreshold`
-    with its own learned threshold and slope, at first 0.1 for the band's share of the token and
-    0.5 for the mask's cover; the strengths s are learned too.
+    with its own learned threshold and slope. The thresholds start at 0.1 for the band share and 0.5
+    for the cover, the masked share of the token; the strengths s are learned too.
 
     Args:
         strength: the initial s of all three rules.
@@ -38,7 +38,7 @@ class TokenRules(nn.Module):
         """Apply the rules.
 
         Args:
-            features: `(B, T, 4)` as `token_mask_features` returns them.
+            features: `(B, T, 4)`, from `token_mask_features`.
 
         Returns:
             `(B, T, 3)` logits of removal, background and completion.
@@ -50,20 +50,20 @@ class TokenRules(nn.Module):
 
 @register_router("token_removal")
 class TokenRemovalRouter(RemovalRouter):
-    """Choose between removal, background and completion for every token, by the mask around it.
+    """Router between removal, background and completion experts, with weights per token.
 
     logits_t = router([h_t ‖ token mask features_t ‖ mask features]) + rules(token mask features_t)
 
     where `router` is Linear, ReLU, Dropout(0.1), Linear, applied to every token h_t, and `rules`
-    the learned `TokenRules`. The last Linear starts small, so that at first the rules decide:
-    tokens on the mask's edge go to removal, those outside to background, those inside to
-    completion. With `time_aware=True` the network reads `noise_features(sigma)`, too.
+    the learned `TokenRules`. The last Linear starts small, so that the rules dominate at first:
+    tokens on the mask's edge favor removal, those outside background, those inside completion. With
+    `time_aware=True`, `noise_features(sigma)` is an additional input of the network.
 
     Args:
-        input_dim: the width of the visual tokens, mask channels split off; 128 for FLUX Fill.
+        input_dim: the width of the visual tokens without mask channels; 128 for FLUX Fill.
         hidden_dim: the width of the hidden layer.
-        prior_scale: the initial strength of the rules, a logit; 0 starts without them.
-        time_aware: read the noise level of the call.
+        prior_scale: the initial strength of the rules, a logit; 0 disables them at first.
+        time_aware: whether the noise level of the call is an input.
 
     Example:
         >>> from moe_lora import masks
@@ -73,8 +73,8 @@ class TokenRemovalRouter(RemovalRouter):
         >>> inputs = RouterInputs(
         ...     torch.zeros(1, 6, 8), mask_info=masks.analyze(mask), grid_size=(1, 6)
         ... )
-        >>> chosen = TokenRemovalRouter(input_dim=8).eval()(inputs).weights.argmax(-1)[0]
-        >>> [REMOVAL_EXPERTS[expert].removesuffix("_expert") for expert in chosen]
+        >>> experts = TokenRemovalRouter(input_dim=8).eval()(inputs).weights.argmax(-1)[0]
+        >>> [REMOVAL_EXPERTS[expert].removesuffix("_expert") for expert in experts]
         ['background', 'background', 'removal', 'removal', 'completion', 'completion']
     """
 
@@ -88,22 +88,22 @@ class TokenRemovalRouter(RemovalRouter):
     ) -> None:
         super().__init__(input_dim, time_aware)
         self.rules = TokenRules(prior_scale)
-        self.router = small_network(
-            input_dim + TOKEN_MASK_FEATURES + MASK_FEATURES + self.noise_width, hidden_dim
+        self.router = small_mlp(
+            input_dim + TOKEN_MASK_FEATURES + MASK_FEATURES + self.noise_dim, hidden_dim
         )
 
     def logits(self, inputs: RouterInputs) -> Tensor:
         """Return every token's logits of removal, background and completion.
 
         Args:
-            inputs: hidden states `(B, T, input_dim)`, the analysed mask, the grid size and, when
-                it is time-aware, the timestep count.
+            inputs: the inputs of the call: hidden states `(B, T, input_dim)`, the analyzed mask,
+                the grid size and, with `time_aware`, the timestep.
 
         Returns:
             `(B, T, 3)`.
 
         Raises:
-            ValueError: when the tokens are not `input_dim` wide, or their grid is unknown.
+            ValueError: for tokens of another width than `input_dim`, or an unknown grid.
         """
         assert inputs.mask_info is not None
         tokens = inputs.hidden_states
@@ -112,10 +112,13 @@ class TokenRemovalRouter(RemovalRouter):
                 f"Expected `hidden_states` to have shape (B, T, input_dim={self.input_dim}), but "
                 f"got {tuple(tokens.shape)}."
             )
-        places = token_mask_features(inputs.mask_info.mask, inputs.known_grid())
-        of_sample = torch.cat([inputs.mask_info.features(), *self.noise(inputs)], dim=-1)
+        token_features = token_mask_features(inputs.mask_info.mask, inputs.require_grid_size())
+        sample_features = torch.cat(
+            [inputs.mask_info.features(), *self.noise_inputs(inputs)], dim=-1
+        )
+        sample_features = sample_features.unsqueeze(1).expand(-1, tokens.shape[1], -1)
         dtype = self.rules.strengths.dtype
-        parts = [tokens, places, of_sample.unsqueeze(1).expand(-1, tokens.shape[1], -1)]
-        joined = torch.cat([part.to(dtype) for part in parts], dim=-1)
-        logits: Tensor = self.router(joined) + self.rules(places.to(dtype))
+        parts = [tokens, token_features, sample_features]
+        features = torch.cat([part.to(dtype) for part in parts], dim=-1)
+        logits: Tensor = self.router(features) + self.rules(token_features.to(dtype))
         return logits

@@ -1,8 +1,8 @@
-"""Activation checkpointing: a block that runs again must be routed as it was the first time.
+"""Activation checkpointing: the recomputation of a block uses the routing of its forward pass.
 
-In the backward pass of a routed model, `RoutingContext.restore_in_backward` brings the routing of
-the pass back. What is here covers the rest: a guard that raises where the routing of another pass
-was found, and a checkpointing function that keeps the routing by itself.
+In the backward pass of a routed model, `RoutingContext.restore_in_backward` restores the routing of
+the pass. This module covers the other cases: a check that raises where a block was recomputed with
+the routing of another pass, and a checkpointing function that stores the routing.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from moe_lora.routing.weights.routing import Routing, graph_task
 
 
 class RoutedCheckpoint:
-    """Make a checkpointing function recompute with the routing of its own forward pass.
+    """Checkpointing function that recomputes with the routing of its own forward pass.
 
     Args:
         checkpoint: the function to wrap, called as `checkpoint(function, *args, **kwargs)`, for
             example `torch.utils.checkpoint.checkpoint`.
-        context: the context of the model whose blocks are checkpointed.
+        context: the context of the model with the checkpointed blocks.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], context: RoutingContext) -> None:
@@ -41,18 +41,18 @@ class RoutedCheckpoint:
         return self.checkpoint(run, *args, **kwargs)
 
 
-def version_in_graph(routing: Routing) -> Tensor | None:
-    """Return what a layer's graph keeps, so that it refuses gradients under another routing.
+def version_to_save(routing: Routing) -> Tensor | None:
+    """Return the routing version that a layer saves in its graph for `check_version`.
 
     Args:
-        routing: what the layer is routed by.
+        routing: the routing of the layer.
 
     Returns:
-        The routing's version; `None` where no graph is made, or where a compiler makes it.
+        The routing's version; `None` without a graph, or while compiling.
 
     Raises:
-        RuntimeError: when called by a reentrant checkpoint's recomputation of a block whose routing
-            weights require gradients.
+        RuntimeError: in the recomputation of a reentrant checkpoint, when the routing weights
+            require gradients.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
@@ -65,56 +65,55 @@ def version_in_graph(routing: Routing) -> Tensor | None:
 
 
 def check_version(version: Tensor | None, expected: int | None) -> None:
-    """Raise when a block was recomputed under another routing than it was run with.
+    """Raise when a block was recomputed with a different routing than in its forward pass.
 
-    The node of the graph is made by the forward pass, while a checkpointed block's saved tensors
-    come from the recomputation.
+    The forward pass creates the node of the graph; the saved tensors of a checkpointed block come
+    from the recomputation.
 
     Args:
-        version: the routing's version as the graph saved it.
-        expected: the version at the time of the forward pass.
+        version: the routing version among the saved tensors.
+        expected: the routing version in the forward pass.
 
     Raises:
-        RuntimeError: when they differ.
+        RuntimeError: when the versions differ.
     """
     if version is not None and int(version) != expected:
         raise RuntimeError(
             "A checkpointed block was recomputed with the routing weights of another forward "
             "pass, so its gradients would be wrong. Checkpoint the model's blocks (not the whole "
-            "model) with moe_lora.routing.routed_checkpoint(model), which keeps its weights, "
+            "model) with moe_lora.routing.routed_checkpoint(model), which stores the weights, "
             "or run backward before the next forward pass."
         )
 
 
-def recomputed(routing: Routing, before: Routing) -> Routing:
-    """Return the routing of a pass that begins in the backward pass of another.
+def match_recomputed(routing: Routing, original: Routing) -> Routing:
+    """Return the routing of a pass that begins inside the backward pass of another.
 
-    Where the whole model is checkpointed, it is the same pass, computed again.
+    When the whole model is checkpointed, the new pass is the recomputation of the other one.
 
     Args:
-        routing: what was decided now.
-        before: the routing of the pass whose backward pass runs.
+        routing: the routing of the new pass.
+        original: the routing of the pass whose backward pass is running.
 
     Returns:
-        The routing, under the version of the earlier one if both are equal.
+        The routing, with the version of the original if both are equal.
 
     Raises:
-        RuntimeError: when a checkpoint computes the pass again under another routing.
+        RuntimeError: when a checkpoint recomputes the pass with a different routing.
     """
-    if routing.equals(before):
-        return replace(routing, version=before.version)
+    if routing.equals(original):
+        return replace(routing, version=original.version)
     if _in_checkpoint():
         raise RuntimeError(
-            "A checkpointed call of the routed model was computed again under other routing "
-            "weights, so its gradients would be wrong. Leave modes, router inputs and moe_lora's "
-            "contexts as they were until the backward pass is over, or checkpoint the model's "
-            "blocks instead."
+            "A checkpointed call of the routed model was recomputed with other routing weights, so "
+            "its gradients would be wrong. Leave modes, router inputs and moe_lora's contexts "
+            "unchanged until the backward pass is over, or checkpoint the model's blocks instead."
         )
     return routing
 
 
-class _Versioned(torch.autograd.Function):
-    """Pass a tensor on, in a graph that checks its routing's version on the way back."""
+class _VersionCheck(torch.autograd.Function):
+    """Identity whose backward pass checks the routing version."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, version: Tensor) -> Tensor:
@@ -128,17 +127,17 @@ class _Versioned(torch.autograd.Function):
         return grads[0], None
 
 
-def guarded(x: Tensor, version: Tensor | None) -> Tensor:
+def check_version_in_backward(x: Tensor, version: Tensor | None) -> Tensor:
     """Return `x` unchanged, in a graph that calls `check_version` in its backward pass."""
     if version is None:
         return x
-    versioned: Tensor = _Versioned.apply(x, version)  # type: ignore[no-untyped-call]
+    versioned: Tensor = _VersionCheck.apply(x, version)  # type: ignore[no-untyped-call]
     return versioned
 
 
 def _in_reentrant_recomputation(routing: Routing) -> bool:
-    # Both kinds of checkpoint recompute inside the backward pass; only the non-reentrant kind does
-    # so under saved-tensor hooks of its own. A pass that began inside it recomputes nothing.
+    # Both kinds of checkpoint recompute inside the backward pass, but only the non-reentrant kind
+    # installs saved-tensor hooks. A pass that began inside the backward pass recomputes nothing.
     return graph_task() not in (-1, routing.graph_task) and not _in_checkpoint()
 
 

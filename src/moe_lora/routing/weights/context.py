@@ -1,4 +1,4 @@
-"""Where the layers of a model find the routing of the pass that they run in."""
+"""Context that passes the routing of a forward pass to the layers of a model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from moe_lora.tracing import is_transformed
 _NO_CALL, _COMPILED_CALL = -1, 0
 
 
-class _Entry(NamedTuple):
-    """A routing, and the backward pass inside which it holds (-1 outside of any).
+class _ActiveRouting(NamedTuple):
+    """Routing of one pass.
 
-    `call` is the number of the module call that makes the pass; see `number_of_call`.
+    Attributes:
+        routing: the routing; `None` until the pass has decided it.
+        graph_task: the backward pass in which the routing is valid, -1 outside of any.
+        call: the id of the module call that runs the pass; see `call_id`.
     """
 
     routing: Routing | None
@@ -31,45 +34,56 @@ class _Entry(NamedTuple):
     call: int = _NO_CALL
 
 
-_NOTHING = _Entry(None, -1)
-_UNIFORM = Routing()
+_NO_ROUTING = _ActiveRouting(None, -1)
+_UNIFORM_ROUTING = Routing()
 
-# The routing of the pass whose blocks are computed again, by backward pass and lineage of models.
-# The graph of the pass keeps it alive.
-_RECOMPUTED: WeakValueDictionary[tuple[int, int], Routing] = WeakValueDictionary()
+# Routing of a forward pass while its backward pass runs and may recompute checkpointed blocks, by
+# graph task and id of the model's stacks. The graph of the pass keeps the routing alive.
+_BACKWARD_ROUTINGS: WeakValueDictionary[tuple[int, int], Routing] = WeakValueDictionary()
 
 
-class _Nesting:
-    """The passes that are under way in one thread, the innermost apart from the outer ones."""
+class _RoutingStack:
+    """Routings of the nested passes of one thread.
+
+    Attributes:
+        top: the routing of the innermost pass.
+        outer: the routings of the passes around it, the outermost first.
+    """
 
     def __init__(self) -> None:
-        self.entry = _NOTHING
-        self.outer: list[_Entry] = []
+        self.top = _NO_ROUTING
+        self.outer: list[_ActiveRouting] = []
 
-    def pop(self) -> _Entry:
-        """Take the innermost entry off."""
-        popped, self.entry = self.entry, self.outer.pop() if self.outer else _NOTHING
+    def push(self, active: _ActiveRouting) -> None:
+        """Add the routing of a nested pass."""
+        self.outer.append(self.top)
+        self.top = active
+
+    def pop(self) -> _ActiveRouting:
+        """Remove and return the routing of the innermost pass."""
+        popped, self.top = self.top, self.outer.pop() if self.outer else _NO_ROUTING
         return popped
 
-    def mark(self) -> Callable[[], None]:
-        """Return a function that brings back what holds now."""
-        depth, entry = len(self.outer), self.entry
+    def snapshot(self) -> Callable[[], None]:
+        """Return a function that restores the present stack."""
+        depth, top = len(self.outer), self.top
 
-        def put_back() -> None:
-            self.entry = entry
+        def restore_stack() -> None:
+            self.top = top
             del self.outer[depth:]
 
-        return put_back
+        return restore_stack
 
-    def forget_interrupted(self, call: int = _NO_CALL) -> None:
-        """Drop what was left by errors after which nothing is called.
+    def drop_interrupted(self, call: int = _NO_CALL) -> None:
+        """Drop passes that an error ended without a call of their post-hook.
 
-        These are errors in a backward pass, and those that are no `Exception` in a forward pass.
+        These are errors in a backward pass, and errors in a forward pass that are not an
+        `Exception`, such as `KeyboardInterrupt`.
 
         Args:
-            call: the number of the call that begins now, which an interrupted one may have had.
+            call: the id of the call that begins now; an interrupted call may have had the same id.
         """
-        if self.entry is _NOTHING and not self.outer:
+        if self.top is _NO_ROUTING and not self.outer:
             return
         running, frame = {_NO_CALL, _COMPILED_CALL}, sys._getframe().f_back
         while frame is not None:
@@ -78,202 +92,209 @@ class _Nesting:
         if call > 0:
             running.discard(call)
         in_backward = graph_task() != -1
-        left = [
-            entry
-            for entry in (*self.outer, self.entry)
-            if entry.call in running and (in_backward or entry.graph_task == -1)
+        remaining = [
+            active
+            for active in (*self.outer, self.top)
+            if active.call in running and (in_backward or active.graph_task == -1)
         ]
-        self.entry = left.pop() if left else _NOTHING
-        self.outer[:] = left
+        self.top = remaining.pop() if remaining else _NO_ROUTING
+        self.outer[:] = remaining
 
 
-class _Passes(threading.local):
-    """The passes that are under way in this thread, in an attribute that is never set again.
+class _ThreadStacks(threading.local):
+    """One routing stack per thread, shared by a model and its copies.
 
-    What compiled code stores in a subclass of `threading.local` is lost.
+    A pass routes all layers with the same lineage, so that a copied block that replaces the
+    original block in a model is routed in its place.
 
-    A copy of the model shares it with the original: a pass routes all layers of one lineage that it
-    meets, so that a copied block routes in the place of the block that it was copied from.
+    The attribute `stack` is set once only: compiled code loses what it assigns to an attribute of a
+    `threading.local` subclass.
 
     Args:
-        lineage: the same for a model and its copies, pickled ones included.
+        lineage: an id that a model and its copies share, pickled copies included.
     """
 
     def __init__(self, lineage: str) -> None:
         self.lineage = lineage
-        self.nesting = _Nesting()
+        self.stack = _RoutingStack()
 
     @classmethod
-    def of(cls, lineage: str) -> _Passes:
-        """Return the passes of a lineage of models."""
-        return _PASSES.setdefault(lineage, cls(lineage))
+    def for_lineage(cls, lineage: str) -> _ThreadStacks:
+        """Return the stacks of a model and its copies."""
+        return _STACKS_BY_LINEAGE.setdefault(lineage, cls(lineage))
 
-    def __reduce__(self) -> tuple[Callable[[str], _Passes], tuple[str]]:
-        return _Passes.of, (self.lineage,)
-
-
-_PASSES: WeakValueDictionary[str, _Passes] = WeakValueDictionary()
+    def __reduce__(self) -> tuple[Callable[[str], _ThreadStacks], tuple[str]]:
+        return _ThreadStacks.for_lineage, (self.lineage,)
 
 
-def number_of_call() -> int:
-    """Return what is the same in the hooks of one module call, for a hook of `nn.Module` to ask."""
+_STACKS_BY_LINEAGE: WeakValueDictionary[str, _ThreadStacks] = WeakValueDictionary()
+
+
+def call_id() -> int:
+    """Return the id of a module call, equal in its pre-hooks and its hooks.
+
+    Call it in the hook itself: it reads the frame of the hook's caller.
+    """
     if torch.compiler.is_compiling():
         return _COMPILED_CALL
     frame = sys._getframe(2)
-    # Hooks are called by a function inside of `_call_impl`, or by itself after an error.
+    # Hooks are called by `inner` inside `_call_impl`, or after an error by `_call_impl` itself.
     call = frame.f_back if frame.f_code.co_name == "inner" else frame
     return id(call)  # CPython keeps a frame object, once it is made, until the frame has run
 
 
 class RoutingContext:
-    """Hand the routing of a forward pass to the layers that run in it.
+    """Context that passes the routing of a forward pass to the layers that run in it.
 
-    All adapted layers of a model share one context. What it holds belongs to one pass in one
-    thread: nested passes, other threads and other models have theirs.
+    All adapted layers of a model share one context. Each thread and each nested pass has its own
+    routing.
 
     Attributes:
-        required: the adapters that a router, and so the pass, must decide the weights of; others
-            are mixed uniformly where no routing is found.
+        routed_adapters: the adapters that must have routing weights, since they have a router; the
+            others are mixed uniformly outside of a pass.
     """
 
     def __init__(self) -> None:
-        self.required: set[str] = set()
-        self._passes = _Passes.of(uuid4().hex)
+        self.routed_adapters: set[str] = set()
+        self._stacks = _ThreadStacks.for_lineage(uuid4().hex)
 
     def enter(self, routing: Routing | None, call: int = _NO_CALL) -> None:
-        """Begin a pass, or a part of one that has a routing of its own.
+        """Begin a pass, or a part of a pass with a different routing.
 
         Args:
-            routing: that of the pass, if it is known already.
-            call: what `number_of_call` says in the hook that begins a pass.
+            routing: the routing of the pass; `None` when `set_routing` sets it later.
+            call: `call_id()` in the hook that begins the pass.
         """
-        passes = self._passes.nesting
+        stack = self._stacks.stack
         if not torch.compiler.is_compiling():
-            passes.forget_interrupted(call)
-        passes.outer.append(passes.entry)
-        passes.entry = _Entry(routing, graph_task(), call)
+            stack.drop_interrupted(call)
+        stack.push(_ActiveRouting(routing, graph_task(), call))
 
-    def decide(self, routing: Routing) -> None:
-        """Set the routing of the pass that began last."""
-        passes = self._passes.nesting
-        passes.entry = _Entry(routing, passes.entry.graph_task, passes.entry.call)
+    def set_routing(self, routing: Routing) -> None:
+        """Set the routing of the innermost pass."""
+        stack = self._stacks.stack
+        stack.top = _ActiveRouting(routing, stack.top.graph_task, stack.top.call)
 
-    def leave(self, call: int) -> Routing | None:
-        """End a pass, and return its routing; do nothing where the pass never began.
+    def exit(self, call: int) -> Routing | None:
+        """End a pass and return its routing; return `None` for a pass that never began.
 
         Args:
-            call: what `number_of_call` says in the hook that ends the pass.
+            call: `call_id()` in the hook that ends the pass.
         """
-        passes = self._passes.nesting
-        if passes.entry.call not in (call, _COMPILED_CALL) and call != _COMPILED_CALL:
-            # A hook before ours failed, or a context that was entered in the pass is still open.
-            if all(entry.call != call for entry in passes.outer):
+        stack = self._stacks.stack
+        if stack.top.call not in (call, _COMPILED_CALL) and call != _COMPILED_CALL:
+            # An earlier pre-hook failed, or a context that was opened in the pass is still open.
+            if all(active.call != call for active in stack.outer):
                 return None
-            while passes.entry.call != call:
-                passes.pop()
-        return passes.pop().routing
+            while stack.top.call != call:
+                stack.pop()
+        return stack.pop().routing
 
     @contextmanager
     def use(self, routing: Routing | None) -> Iterator[None]:
-        """Let a routing hold for the layers that run inside the context."""
+        """Use a routing in the layers that run inside the context."""
         self.enter(routing)
-        passes = self._passes.nesting
-        entry = passes.entry
+        stack = self._stacks.stack
+        active = stack.top
         try:
             yield
         finally:
-            if torch.compiler.is_compiling() or passes.entry is entry:
-                passes.pop()
-            elif entry in passes.outer:  # a pass has begun in the context that goes on behind it
-                passes.outer.remove(entry)
+            if torch.compiler.is_compiling() or stack.top is active:
+                stack.pop()
+            elif active in stack.outer:  # a pass began inside the context and outlives it
+                stack.outer.remove(active)
 
     def current(self) -> Routing | None:
-        """Return the routing of the pass that runs now, or whose blocks are computed again."""
-        passes = self._passes.nesting
-        entry = passes.entry
+        """Return the routing of the running pass, or of the pass that is being recomputed."""
+        stack = self._stacks.stack
+        active = stack.top
         if torch.compiler.is_compiling():
-            return entry.routing
+            return active.routing
         task = graph_task()
-        if task == -1 and entry.graph_task != -1:
-            passes.forget_interrupted()
-            entry = passes.entry
-        if entry is not _NOTHING and entry.graph_task == task:
-            return entry.routing
-        return None if task == -1 else _RECOMPUTED.get((task, id(self._passes)))
+        if task == -1 and active.graph_task != -1:
+            stack.drop_interrupted()
+            active = stack.top
+        if active is not _NO_ROUTING and active.graph_task == task:
+            return active.routing
+        return None if task == -1 else _BACKWARD_ROUTINGS.get((task, id(self._stacks)))
 
-    def recomputed(self) -> Routing | None:
-        """Return the routing of the pass whose backward pass runs now, if any."""
+    def backward_routing(self) -> Routing | None:
+        """Return the routing of the forward pass whose backward pass is running, if any."""
         return None if graph_task() == -1 else self.current()
 
-    def of_adapter(self, adapter_name: str) -> Routing:
-        """Return the routing that one adapter of a layer is mixed by.
+    def routing_for(self, adapter_name: str) -> Routing:
+        """Return the routing for one adapter of a layer.
+
+        Args:
+            adapter_name: the adapter.
 
         Raises:
-            RuntimeError: when no pass of the model is under way that decides its weights.
+            RuntimeError: when the adapter has a router and no forward pass of the model runs, or
+                when routing weights would be baked into an exported program.
         """
-        routing = self.current() or self.outside()
+        routing = self.current() or self.routing_outside_pass()
         if routing is not None and adapter_name in routing.weights:
             if routing.weights[adapter_name] is not None and torch.compiler.is_exporting():
                 raise RuntimeError(
-                    "Expected an export without routing weights, which would be baked into the "
-                    "exported program. Fix the mixture first with moe_lora.merge(model, weights), "
+                    "Cannot export a model with routing weights: they would be baked into the "
+                    "exported program. Merge a fixed mixture with moe_lora.merge(model, weights), "
                     'or export in uniform mode (moe_lora.set_routing_mode(model, "uniform")).'
                 )
             return routing
-        if adapter_name in self.required:
+        if adapter_name in self.routed_adapters:
             raise RuntimeError(
-                f"Expected routing weights for adapter {adapter_name!r}, whose router is asked "
-                "when the adapted model is called, but a layer ran outside of a call. Call the "
-                "model itself, not its `forward` or its blocks, or hand weights over with "
+                f"No routing weights for adapter {adapter_name!r}: a layer ran outside of a call "
+                "of the adapted model, which runs the router. Call the model itself, not its "
+                "`forward` or its blocks, or set weights with "
                 "`with moe_lora.route(model, weights):`. In the backward pass of a checkpointed "
-                "block: add the model's output to the loss, or checkpoint with "
+                "block, add the model's output to the loss, or checkpoint with "
                 "moe_lora.routing.routed_checkpoint(model)."
             )
-        return _UNIFORM if routing is None else routing
+        return _UNIFORM_ROUTING if routing is None else routing
 
-    def outside(self) -> Routing | None:
+    def routing_outside_pass(self) -> Routing | None:
         """Return the routing of layers that run outside of any pass."""
         return None
 
     def restore_in_backward(self, output: Any, routing: Routing) -> None:
-        """Let a pass's blocks that are computed again in its backward pass find its routing.
+        """Restore a pass's routing in its backward pass, for blocks that are recomputed there.
 
-        The gradient of a pass's output comes before those of its blocks.
+        The hooks of the output run before the backward passes of the blocks.
 
         Args:
-            output: what the model returned.
-            routing: the routing of that pass.
+            output: the model's output.
+            routing: the routing of the pass.
         """
-        passes = self._passes  # all that the graph keeps alive besides the routing
+        stacks = self._stacks  # the hooks keep nothing else alive besides the routing
 
         def restore(grad: Tensor) -> None:
-            task, mine = graph_task(), passes.nesting
-            if mine.entry.graph_task != task:
-                Variable._execution_engine.queue_callback(mine.mark())
-                mine.outer.append(mine.entry)
-            # A compiled block looks into its own thread; blocks on other devices run in others.
-            mine.entry = _Entry(routing, task)
-            _RECOMPUTED[task, id(passes)] = routing
+            task, stack = graph_task(), stacks.stack
+            if stack.top.graph_task != task:
+                Variable._execution_engine.queue_callback(stack.snapshot())
+                stack.outer.append(stack.top)
+            # A compiled block reads the stack of its thread; blocks on other devices run in others.
+            stack.top = _ActiveRouting(routing, task)
+            _BACKWARD_ROUTINGS[task, id(stacks)] = routing
 
-        for tensor in () if is_transformed() else tensors_in(output):
-            # A leaf is no output of the blocks, and would collect the hooks of all passes.
+        for tensor in () if is_transformed() else iter_output_tensors(output):
+            # A leaf is not computed by the blocks, and would collect the hooks of all passes.
             if tensor.grad_fn is not None:
                 tensor.register_hook(restore)
 
     def fixed_weights(self, adapter_name: str) -> Tensor | None:
-        """Return the `(E,)` weights that an adapter may be merged with; `None` means uniform."""
+        """Return the `(E,)` weights for merging an adapter; `None` means 1/E."""
         return None
 
 
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors of what a model returned."""
+def iter_output_tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a model's output."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict):
         for value in output.values():
-            yield from tensors_in(value)
+            yield from iter_output_tensors(value)
     elif isinstance(output, list | tuple):
         for value in output:
-            yield from tensors_in(value)
+            yield from iter_output_tensors(value)
     elif hasattr(output, "__dataclass_fields__"):
-        yield from tensors_in(vars(output))
+        yield from iter_output_tensors(vars(output))

@@ -1,4 +1,4 @@
-"""Which experts count where most routing weights are 0."""
+"""Sparse routing weights: the indices of the experts with non-zero weights."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from torch import Tensor
 
 
 def expert_indices(weights: Tensor, k: int) -> Tensor:
-    """Return the experts that count where at most `k` weights of a row differ from 0.
+    """Return the indices of the `k` experts with the largest absolute weights.
 
     Args:
-        weights: `(..., E)`, of any sign.
+        weights: `(..., E)`, of any sign, at most `k` of a row non-zero.
         k: in [1, E].
 
     Returns:
-        `(..., k)`, without gradient: those of all weights that are not 0, and of others where
-        there are fewer.
+        `(..., k)`, without gradient: every expert with a non-zero weight, filled up with others.
 
     Example:
         >>> import torch
@@ -24,8 +23,8 @@ def expert_indices(weights: Tensor, k: int) -> Tensor:
     return weights.detach().abs().topk(k, dim=-1).indices
 
 
-def without_zeros(weights: Tensor) -> Tensor:
-    """Return the weights in a graph that passes no gradient to those that are 0.
+def detach_zeros(weights: Tensor) -> Tensor:
+    """Return the weights, with a gradient only for those that are not 0.
 
     Args:
         weights: of any shape.

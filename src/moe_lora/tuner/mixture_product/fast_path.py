@@ -1,4 +1,4 @@
-"""When the fused path of a layer computes what the plain formula does."""
+"""Conditions for the fused path of a layer, under which it equals the plain formula."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from moe_lora.tracing import PLAIN_TYPES, dispatch_modes, is_transformed
 _function_modes = torch._C._len_torch_function_stack  # PyTorch offers no public name for it
 
 
-def _if_of_torch(function: Any) -> Any:
-    """Return a function that PyTorch wrote; `None` for an earlier patch of it."""
+def _unless_patched(function: Any) -> Any:
+    """Return the function if it is PyTorch's own, `None` if it was patched."""
     code = getattr(function, "__code__", None)
     return function if code and code.co_filename.startswith(torch.__path__[0]) else None
 
 
-_MODULE_CALL = _if_of_torch(nn.Module.__call__)
-_LINEAR_FORWARD = _if_of_torch(nn.Linear.forward)
+_MODULE_CALL = _unless_patched(nn.Module.__call__)
+_LINEAR_FORWARD = _unless_patched(nn.Linear.forward)
 _LINEAR = F.linear
 
 
 def can_fuse(*operands: Tensor | None) -> bool:
-    """Tell whether fused operations give what plain ones do.
+    """Return whether the fused function may replace the plain operations.
 
-    They do not where operations are transformed (see `is_transformed`), where a dispatch mode or a
-    function mode sees each of them (a FLOP counter, a policy of selective checkpointing), where an
-    operand is of a tensor subclass or a proxy, or where `F.linear` was replaced.
+    It may not when operations are transformed (see `is_transformed`), when a dispatch mode or a
+    function mode intercepts them (a FLOP counter, a policy of selective checkpointing), when an
+    operand is a tensor subclass or a proxy, or when `F.linear` was replaced.
 
     Args:
         operands: the tensors of the operation.
@@ -48,10 +48,13 @@ def can_fuse(*operands: Tensor | None) -> bool:
 
 
 def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Tell whether a layer is a frozen `nn.Linear` whose call does `F.linear` and nothing else.
+    """Return whether a layer is a frozen `nn.Linear` whose call is `F.linear` alone.
 
-    It does more where the layer or all modules have hooks, and where the layer's `forward`,
+    It is not when the layer or all modules have hooks, or when the layer's `forward`,
     `nn.Linear.forward` or `nn.Module.__call__` was replaced.
+
+    Args:
+        layer: any module.
     """
     if (
         type(layer) is not nn.Linear
@@ -71,6 +74,6 @@ def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def _has_function_mode() -> bool:
-    """Tell whether there is a mode besides the one that stands for the default device."""
+    """Return whether a function mode other than the default device is active."""
     modes = (torch._C._get_function_stack_at(i) for i in range(_function_modes()))
     return any(type(mode) is not DeviceContext for mode in modes)

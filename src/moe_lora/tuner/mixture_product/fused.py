@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lora.routing.weights.checkpointing import check_version, guarded
+from moe_lora.routing.weights.checkpointing import check_version, check_version_in_backward
 from moe_lora.tracing import has_plain_values, is_transformed
 from moe_lora.tuner.mixture_product.fast_path import can_fuse
 from moe_lora.tuner.mixture_product.plain import (
     LinearParameters,
     Mixture,
-    add_mixture_plainly,
+    add_mixture_unfused,
     apply_gate,
     flatten_tokens,
     mixture_product,
@@ -32,16 +32,16 @@ def add_mixture(
     """Add a mixture to the output of a base layer in as few passes over memory as possible.
 
     `base + scale · B (gate ⊙ A x)`, computed in the dtype of `x`. The product with `B` accumulates
-    into the base's output, that with `A` in the backward pass into the gradient of `x`; for the
-    backward pass only `x` and `A x` are kept, the gated tensor is computed again. Where
-    `can_fuse` is false, the same is computed in differentiable operations of PyTorch.
+    into the base's output, and in the backward pass the product with `A` into the gradient of `x`.
+    Only `x` and `A x` are saved for the backward pass; the gated tensor is recomputed. If
+    `can_fuse` is false, plain differentiable operations compute the same.
 
     Args:
         x: `(..., in)`.
         mix: the mixture's operands.
-        base: `(..., out)`, the base layer's output in the dtype of `x`; or a frozen linear layer
-            to apply to `x`.
-        routing_version: that of the routing; see `checkpointing.check_version`.
+        base: `(..., out)`, the base layer's output in the dtype of `x`; or the parameters of a
+            frozen linear layer to apply to `x`.
+        routing_version: the version of the routing; see `checkpointing.check_version`.
 
     Returns:
         `(..., out)`.
@@ -57,10 +57,10 @@ def add_mixture(
         return added
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            result = add_mixture_plainly(x, mix, base)
+            result = add_mixture_unfused(x, mix, base)
     else:
-        result = add_mixture_plainly(x, mix, base)
-    return guarded(result, None if is_transformed() else routing_version)
+        result = add_mixture_unfused(x, mix, base)
+    return check_version_in_backward(result, None if is_transformed() else routing_version)
 
 
 class _AddMixture(torch.autograd.Function):
@@ -81,7 +81,7 @@ class _AddMixture(torch.autograd.Function):
         bias: Tensor | None,
         version: Tensor | None,
     ) -> Tensor:
-        with _without_autocast(x.device.type):
+        with _autocast_disabled(x.device.type):
             A, B = stack_experts(lora_A, lora_B, expert_indices, x.dtype)
             hidden = flatten_tokens(x, A) @ A.mT
             gated = apply_gate(hidden.view(*x.shape[:-1], hidden.shape[-1]), gate)
@@ -96,21 +96,21 @@ class _AddMixture(torch.autograd.Function):
         ctx.version = None if version is None else int(version)
         indices_and_mask = (expert_indices, expert_grad_mask)
         ctx.save_for_backward(x, lora_A, lora_B, gate, *indices_and_mask, weight, hidden, version)
-        # A view that leaves a Function could not be modified in place.
+        # The output of a Function must not be a view, so that it can be modified in place.
         shape = (*x.shape[:-1], result.shape[-1])
         shaped: Tensor = torch.ops.aten._unsafe_view.default(result, shape)
         return shaped
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: a checkpoint gives them out no second time
+        saved = ctx.saved_tensors  # read once only: a checkpoint frees them
         x, lora_A, lora_B, gate, indices, grad_mask, weight, hidden, version = saved
         check_version(version, ctx.version)
         if torch.is_grad_enabled() or not has_plain_values(grad):
             return _plain_backward(ctx, saved, grad)
         grads: list[Tensor | None] = [None] * 11
         needs = ctx.needs_input_grad
-        with _without_autocast(x.device.type):
+        with _autocast_disabled(x.device.type):
             A, B = stack_experts(lora_A, lora_B, indices, x.dtype)
             tokens, outer = flatten_tokens(x, A), flatten_tokens(grad, A)
             shape = (*x.shape[:-1], hidden.shape[-1])
@@ -134,15 +134,15 @@ class _AddMixture(torch.autograd.Function):
         return tuple(grads)
 
 
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    """Compute in the dtypes of the operands."""
+def _autocast_disabled(device: str) -> AbstractContextManager[object]:
+    """Return a context that disables autocast."""
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()  # entering and leaving `torch.autocast` takes microseconds
 
 
 def _plain_backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Take the gradients of `_AddMixture` through plain operations, for `create_graph` and vmap."""
+    """Compute the gradients of `_AddMixture` by plain operations, for `create_graph` and vmap."""
     x, lora_A, lora_B, gate, indices, grad_mask, weight, _, _ = saved
     needs = ctx.needs_input_grad[:4]
     grads: list[Tensor | None] = [None] * 11
@@ -151,14 +151,14 @@ def _plain_backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Ten
         return tuple(grads)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-        # A gate may be made from x: views of both are taken as independent inputs.
+        # A gate may depend on x: views of both are independent inputs.
         x, lora_A, lora_B = (t.view_as(t) for t in (x, lora_A, lora_B))
         gate = None if gate is None else gate.view_as(gate)
         mix = Mixture(lora_A, lora_B, gate, ctx.scale, indices, grad_mask)
         if weight is None:
             result = mixture_product(x, mix)
         else:
-            result = add_mixture_plainly(x, mix, LinearParameters(weight, None))
+            result = add_mixture_unfused(x, mix, LinearParameters(weight, None))
         inputs = [t for t, need in zip((x, lora_A, lora_B, gate), needs, strict=True) if need]
         found = iter(torch.autograd.grad(result, inputs, grad, create_graph=create_graph))
     grads[:4] = [next(found) if need else None for need in needs]

@@ -46,7 +46,7 @@ class Mixture(NamedTuple):
         expert_indices: `(B, 1, k)`, or with more ones: the experts of every sample; `None` means
             all.
         expert_grad_mask: 1 where a sample's gradient reaches the parameters of an expert and 0
-            where not; broadcasts like the gate. `None` means 1.
+            where not; broadcasts like the gate. `None` means no mask.
     """
 
     lora_A: Tensor
@@ -65,7 +65,10 @@ def mixture_operands(
     expert_indices: Tensor | None = None,
     expert_grad_mask: Tensor | None = None,
 ) -> Mixture:
-    """Fold the scaling into the weights; arguments as in `mixture` and `Mixture`."""
+    """Return the operands of a mixture product, with the scaling folded into the weights.
+
+    The arguments are those of `mixture` and `Mixture`.
+    """
     if weights is None:
         return Mixture(lora_A, lora_B, None, scaling / lora_A.shape[0], None, expert_grad_mask)
     if expert_indices is not None:
@@ -82,13 +85,14 @@ class LinearParameters(NamedTuple):
     bias: Tensor | None
 
 
-def add_mixture_plainly(x: Tensor, mix: Mixture, base: Tensor | LinearParameters) -> Tensor:
+def add_mixture_unfused(x: Tensor, mix: Mixture, base: Tensor | LinearParameters) -> Tensor:
     """Return the sum of the base layer's output and the mixture product.
 
     Args:
         x: `(..., in)`.
         mix: the mixture's operands.
-        base: `(..., out)`, the base layer's output; or a linear layer to apply to `x`.
+        base: `(..., out)`, the base layer's output; or the parameters of a linear layer to apply
+            to `x`.
     """
     output = F.linear(x, *base) if isinstance(base, LinearParameters) else base
     return output + mixture_product(x, mix)
@@ -118,11 +122,11 @@ def stack_experts(
         lora_A: `(E, r, in)`.
         lora_B: `(out, E, r)`.
         expert_indices: `(B, 1, k)`, or with more ones: the experts of every sample.
-        dtype: of the matrices.
+        dtype: the dtype of the matrices.
 
     Returns:
-        `(E·r, in)` and `(out, E·r)`; with indices `(B, k·r, in)` and `(B, out, k·r)`, so that the
-        experts that a sample does not use cost nothing.
+        `(E·r, in)` and `(out, E·r)`; with indices `(B, k·r, in)` and `(B, out, k·r)`, without the
+        experts that a sample does not use.
     """
     if expert_indices is None:
         return lora_A.flatten(0, 1).to(dtype), lora_B.flatten(1).to(dtype)

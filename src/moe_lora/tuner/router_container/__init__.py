@@ -1,1 +1,1 @@
-"""The routers inside an adapted model, and the hooks that ask them."""
+"""The routers inside an adapted model, and the hooks that run them."""

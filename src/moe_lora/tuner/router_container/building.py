@@ -1,4 +1,4 @@
-"""The router that a configuration asks for."""
+"""Building the router of a configuration."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def build_router(
     low_cpu_mem_usage: bool,
     num_layers: int | None = None,
 ) -> Router | None:
-    """Build the router that an adapter's configuration names, on the device of the model.
+    """Build the router of an adapter's configuration, on the device of the model.
 
     Args:
         config: the adapter's configuration.
-        model: the model to adapt, whose sizes a router may take for its own.
+        model: the model to adapt, for the default arguments of the router.
         low_cpu_mem_usage: create the parameters on the meta device, to be loaded later.
-        num_layers: how many layers the adapter has, for a router that weighs each of them.
+        num_layers: the number of the adapter's layers, for a router with weights per layer.
 
     Returns:
-        The router; `None` where the configuration names none.
+        The router; `None` for a configuration without one.
 
     Raises:
         TypeError: when `router_kwargs` are not arguments of the router.
-        ValueError: when they are not values that it can be built with.
+        ValueError: when the router cannot be built from their values.
     """
     if config.router is None:
         return None
@@ -53,8 +53,8 @@ def build_router(
             router = cls(**kwargs)
     except (TypeError, RuntimeError) as error:
         raise ValueError(
-            f"Expected `router_kwargs` to be values that {cls.__name__} can be built with, but "
-            f"got {kwargs} ({error})."
+            f"Expected `router_kwargs` to be valid arguments of {cls.__name__}, but got {kwargs} "
+            f"({error})."
         ) from error
     if device.type == "meta" or any(p.is_meta for p in router.parameters()):
         return router

@@ -1,1 +1,1 @@
-"""The tensors of an adapter: their names, and whether they fit a model."""
+"""The tensors of an adapter: their names, and checks against a model."""

@@ -1,4 +1,4 @@
-"""The tensors of an adapter by their keys in a checkpoint, and whether they hold their values."""
+"""The tensors of an adapter by their keys in a checkpoint, and checks of their values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from moe_lora.routing.offloading import offload_groups
-from moe_lora.tuner.state_dict.module_paths import bare_modules, bare_path, joined
+from moe_lora.tuner.state_dict.module_paths import bare_modules, bare_path, join_path
 
 EXPERTS, ROUTERS = "moe_lora_experts", "moe_lora_routers"
 
@@ -18,15 +18,17 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Return an adapter's own parameters and buffers, by their keys in a checkpoint.
 
     Args:
-        model: the module that the adapter was injected into, or a `PeftModel`.
-        adapter_name: whose tensors.
+        model: the module with the injected adapter, or a `PeftModel`.
+        adapter_name: the adapter.
     """
     found: dict[str, Tensor] = {}
     for _, bare, module in bare_modules(model):
         if isinstance(module, AuxiliaryTrainingWrapper):
             state = module.state_dict(keep_vars=True)
             names = module.adapter_state_dict_load_map(adapter_name)
-            found |= {joined(bare, bare_path(name)): state[inner] for name, inner in names.items()}
+            found |= {
+                join_path(bare, bare_path(name)): state[inner] for name, inner in names.items()
+            }
     for _, bare, module in parts_of_adapter(model, adapter_name):
         for name, tensor in module.state_dict(keep_vars=True).items():
             found[f"{bare}.{bare_path(name)}"] = tensor
@@ -36,52 +38,55 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def parts_of_adapter(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, nn.Module]]:
     """Yield the experts of every layer, and the router, each with path and bare path.
 
-    The adapter's name is in neither path.
-
     Args:
-        model: the module that the adapter was injected into, or a `PeftModel`.
-        adapter_name: whose.
+        model: the module with the injected adapter, or a `PeftModel`.
+        adapter_name: the adapter.
+
+    Yields:
+        Path, bare path and module; the paths are without the adapter's name.
     """
     for path, bare, module in bare_modules(model):
         for attribute in (EXPERTS, ROUTERS):
             by_name = module._modules.get(attribute)
             if isinstance(by_name, nn.ModuleDict) and adapter_name in by_name:
-                yield joined(path, attribute), joined(bare, attribute), by_name[adapter_name]
+                yield join_path(path, attribute), join_path(bare, attribute), by_name[adapter_name]
 
 
 def check_in_memory(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Check that tensors hold their values, which offloading and sharding may keep elsewhere.
+    """Check that the values of tensors are in memory, not offloaded or sharded.
 
     Args:
         model: the model, with its offloading hooks.
-        tensors: its own parameters and buffers (not copies, not detached) by name.
+        tensors: parameters and buffers of the model (not copies, not detached) by name.
 
     Raises:
-        ValueError: for a tensor on the meta device, on disk, in pieces, or empty.
+        ValueError: for a tensor that is on the meta device, on disk, sharded or empty.
     """
     on_disk = {id(tensor) for tensor in _offloaded_to_disk(model)}
     for name, tensor in tensors.items():
-        matrix = name.endswith((".lora_A", ".lora_B"))
+        is_factor = name.endswith((".lora_A", ".lora_B"))
         if tensor.is_meta:
             where = "is on the meta device"
         elif id(tensor) in on_disk:
             where = "is offloaded to disk"
-        elif hasattr(tensor, "full_tensor") or tensor.numel() == 0 or (matrix and tensor.ndim < 3):
-            where = "is spread over processes"
+        elif (
+            hasattr(tensor, "full_tensor") or tensor.numel() == 0 or (is_factor and tensor.ndim < 3)
+        ):
+            where = "is sharded over processes"
         else:
             continue
         raise ValueError(
             f"Expected the adapter's weights in memory, but {name!r} {where}. Load or initialize "
-            "it, or remove the model's offloading hooks, first; of a model spread over processes, "
-            "save the gathered state, as the guide on several processes shows."
+            "it, or remove the model's offloading hooks, first; for a sharded model, save the "
+            "gathered state dict, as in the guide on several processes."
         )
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Check that there is no NaN or inf, with which a checkpoint would not be loaded.
+    """Check for NaN and inf, since a checkpoint with these cannot be loaded.
 
     Args:
-        tensors: by name.
+        tensors: the tensors by name.
 
     Raises:
         ValueError: for a tensor with NaN or inf.
@@ -89,8 +94,8 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(
-            f"Expected finite weights, but {len(broken)} of {len(tensors)} tensors hold NaN or "
-            f"inf, such as {broken[0]!r}. Nothing is written: go on from an earlier checkpoint."
+            f"Expected finite weights, but {len(broken)} of {len(tensors)} tensors have NaN or "
+            f"inf, such as {broken[0]!r}. Nothing was written. Continue from an earlier checkpoint."
         )
 
 
@@ -101,23 +106,27 @@ def check_not_on_disk(model: nn.Module) -> None:
         model: the model, with its offloading hooks.
 
     Raises:
-        ValueError: when diffusers' group offloading keeps any of them on disk.
+        ValueError: when diffusers' group offloading has weights on disk.
     """
     if is_offloaded_to_disk(model):
         raise ValueError(
-            f"Expected the weights of {type(model).__name__} in memory, but some of it is "
-            "offloaded to disk. Merge or unmerge first, and call `enable_group_offload` afterwards."
+            f"Expected the weights of {type(model).__name__} in memory, but some are offloaded to "
+            "disk. Merge or unmerge first, and call `enable_group_offload` afterwards."
         )
 
 
 def is_offloaded_to_disk(model: nn.Module) -> bool:
-    """Tell whether diffusers' group offloading keeps any of a model's weights on disk."""
+    """Return whether diffusers' group offloading has any of a model's weights on disk.
+
+    Args:
+        model: the model, with its offloading hooks.
+    """
     return next(_offloaded_to_disk(model), None) is not None
 
 
 def _offloaded_to_disk(model: nn.Module) -> Iterator[Tensor]:
-    # A group's tensors are uninitialized memory while they are not computed with, and on a CPU
-    # nothing tells when that is.
+    # The tensors of an offloaded group are uninitialized memory; on a CPU, the group does not
+    # record when it is offloaded.
     for group in offload_groups(model.modules()):
         if group.offload_to_disk_path is not None:
             yield from group.tensor_to_key

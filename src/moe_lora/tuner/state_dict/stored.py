@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and whether it fits a model; nothing here changes a model."""
+"""Names and shapes of the weights in a checkpoint, and checks against a model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_KEY = "moe_lora_config"
-"""Where the header of a weights file has the config that the weights were saved with."""
+"""Key of the config in the header of a weights file."""
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Remember names and shapes of a checkpoint's tensors.
+    """Names and shapes of a checkpoint's tensors.
 
     Args:
         path: the weights file.
-        shapes: by name, as in the file.
-        differing: how the config differs from the one that the weights were saved with.
+        shapes: the shapes by name in the file.
+        differing: the differences between the config and the one in the file's header, for a
+            message; `None` for no difference.
     """
 
     path: Path
@@ -37,12 +38,12 @@ class StoredWeights:
     differing: str | None = None
 
     @classmethod
-    def read(cls, path: Path, meaning: Mapping[str, Any]) -> StoredWeights:
+    def read(cls, path: Path, weight_fields: Mapping[str, Any]) -> StoredWeights:
         """Read the header of a safetensors file.
 
         Args:
             path: the file.
-            meaning: the fields of the config in the same folder that say what weights mean.
+            weight_fields: `MoELoraConfig.weight_fields()` of the config in the same folder.
 
         Raises:
             ValueError: when the file is truncated, corrupt or of another format.
@@ -54,43 +55,48 @@ class StoredWeights:
         except SafetensorError as error:
             raise ValueError(
                 f"Expected a whole safetensors file at {str(path)!r}, but it is truncated, corrupt "
-                f"or of another format ({error}). Save it again, or take an earlier copy."
+                f"or of another format ({error}). Save it again, or use an earlier copy."
             ) from error
-        return cls(path, shapes).beside(meaning, header)
+        return cls(path, shapes).compare_config(weight_fields, header)
 
-    def beside(self, meaning: Mapping[str, Any], header: Mapping[str, str]) -> StoredWeights:
-        """Compare the config beside the weights with the one in the header of their file.
+    def compare_config(
+        self, weight_fields: Mapping[str, Any], header: Mapping[str, str]
+    ) -> StoredWeights:
+        """Compare a config with the one in the header of the weights file.
 
         Args:
-            meaning: the fields, as in `read`, of the config that was found beside the weights.
-            header: the weights file's metadata; without a config in it, nothing is compared.
+            weight_fields: `MoELoraConfig.weight_fields()` of the config.
+            header: the weights file's metadata; without a config, nothing is compared.
+
+        Returns:
+            The same names and shapes, with the differences in `differing`.
         """
-        told = read_header(self.path, header, CONFIG_KEY)
-        if told is None:
+        saved = read_header(self.path, header, CONFIG_KEY)
+        if saved is None:
             return self
-        meaning = json.loads(json.dumps(meaning))
+        weight_fields = json.loads(json.dumps(weight_fields))
         differing = [
-            f"`{name}` is {value!r} and was {told[name]!r}"
-            for name, value in meaning.items()
-            if name in told and told[name] != value
+            f"`{name}` is {value!r} and was {saved[name]!r}"
+            for name, value in weight_fields.items()
+            if name in saved and saved[name] != value
         ]
-        return replace(self, differing=_some(differing, str) if differing else None)
+        return replace(self, differing=_summarize(differing, str) if differing else None)
 
     def check_config(self) -> None:
-        """Check that the config is the one that the weights were saved with, where that is noted.
+        """Check that the config matches the one in the header of the weights file.
 
         Raises:
-            ValueError: when they differ in what the weights mean.
+            ValueError: when they differ in a field of `MoELoraConfig.weight_fields()`.
         """
         if self.differing is not None:
             raise ValueError(
-                f"Expected beside {str(self.path)!r} the config that the weights were saved with, "
-                f"but its {self.differing}. Load it with the adapter_config.json that was saved "
-                "with it, or change the config after loading it."
+                f"Expected {str(self.path)!r} with the config that the weights were saved with, "
+                f"but its {self.differing}. Load it with its own adapter_config.json, or change "
+                "the config after loading it."
             )
 
-    def check_kind(self) -> None:
-        """Check that there are experts in the file.
+    def check_has_experts(self) -> None:
+        """Check that the file has experts.
 
         Raises:
             ValueError: for a file of another method.
@@ -106,27 +112,27 @@ class StoredWeights:
         )
 
     def check_base(self, model: nn.Module, num_experts: int, rank_of: Callable[[str], int]) -> None:
-        """Check that a model has all layers of the experts, and a config their number and ranks.
+        """Check the layers of the experts against a model, and their number and ranks.
 
         Args:
-            model: the model, before or after it is adapted.
-            num_experts: the number of experts that the config has.
-            rank_of: returns the rank that the config has for a layer's path.
+            model: the model, before or after the injection.
+            num_experts: the config's number of experts.
+            rank_of: the config's rank, as a function of a layer's path.
 
         Raises:
-            ValueError: when it lacks some, or the config is that of other experts.
+            ValueError: when the model lacks layers, or the experts' number or ranks differ.
         """
-        self.check_kind()
+        self.check_has_experts()
         known = bare_paths(model)
-        shapes = self._named_for(known)
+        shapes = self._with_bare_names(known)
         layers = {name.partition(EXPERTS_PART)[0] for name in shapes if EXPERTS_PART in name}
         lacking = sorted(layers - known)
         if lacking:
             raise ValueError(
                 f"Expected {str(self.path)!r} to fit the model, but {type(model).__name__} has no "
-                f"{_some(lacking)}: {_why_lacking(lacking, known)}"
+                f"{_summarize(lacking)}: {_explain_missing_layers(lacking, known)}"
             )
-        # Before memory is taken for experts that the file does not have.
+        # Before any memory is allocated for experts of other sizes.
         for name, shape in shapes.items():
             layer, _, factor = name.partition(EXPERTS_PART)
             wanted = (num_experts, rank_of(layer))
@@ -134,65 +140,67 @@ class StoredWeights:
                 both = f"{name!r} has the shape {shape} where {(*wanted, *shape[2:])} is needed"
                 raise ValueError(
                     f"Expected {str(self.path)!r} to fit the model, but {both}: rank, experts or "
-                    "router of adapter_config.json are not those of the weights. Load it with the "
-                    "adapter_config.json that was saved with it."
+                    "router of adapter_config.json are not those of the weights. Load it with its "
+                    "own adapter_config.json."
                 )
 
     def check_fit(self, model: nn.Module, adapter_name: str) -> None:
-        """Check that the tensors are exactly those of an adapter in a model, in its shapes.
+        """Check that names and shapes are exactly those of an adapter in a model.
 
         Args:
-            model: the model, with the adapter already in it.
+            model: the model, after the injection.
             adapter_name: the adapter's name.
 
         Raises:
-            ValueError: for tensors that the model has no place for, of other shapes, or missing;
-                or when the config is not that of the weights.
+            ValueError: for unexpected or missing tensors, other shapes, or a different config.
         """
         tensors = adapter_tensors(model, adapter_name)
         expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        replace(self, shapes=self._named_for(bare_paths(model))).check_shapes(expected)
+        replace(self, shapes=self._with_bare_names(bare_paths(model))).check_shapes(expected)
 
     def check_shapes(self, expected: Shapes, target: str = "the model") -> None:
-        """Check that the tensors are exactly the expected ones.
+        """Check that names and shapes are exactly the expected ones.
 
         Args:
             expected: the shapes by name.
-            target: what the shapes are those of, for the message.
+            target: the owner of the shapes, for the message.
 
         Raises:
-            ValueError: for tensors that are not expected, of other shapes, or missing; or when the
-                config is not that of the weights.
+            ValueError: for unexpected or missing tensors, other shapes, or a different config.
         """
-        problem = self._homeless(expected) or self._misshapen(expected) or self._missing(expected)
+        problem = (
+            self._find_unexpected(expected)
+            or self._find_wrong_shape(expected)
+            or self._find_missing(expected)
+        )
         if problem is not None:
             raise ValueError(f"Expected {str(self.path)!r} to fit {target}, but {problem}")
         self.check_config()
 
-    def _named_for(self, known: Collection[str]) -> Shapes:
+    def _with_bare_names(self, known: Collection[str]) -> Shapes:
         names = bare_names(self.shapes, known)
         return {names[name]: shape for name, shape in self.shapes.items()}
 
-    def _homeless(self, expected: Shapes) -> str | None:
+    def _find_unexpected(self, expected: Shapes) -> str | None:
         unknown = [name for name in self.shapes if name not in expected]
         if not unknown:
             return None
-        some = _some(unknown)
+        some = _summarize(unknown)
         if ROUTERS_PART in unknown[0]:
             return (
-                f"it holds router parameters that the config's router does not have ({some}). Load "
-                "it with the adapter_config.json that was saved with it."
+                f"it has router parameters that the config's router does not have ({some}). Load "
+                "it with its own adapter_config.json."
             )
         return (
-            f"it holds tensors that the config does not ask for ({some}). Load it with the "
-            "adapter_config.json that was saved with it."
+            f"it has tensors that do not belong to the config ({some}). Load it with its own "
+            "adapter_config.json."
         )
 
-    def _misshapen(self, expected: Shapes) -> str | None:
+    def _find_wrong_shape(self, expected: Shapes) -> str | None:
         for name, shape in self.shapes.items():
             wanted = expected[name]
             if shape == wanted or (shape, wanted) == ((), (1,)):
-                continue  # one number was stored without a dimension by 0.1.0
+                continue  # version 0.1.0 stored 0-dimensional tensors
             both = f"{name!r} has the shape {shape} where {wanted} is needed"
             axes = (0, 1) if name.endswith(".lora_A") else (1, 2)
             same_experts = (
@@ -203,61 +211,68 @@ class StoredWeights:
             if same_experts:
                 return (
                     f"{both}: it was trained on a base model with layers of other widths. Load it "
-                    "into that one."
+                    "into that model."
                 )
             return (
                 f"{both}: rank, experts or router of adapter_config.json are not those of the "
-                "weights. Load it with the adapter_config.json that was saved with it."
+                "weights. Load it with its own adapter_config.json."
             )
         return None
 
-    def _missing(self, expected: Shapes) -> str | None:
+    def _find_missing(self, expected: Shapes) -> str | None:
         missing = [name for name in expected if name not in self.shapes]
         if not missing:
             return None
         return (
-            f"{len(missing)} of the model's {len(expected)} tensors are not in it "
-            f"({_some(missing)}): it is incomplete, or was trained on another base model. Take "
+            f"{len(missing)} of the model's {len(expected)} tensors are missing "
+            f"({_summarize(missing)}): it is incomplete, or was trained on another base model. Use "
             "another copy, or load it into that model."
         )
 
 
 def input_width(model: nn.Module) -> int | None:
-    """Return the number of a model's input channels, `config.in_channels`, where it has one."""
+    """Return `config.in_channels` of a model, or `None`.
+
+    Args:
+        model: any model.
+    """
     width: Any = getattr(getattr(model, "config", None), "in_channels", None)
     return width if isinstance(width, int) else None
 
 
-def check_base_width(known: int | None, model: nn.Module) -> int | None:
-    """Return the input width of a model, which must be that of the adapter's base.
+def check_base_width(expected: int | None, model: nn.Module) -> int | None:
+    """Return the input width of a model, or raise when it is not that of the adapter's base.
 
     Args:
-        known: the input width of the adapter's base; `None` where it is not known.
+        expected: the input width of the adapter's base; `None` if it is unknown.
         model: the model to adapt.
 
     Raises:
         ValueError: when the two widths differ.
     """
     width = input_width(model)
-    if known is not None and width is not None and known != width:
+    if expected is not None and width is not None and expected != width:
         raise ValueError(
-            f"Expected a base model with {known} input channels, on which the adapter was "
-            f"configured, but {type(model).__name__} has {width}. Load it into a base of that "
-            "width (FLUX Fill has 384, plain FLUX 64), or make a new MoELoraConfig for this one."
+            f"Expected a base model with {expected} input channels, as in the adapter's config, "
+            f"but {type(model).__name__} has {width}. Load it into a base of that width (FLUX Fill "
+            "has 384, plain FLUX 64), or create a new MoELoraConfig for this model."
         )
-    return known if width is None else width
+    return expected if width is None else width
 
 
 def read_header(path: Path, header: Mapping[str, str], key: str) -> dict[str, Any] | None:
-    """Return the JSON object that a safetensors file's metadata has under a key, or `None`.
+    """Return the JSON object under a key of a safetensors file's metadata.
 
     Args:
         path: the file, for the message.
-        header: its metadata.
-        key: where the object is.
+        header: the file's metadata.
+        key: the key.
+
+    Returns:
+        The object; `None` without the key.
 
     Raises:
-        ValueError: when there is something else under the key.
+        ValueError: when the value is not a JSON object.
     """
     if key not in header:
         return None
@@ -266,7 +281,7 @@ def read_header(path: Path, header: Mapping[str, str], key: str) -> dict[str, An
     except ValueError as error:
         raise ValueError(
             f"Expected JSON as `{key}` in the header of {str(path)!r}, but got {error}. Save it "
-            "again, or take an earlier copy."
+            "again, or use an earlier copy."
         ) from error
     if not isinstance(entries, dict):
         raise ValueError(
@@ -276,8 +291,8 @@ def read_header(path: Path, header: Mapping[str, str], key: str) -> dict[str, An
     return entries
 
 
-def _why_lacking(lacking: list[str], known: Collection[str]) -> str:
-    """Say whether the layers are there under another path, and what to do."""
+def _explain_missing_layers(lacking: list[str], known: Collection[str]) -> str:
+    """Return a reason for missing layers, such as another path prefix, and a remedy."""
     ends = {path[: -len(lacking[0]) - 1] for path in known if path.endswith(f".{lacking[0]}")}
     for outer in sorted(ends):
         if all(f"{outer}.{layer}" in known for layer in lacking):
@@ -287,11 +302,11 @@ def _why_lacking(lacking: list[str], known: Collection[str]) -> str:
         prefix = ".".join(parts[:count]) + "."
         if all(layer.startswith(prefix) and layer[len(prefix) :] in known for layer in lacking):
             return (
-                f"it has them without the beginning {prefix!r}. Load the adapter into the module "
-                "that has this name in the model it was saved from, or take it off the keys."
+                f"it has them without the prefix {prefix!r}. Load the adapter into the module of "
+                "that name in the original model, or remove the prefix from the keys."
             )
-    return "it was trained on another base model. Load it into that one."
+    return "it was trained on another base model. Load it into that model."
 
 
-def _some(names: list[str], show: Callable[[str], str] = repr) -> str:
+def _summarize(names: list[str], show: Callable[[str], str] = repr) -> str:
     return show(names[0]) if len(names) == 1 else f"{show(names[0])} and {len(names) - 1} more"

@@ -1,1 +1,1 @@
-"""Checks of a configuration's fields and of the names of adapters and experts."""
+"""Validation of a configuration's fields, and of the names of adapters and experts."""

@@ -1,4 +1,4 @@
-"""What every field of a config must be, whether it comes from code or from a file."""
+"""Validation of the fields of a config, from code or from a file."""
 
 from __future__ import annotations
 
@@ -10,33 +10,38 @@ from typing import Any, NamedTuple, get_args
 from moe_lora.routing.routers.gating import RoutingStrategy
 
 MAX_RANK, MAX_EXPERTS = 65_536, 1_024
-"""No mixture is near these; beyond them, a file would make its reader run out of memory."""
+"""Upper limits far above useful values, so that no file makes its reader run out of memory."""
 
 
 class Check(NamedTuple):
-    """Say whether a field's value is allowed, and what is expected in words."""
+    """Check of a field's value.
+
+    Attributes:
+        allows: whether a value is allowed.
+        expected: the allowed values in words, for the message.
+    """
 
     allows: Callable[[Any], bool]
     expected: str
 
     def or_none(self) -> Check:
-        """Allow `None`, too."""
+        """Return the check that also allows `None`."""
         return Check(lambda value: value is None or self.allows(value), f"{self.expected}, or None")
 
 
 def is_integer(value: Any, low: int, high: int | None = None) -> bool:
-    """Tell whether a value is an integer (no bool) in [low, high]."""
+    """Return whether a value is an integer (not a bool) in [low, high]."""
     fits = isinstance(value, int) and not isinstance(value, bool)
     return fits and low <= value and (high is None or value <= high)
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is a finite number (no bool)."""
+    """Return whether a value is a finite number (not a bool)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond any float
+    except OverflowError:  # an integer too large for a float
         return False
 
 
@@ -70,7 +75,7 @@ def _is_json(value: Any) -> bool:
         return False
     try:
         json.dumps(value)
-    except (TypeError, ValueError):  # ValueError for a circular one
+    except (TypeError, ValueError):  # ValueError for a circular reference
         return False
     return True
 
@@ -138,17 +143,17 @@ CHECKS: Mapping[str, Check] = {
     "base_in_channels": _integer(1).or_none(),
     "format_version": _integer(1),
 }
-"""By field of `MoELoraConfig`, PEFT's own fields included."""
+"""Checks by field of `MoELoraConfig`, including PEFT's own fields."""
 
 
 def check_fields(values: Mapping[str, Any]) -> None:
-    """Check each field by itself.
+    """Check each field separately.
 
     Args:
         values: a config's fields by name.
 
     Raises:
-        ValueError: for a value that the field cannot have.
+        ValueError: for an invalid value.
     """
     for name, value in values.items():
         check = CHECKS[name]

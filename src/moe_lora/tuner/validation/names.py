@@ -1,4 +1,4 @@
-"""Names that become folders and parts of checkpoint keys."""
+"""Validation of names that are used for folders and in checkpoint keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 MAX_BYTES = 200
-"""File systems take 255; temporary names are longer than the name that they stand for."""
+"""Limit for names: file systems allow 255 bytes, and temporary names are longer."""
 
 _FORBIDDEN = frozenset('/\\:*?"<>|')
 _DEVICES = frozenset(
@@ -20,10 +20,13 @@ _KEY_PARTS = frozenset(
 
 
 def file_name_problem(name: object) -> str | None:
-    """Say why a name cannot be that of a folder on every system, or return `None`.
+    """Return the requirement for folder names on every system that a name does not meet, if any.
 
     Args:
-        name: anything, as a config read from a file may hold it.
+        name: any value, for example from a config file.
+
+    Returns:
+        The requirement in words; `None` for a valid name.
 
     Example:
         >>> file_name_problem("removal_expert") is None, file_name_problem("")
@@ -45,13 +48,13 @@ def file_name_problem(name: object) -> str | None:
 
 
 def check_expert_names(names: Sequence[object]) -> None:
-    """Check that every expert can have a folder of its own.
+    """Check that the names of experts are valid, distinct folder names.
 
     Args:
         names: the experts in order.
 
     Raises:
-        ValueError: for a name that is no file name, or two that differ at most in case.
+        ValueError: for an invalid folder name, or two names that differ at most in case.
     """
     folders: dict[str, str] = {}
     for name in names:
@@ -59,28 +62,28 @@ def check_expert_names(names: Sequence[object]) -> None:
         if problem is not None:
             raise ValueError(
                 f"Expected each of `expert_names` to be the name of a folder, {problem}, but got "
-                f"{_shown(name)}."
+                f"{_abbreviated(name)}."
             )
         assert isinstance(name, str)
         folder = unicodedata.normalize("NFKC", name).casefold()
         if folder in folders:
             raise ValueError(
-                f"Expected distinct `expert_names`, apart from case too, but got "
-                f"{folders[folder]!r} and {name!r}."
+                f"Expected distinct `expert_names`, ignoring case, but got {folders[folder]!r} and "
+                f"{name!r}."
             )
         folders[folder] = name
 
 
 def check_adapter_name(name: object) -> None:
-    """Check that an adapter's name can be a part of a module's path, and of a file's.
+    """Check that an adapter's name is valid in module paths and as a folder.
 
-    PEFT makes a folder of the name in `save_pretrained`, and a submodule of it in every layer.
+    PEFT creates a folder with this name in `save_pretrained`, and a submodule in every layer.
 
     Args:
         name: the adapter's name.
 
     Raises:
-        ValueError: for a name that is no file name, has a dot, or is taken in the layers.
+        ValueError: for an invalid folder name, a name with a dot, or an attribute of the layers.
     """
     problem = file_name_problem(name)
     if problem is None:
@@ -91,11 +94,11 @@ def check_adapter_name(name: object) -> None:
             problem = "other than an attribute of the adapted layers"
     if problem is not None:
         raise ValueError(
-            f"Expected `adapter_name` to be a name {problem}, but got {_shown(name)}. Choose "
+            f"Expected `adapter_name` to be a name {problem}, but got {_abbreviated(name)}. Choose "
             "another `adapter_name`."
         )
 
 
-def _shown(name: object) -> str:
+def _abbreviated(name: object) -> str:
     text = repr(name)
     return text if len(text) <= 80 else f"{text[:80]}…"

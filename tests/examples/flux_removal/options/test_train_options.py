@@ -149,7 +149,7 @@ def test_specialized_losses_need_mask_info(name: str) -> None:
         (["--mask_augmentation", "0.5", "--cache_latents"], "no `cache_latents`"),
     ],
 )
-def test_options_that_could_not_be_honoured_raise(flags: list[str], told: str) -> None:
+def test_options_that_could_not_be_honored_raise(flags: list[str], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         parse_options([*DATA, *flags])
 

@@ -81,7 +81,7 @@ def test_channels_and_rows_are_where_they_belong(folder: Path) -> None:
     assert src.sum().item() == pytest.approx(1.2)
 
 
-def test_grey_colour_and_transparent_files_are_converted(folder: Path) -> None:
+def test_gray_color_and_transparent_files_are_converted(folder: Path) -> None:
     write(folder / "src" / "a.png", 51, mode="L")
     write(folder / "mask" / "a.png", 255, mode="RGB")
     Image.new("RGBA", (SIZE[1], SIZE[0]), (51, 51, 51, 128)).save(folder / "ref" / "a.webp")

@@ -94,7 +94,7 @@ def test_a_collapse_is_told_once_until_it_is_over(tmp_path: Path) -> None:
     warnings = [
         line
         for line in (tmp_path / "training.log").read_text().splitlines()
-        if line.startswith("WARNING - The router has collapsed: removal_expert takes 97%")
+        if line.startswith("WARNING - The router has collapsed: removal_expert has 97%")
     ]
     assert len(warnings) == 2
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_lora.routing.weights.fitting.layer import align_weights, weights_by_row
-from moe_lora.routing.weights.fitting.resampling import coarsen
+from moe_lora.routing.weights.fitting.layer import align_weights, repeat_for_rows
+from moe_lora.routing.weights.fitting.resampling import downsample
 
 E, D_IN = 3, 6
 
@@ -14,25 +14,25 @@ class TestRows:
 
     def test_folded_rows_take_the_weights_of_their_sample(self) -> None:
         expected = torch.stack([self.weights[row // 3] for row in range(6)])
-        assert torch.equal(weights_by_row(self.weights, 6, "folded"), expected)
-        assert torch.equal(weights_by_row(self.weights, 2, "folded"), self.weights)
+        assert torch.equal(repeat_for_rows(self.weights, 6, "folded"), expected)
+        assert torch.equal(repeat_for_rows(self.weights, 2, "folded"), self.weights)
         with pytest.raises(ValueError, match="for the 5 samples"):
-            weights_by_row(self.weights, 5, "folded")
+            repeat_for_rows(self.weights, 5, "folded")
         with pytest.raises(ValueError, match=r"per token of shape \(2, 4, 2\)"):
-            weights_by_row(self.weights[:, None].expand(-1, 4, -1), 6, "folded")
+            repeat_for_rows(self.weights[:, None].expand(-1, 4, -1), 6, "folded")
 
     def test_packed_rows_take_one_weight_or_raise(self) -> None:
         with pytest.raises(ValueError, match="weights for 2 samples"):
-            weights_by_row(self.weights, 2, "packed")
-        assert torch.equal(weights_by_row(self.weights[0], 7, "packed"), self.weights[0])
-        assert torch.equal(weights_by_row(self.weights[:1], 7, "packed"), self.weights[0])
-        assert torch.equal(weights_by_row(self.weights[:1], 7, "folded"), self.weights[0])
+            repeat_for_rows(self.weights, 2, "packed")
+        assert torch.equal(repeat_for_rows(self.weights[0], 7, "packed"), self.weights[0])
+        assert torch.equal(repeat_for_rows(self.weights[:1], 7, "packed"), self.weights[0])
+        assert torch.equal(repeat_for_rows(self.weights[:1], 7, "folded"), self.weights[0])
 
     def test_other_rows_are_samples(self) -> None:
-        assert weights_by_row(self.weights, 2) is self.weights
+        assert repeat_for_rows(self.weights, 2) is self.weights
         for rows in (1, 4):
             with pytest.raises(ValueError, match=f"for the {rows} samples"):
-                weights_by_row(self.weights, rows)
+                repeat_for_rows(self.weights, rows)
 
 
 def test_token_weights_follow_the_stream():
@@ -66,7 +66,7 @@ def test_joint_layers_put_the_image_first_where_their_model_does():
 
 def test_weights_on_a_grid_follow_the_layers_resolution_or_raise():
     weights = torch.rand(1, 24, E)
-    small = coarsen(weights, (4, 6), 2)
+    small = downsample(weights, (4, 6), 2)
     assert torch.equal(align_weights(weights, torch.rand(1, 6, D_IN), grid=(4, 6)), small)
     plane = align_weights(weights, torch.rand(1, 2, 3, D_IN), grid=(4, 6))
     assert torch.equal(plane, small.view(1, 2, 3, E))

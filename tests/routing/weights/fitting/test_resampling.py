@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_lora.routing.weights.fitting.resampling import Level, coarsen, enlarge, level_of
+from moe_lora.routing.weights.fitting.resampling import Level, downsample, find_level, upsample
 
 E, D_IN = 3, 6
 
@@ -24,13 +24,13 @@ def test_levels_are_found_from_tokens_and_from_sizes(grid):
         size = (math.ceil(rows / shrink), math.ceil(columns / shrink))
         levels.setdefault(size, Level(size, shrink))
     for size, level in levels.items():
-        assert level_of(grid, size) == level
-        assert level_of(grid, (size[0] * size[1],)) == level
+        assert find_level(grid, size) == level
+        assert find_level(grid, (size[0] * size[1],)) == level
     counts = {a * b for a, b in levels}
     for tokens in range(0, 4 * rows * columns + 1):
-        assert (level_of(grid, (tokens,)) is not None) == (tokens in counts), tokens
-    assert level_of((4, 6), (6, 4)) is None
-    assert level_of((4, 6), (3, 8)) is None
+        assert (find_level(grid, (tokens,)) is not None) == (tokens in counts), tokens
+    assert find_level((4, 6), (6, 4)) is None
+    assert find_level((4, 6), (3, 8)) is None
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -46,8 +46,8 @@ def test_a_level_averages_the_cells_that_upsampling_gives_back_to_it(grid, halvi
         cells = F.interpolate(cells, size=size, mode="nearest")
     owner = cells.flatten().long()
     weights = torch.rand(2, len(owner), E, dtype=torch.float64).softmax(-1).requires_grad_()
-    found = coarsen(weights, grid, 2**halvings)
+    found = downsample(weights, grid, 2**halvings)
     expected = [weights[:, owner == cell].mean(1) for cell in range(small[0] * small[1])]
     torch.testing.assert_close(found, torch.stack(expected, 1))
-    torch.testing.assert_close(enlarge(found, small, 2**halvings, grid), found[:, owner])
-    assert torch.autograd.gradcheck(lambda w: coarsen(w, grid, 2**halvings), weights)
+    torch.testing.assert_close(upsample(found, small, 2**halvings, grid), found[:, owner])
+    assert torch.autograd.gradcheck(lambda w: downsample(w, grid, 2**halvings), weights)

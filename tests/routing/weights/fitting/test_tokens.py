@@ -15,17 +15,17 @@ def test_tokens_of_a_picture_are_spread_over_frames_and_references():
     weights = torch.rand(2, 4, 3)
     mean = weights.mean(1, keepdim=True)
     where = ImageTokens(11, 2, 2, (2, 2))
-    spread = where.spread(weights)
+    spread = where.expand_weights(weights)
     expected = [mean.expand(-1, 2, -1), weights, weights, mean]
     torch.testing.assert_close(spread, torch.cat(expected, 1))
     torch.testing.assert_close(spread.mean(1), mean[:, 0])
     whole = torch.rand(2, 11, 3)
-    assert where.spread(whole) is whole
+    assert where.expand_weights(whole) is whole
     with pytest.raises(ValueError, match="8 image tokens of the call, or for all its 11 tokens"):
-        where.spread(torch.rand(2, 5, 3))
+        where.expand_weights(torch.rand(2, 5, 3))
     hidden = torch.randn(2, 11, 6)
     picture = (hidden[:, 2:6] + hidden[:, 6:10]) / 2
-    torch.testing.assert_close(where.one_image(hidden), picture)
+    torch.testing.assert_close(where.average_frames(hidden), picture)
 
 
 def place_tokens(weights, latents, model):

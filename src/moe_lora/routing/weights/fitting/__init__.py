@@ -1,8 +1,8 @@
-"""Routing weights fitted to a call, in three steps.
+"""Fitting routing weights to a call, in three steps.
 
-1. `samples`: one row of weights for every sample of the call.
-2. `tokens`: weights per token for the tokens that the model makes of its latents.
-3. `layer`: the shape that one layer multiplies with.
+1. `samples`: one row of weights per sample of the call.
+2. `tokens`: token weights for the tokens of the model.
+3. `layer`: the shape of one layer's gate.
 
 Steps 1 and 2 run once per call (`fit_to_call`), step 3 in every layer (`fit_to_layer`).
 """
@@ -28,8 +28,8 @@ def fit_to_call(weights: Tensor, call: ModelCall) -> tuple[Tensor, Grid | None]:
         call: the model's call.
 
     Returns:
-        What `fit_to_tokens` returns; the weights as they are where no argument has a name of
-        latents.
+        The weights and the grid as from `fit_to_tokens`; the unchanged weights for a call without
+        named latents.
 
     Raises:
         ValueError: as `fit_to_samples` and `fit_to_tokens`.

@@ -1,4 +1,4 @@
-"""Step 1: one row of routing weights for every sample of a call."""
+"""Step 1: one row of routing weights per sample of a call."""
 
 from __future__ import annotations
 

@@ -7,23 +7,23 @@ import torch
 
 import moe_lora
 from moe_lora import MoELoraConfig, masks
-from moe_lora.routing.model_call import MaskMemory, mask_memory
+from moe_lora.routing.model_call import MaskCache, mask_cache
 
 
 @pytest.fixture
-def analysed(monkeypatch):
+def analyzed(monkeypatch):
     calls = []
 
     def analyze(mask, image=None):
         calls.append(mask)
         return masks.analyze(mask, image)
 
-    monkeypatch.setattr(mask_memory, "analyze", analyze)
+    monkeypatch.setattr(mask_cache, "analyze", analyze)
     return calls
 
 
-def test_a_mask_is_analysed_when_it_changes(analysed):
-    memory, mask = MaskMemory(), torch.zeros(2, 1, 16, 16)
+def test_a_mask_is_analyzed_when_it_changes(analyzed):
+    memory, mask = MaskCache(), torch.zeros(2, 1, 16, 16)
     mask[0, :, 2:6, 3:9] = 1
     first = memory.analyze(mask)
     assert memory.analyze(mask.clone()) is first
@@ -31,15 +31,15 @@ def test_a_mask_is_analysed_when_it_changes(analysed):
     changes = [mask[:1], mask.double(), mask.flip(0), mask]
     for number, other in enumerate(changes, start=2):
         found = memory.analyze(other)
-        assert len(analysed) == number
+        assert len(analyzed) == number
         assert torch.equal(found.mask, masks.analyze(other).mask)
-    mask[0, 0, 0, 0] = 1  # in place: what is remembered must not change with it
+    mask[0, 0, 0, 0] = 1  # in place: the cached copy must not change with it
     assert memory.analyze(mask).area_ratio[0] == masks.analyze(mask).area_ratio[0]
-    assert len(analysed) == 6
+    assert len(analyzed) == 6
 
 
 def test_what_inference_mode_made_is_not_used_in_training():
-    memory, mask = MaskMemory(), torch.ones(1, 1, 16, 16)
+    memory, mask = MaskCache(), torch.ones(1, 1, 16, 16)
     with torch.inference_mode():
         memory.analyze(mask)
     features = memory.analyze(mask).features()
@@ -48,14 +48,14 @@ def test_what_inference_mode_made_is_not_used_in_training():
     assert weight.grad is not None
 
 
-def test_a_copy_remembers_nothing(analysed):
-    memory, mask = MaskMemory(), torch.ones(1, 1, 16, 16)
+def test_a_copy_remembers_nothing(analyzed):
+    memory, mask = MaskCache(), torch.ones(1, 1, 16, 16)
     memory.analyze(mask)
     pickle.loads(pickle.dumps(memory)).analyze(mask)
-    assert len(analysed) == 2
+    assert len(analyzed) == 2
 
 
-def test_a_denoising_loop_analyses_its_mask_once(analysed, make_flux, make_flux_inputs):
+def test_a_denoising_loop_analyzes_its_mask_once(analyzed, make_flux, make_flux_inputs):
     model = make_flux().eval()
     model.add_adapter(MoELoraConfig(r=2, target_modules=["to_q"], router="three_expert_removal"))
     inputs, other = make_flux_inputs(), make_flux_inputs()
@@ -64,6 +64,6 @@ def test_a_denoising_loop_analyses_its_mask_once(analysed, make_flux, make_flux_
     for step in (inputs, {**inputs, "timestep": torch.tensor([0.5, 0.5])}, other):
         model(**step)
         weights.append(moe_lora.current_routing(model).weights)
-    assert len(analysed) == 2
+    assert len(analyzed) == 2
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
