@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Search test files alone for tests and doctests: helpers would be imported a second time."""
+    is_file = collection_path.suffix == ".py"
+    return True if is_file and not collection_path.name.startswith("test_") else None
+
+
+def pytest_collection_finish() -> None:
+    """Exempt the imported modules from garbage collection: each full one takes 0.3 s with them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
