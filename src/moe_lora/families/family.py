@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 TokenStream = Literal["image", "text", "joint", "joint_image_first"]
-"""Which tokens a layer sees: the image's, the text's, the text's followed by the image's, or the
-image's followed by the text's.
+"""The tokens of a layer's input.
+
+- "image": image tokens.
+- "text": text tokens.
+- "joint": text tokens, then image tokens.
+- "joint_image_first": image tokens, then text tokens.
 """
 
 RowLayout = Literal["sample", "folded", "packed"]
@@ -20,10 +24,15 @@ RowLayout = Literal["sample", "folded", "packed"]
 """
 
 VideoAxes = Literal["channels_first", "frames_first", "channels_last"]
-"""The order of a video's latents: `(B, C, F, h, w)`, `(B, F, C, h, w)` or `(B, F, h, w, C)`."""
+"""The order of dimensions in the latents of a video.
+
+- "channels_first": `(B, C, F, h, w)`.
+- "frames_first": `(B, F, C, h, w)`.
+- "channels_last": `(B, F, h, w, C)`.
+"""
 
 ReferencePosition = Literal["last", "first"]
-"""Where packed tokens of reference images stand: after the image's tokens or before them."""
+"""The position of packed reference tokens, after or before the tokens of the image."""
 
 # Module paths that mean the same in most families.
 _TEXT_LAYERS = re.compile(
@@ -130,6 +139,7 @@ class Family:
 
 
 UNKNOWN = Family(classes=())
-"""The record of every model whose class no family names: nothing is assumed but the module paths
-that mean the same in most families.
+"""The record of models that belong to no family.
+
+It assumes only the module paths that have the same meaning in most families.
 """

@@ -50,8 +50,7 @@ class RoutingStats:
     def update(self, weights: Tensor) -> None:
         """Add the weights of one call.
 
-        What is traced or transformed (see `watching.is_transformed`) has no values to count, and
-        is passed over.
+        Traced and transformed weights have no values to count and are skipped.
 
         Args:
             weights: `(B, E)`, `(B, T, E)` or `(B, L, E)`, rows sum to 1; detached here.

@@ -11,7 +11,9 @@ from torch import Tensor
 RoutingStrategy = Literal["soft", "hard", "topk"]
 
 HINT_BIAS = 2.0
-"""What `<expert>_focus` adds to that expert's logit: odds times e² = 7.4 at temperature 1."""
+"""The addition of a hint `<expert>_focus` to the logit of its expert, odds times e² = 7.4 at
+temperature 1.
+"""
 
 
 def check_gate(
