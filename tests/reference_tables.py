@@ -15,7 +15,12 @@ from typing import Any
 from moe_lora import MoELoraConfig
 from moe_lora.cli.main import parser
 
-FOLDER = Path(__file__).parents[1] / "docs" / "reference"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "reference"
+DOCUMENTATION = [
+    ROOT / "README.md",
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
+]
 
 
 def config_table() -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_docs import PAGES, ROOT, name_of
+from reference_tables import DOCUMENTATION, ROOT
 
 import moe_lora
 
@@ -104,7 +104,7 @@ def imported_names(code: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", DOCUMENTATION, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_page_names_public_names_only(page: Path) -> None:
     shown = HIDDEN.sub("", page.read_text(encoding="utf-8"))
     names = [n for n in NAME.findall(shown) if n.split(".")[-1] not in FILE_ENDINGS]
