@@ -69,7 +69,7 @@ def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """Give the velocity that the transformer learns to predict.
+    """Compute the velocity, the target of the transformer.
 
     velocity = noise - x0
 
@@ -82,6 +82,9 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
 
     Raises:
         ValueError: when the shapes differ.
+
+    Source: Liu, Gong, Liu, "Flow straight and fast", 2022, arXiv:2209.03003, equation 1, with time
+        reversed.
 
     Example:
         >>> velocity(torch.tensor([2.0]), torch.tensor([10.0]))

@@ -70,6 +70,10 @@ def gate(
     Raises:
         ValueError: as `check_gate` does.
 
+    Source: Shazeer et al., "Outrageously large neural networks", 2017, arXiv:1701.06538, equations
+        3 and 5, without noise, for "topk"; Bengio, Léonard, Courville, 2013, arXiv:1308.3432, for
+        the straight-through gradient of "hard".
+
     Example:
         >>> gate(torch.tensor([2.0, 1.0, -1.0]), "topk", top_k=2).round(decimals=3)
         tensor([0.7310, 0.2690, 0.0000])
