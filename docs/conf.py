@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from typing import Any
 
+from docutils.nodes import Element
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
 
 import moe_lora
 
@@ -64,7 +69,37 @@ def show_constructor(
     return str(inspect.Signature(bare)), returns
 
 
+def describe_data(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Write the docstring of a value that a package imports from one of its modules."""
+    if what != "data":
+        return
+    package, _, attribute = name.rpartition(".")
+    for module in [m for m in sys.modules if m.startswith(f"{package}.")]:
+        documented = ModuleAnalyzer.for_module(module).find_attr_docs()
+        if getattr(sys.modules[module], attribute, None) is obj and ("", attribute) in documented:
+            lines[:] = documented["", attribute]
+
+
+def link_top_names(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Element
+) -> Element | None:
+    """Link `moe_lora.route` to its entry, which is `moe_lora.routing.route`."""
+    package, _, name = str(node.get("reftarget", "")).rpartition(".")
+    if package != "moe_lora" or name not in moe_lora.__all__:
+        return None
+    python = env.domains["py"]
+    homes = [full for full in python.objects if full.split(".")[2:] == [name]]
+    if len(homes) != 1:
+        return None
+    document = node["refdoc"]
+    return python.resolve_xref(env, document, app.builder, "obj", homes[0], node, content)
+
+
 def setup(app: Sphinx) -> None:
-    """Connect the two handlers; the first before napoleon reads the lines."""
+    """Connect the handlers; those of docstrings before napoleon reads the lines."""
     app.connect("autodoc-process-docstring", describe_fields, priority=100)
+    app.connect("autodoc-process-docstring", describe_data, priority=100)
     app.connect("autodoc-process-signature", show_constructor)
+    app.connect("missing-reference", link_top_names)

@@ -83,6 +83,9 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
     Raises:
         ValueError: when the shapes differ.
 
+    Source: Liu, Gong, Liu, "Flow straight and fast", 2022, arXiv:2209.03003, equation 1, with time
+        reversed.
+
     Example:
         >>> velocity(torch.tensor([2.0]), torch.tensor([10.0]))
         tensor([8.])

@@ -39,35 +39,43 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     root = argparse.ArgumentParser(
         prog="moe-lora",
-        description="Plan trainings of mixtures of LoRA experts, inspect and export mixtures.",
+        description="Plan trainings; inspect, export and merge mixtures of LoRA experts.",
     )
     sub = root.add_subparsers(required=True, metavar="COMMAND")
 
-    inspect = _command(sub, "inspect", commands.inspect, "experts, ranks, targets and norms")
-    inspect.add_argument("path", help="a checkpoint's folder, or a plain LoRA's file or folder")
+    inspect = _command(
+        sub, "inspect", commands.inspect, "Show the experts, ranks, layers and norms of a file."
+    )
+    inspect.add_argument("path", help="Folder of a checkpoint; file or folder of a plain LoRA.")
 
-    export = _command(sub, "export", commands.export, "one plain LoRA of a fixed mixture")
-    export.add_argument("checkpoint", help="folder of adapter_config.json and its weights")
-    export.add_argument("out", help="a file, or a folder; for the peft format always a folder")
+    export = _command(sub, "export", commands.export, "Write one plain LoRA of a fixed mixture.")
+    export.add_argument("checkpoint", help="Folder of a checkpoint.")
+    export.add_argument("out", help="Output file or folder; always a folder for the peft format.")
     _add_weights(export)
-    export.add_argument("--format", choices=get_args(Format), default="diffusers")
-    export.add_argument("--rank", type=int, help="compress every layer to at most this rank")
-    export.add_argument("--dtype", choices=DTYPES, help="the checkpoint's dtype by default")
+    export.add_argument(
+        "--format", choices=get_args(Format), default="diffusers", help="Layout of the output."
+    )
+    export.add_argument("--rank", type=int, help="Maximum rank per layer; compresses by an SVD.")
+    export.add_argument(
+        "--dtype", choices=DTYPES, help="Dtype of the output; that of the checkpoint by default."
+    )
 
-    merge = _command(sub, "merge", commands.merge, "a base model with a fixed mixture merged in")
-    merge.add_argument("checkpoint", help="folder of adapter_config.json and its weights")
-    merge.add_argument("base", help="folder of a diffusers model or pipeline")
-    merge.add_argument("out", help="a new folder, for the merged copy")
+    merge = _command(
+        sub, "merge", commands.merge, "Write a base model with a fixed mixture merged into it."
+    )
+    merge.add_argument("checkpoint", help="Folder of a checkpoint.")
+    merge.add_argument("base", help="Folder of a diffusers model or pipeline.")
+    merge.add_argument("out", help="New folder for the merged model.")
     _add_weights(merge)
 
-    plan_command = _command(sub, "plan", plan, "memory and disk that a training needs")
+    plan_command = _command(sub, "plan", plan, "Show the memory and the disk space of a training.")
     add_plan_arguments(plan_command)
 
-    copy = _command(sub, "example", example, "a copy of an example, ready to run")
-    copy.add_argument("name", choices=EXAMPLES, help="the example")
-    copy.add_argument("directory", help="a new or an empty folder")
-    copy.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    copy.add_argument("--list", action=ListExamples, help="print the examples")
+    copy = _command(sub, "example", example, "Copy an example into a folder.")
+    copy.add_argument("name", choices=EXAMPLES, help="Name of the example.")
+    copy.add_argument("directory", help="New or empty folder.")
+    copy.add_argument("--overwrite", action="store_true", help="Replace existing files.")
+    copy.add_argument("--list", action=ListExamples, help="List the examples and exit.")
     return root
 
 
@@ -77,8 +85,8 @@ def _command(
     run: Callable[[argparse.Namespace], None],
     text: str,
 ) -> argparse.ArgumentParser:
-    command = sub.add_parser(name, help=text, description=f"Show or write {text}.")
-    command.add_argument("--json", action="store_true", help="print JSON")
+    command = sub.add_parser(name, help=text, description=text)
+    command.add_argument("--json", action="store_true", help="Print JSON.")
     command.set_defaults(run=run)
     return command
 
@@ -87,8 +95,8 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--weights",
         type=_weights,
-        help='one number per expert ("0.5,0.3,0.2"), an expert\'s name, or "uniform"; by default '
-        "what the checkpoint's routing fixes",
+        help='Routing weights: one number per expert ("0.5,0.3,0.2"), the name of an expert, or '
+        '"uniform"; the fixed weights of the checkpoint by default.',
     )
 
 

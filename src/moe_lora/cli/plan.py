@@ -1,4 +1,4 @@
-"""The subcommand `plan`: memory and disk that a training needs."""
+"""The subcommand `plan`: memory and disk space of a training."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from moe_lora.tuner.config import MoELoraConfig
 def add_plan_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan` to its parser."""
     command.add_argument(
-        "model", help="folder of a diffusers model or pipeline, or its name on the Hub"
+        "model", help="Folder of a diffusers model or pipeline, or its name on the Hub."
     )
-    command.add_argument("--r", type=int, default=64, help="rank of each expert")
-    command.add_argument("--num_experts", type=int, default=3, help="experts per layer")
+    command.add_argument("--r", type=int, default=64, help="Rank of each expert.")
+    command.add_argument("--num_experts", type=int, default=3, help="Experts per layer.")
     command.add_argument(
         "--target_modules",
         nargs="+",
-        help='name endings, or one regex, or "all-linear"; the family\'s default otherwise',
+        help='Name endings, a regex, or "all-linear"; the default of the family if omitted.',
     )
-    command.add_argument("--router", help="name of a registered router")
-    command.add_argument("--height", type=int, default=1024, help="of the images, in pixels")
-    command.add_argument("--width", type=int, default=1024, help="of the images, in pixels")
-    command.add_argument("--batch_size", type=int, default=1, help="samples per device and step")
-    command.add_argument("--text_tokens", type=int, default=512, help="tokens of a prompt")
-    command.add_argument("--base_precision", choices=PRECISIONS, default="bf16")
-    command.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    command.add_argument("--router", help="Name of a registered router.")
+    command.add_argument("--height", type=int, default=1024, help="Height of the images in pixels.")
+    command.add_argument("--width", type=int, default=1024, help="Width of the images in pixels.")
+    command.add_argument("--batch_size", type=int, default=1, help="Samples per device and step.")
+    command.add_argument("--text_tokens", type=int, default=512, help="Tokens of a prompt.")
+    command.add_argument(
+        "--base_precision", choices=PRECISIONS, default="bf16", help="Precision of the base model."
+    )
+    command.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="Optimizer.")
     command.add_argument(
         "--no_checkpointing",
         action="store_true",
-        help="keep all activations instead of computing those of each block again",
+        help="Keep all activations instead of recomputing each block.",
     )
 
 
 def plan(options: argparse.Namespace) -> None:
-    """Print what a training needs."""
+    """Print the memory and the disk space of a training."""
     model = model_on_meta(options.model)
     targets = options.target_modules
     if targets is not None and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):

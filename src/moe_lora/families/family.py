@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 TokenStream = Literal["image", "text", "joint", "joint_image_first"]
-"""The tokens in a layer's input: image tokens, text tokens, text before image, or image before
-text.
+"""The tokens of a layer's input.
+
+- "image": image tokens.
+- "text": text tokens.
+- "joint": text tokens, then image tokens.
+- "joint_image_first": image tokens, then text tokens.
 """
 
 RowLayout = Literal["sample", "folded", "packed"]
@@ -20,10 +24,15 @@ RowLayout = Literal["sample", "folded", "packed"]
 """
 
 VideoAxes = Literal["channels_first", "frames_first", "channels_last"]
-"""The order of a video's latents: `(B, C, F, h, w)`, `(B, F, C, h, w)` or `(B, F, h, w, C)`."""
+"""The order of dimensions in the latents of a video.
+
+- "channels_first": `(B, C, F, h, w)`.
+- "frames_first": `(B, F, C, h, w)`.
+- "channels_last": `(B, F, h, w, C)`.
+"""
 
 ReferencePosition = Literal["last", "first"]
-"""The position of the packed tokens of reference images: after the image tokens or before them."""
+"""The position of packed reference tokens, after or before the tokens of the image."""
 
 # Module paths with the same meaning in most families.
 _TEXT_LAYERS = re.compile(
@@ -130,4 +139,7 @@ class Family:
 
 
 UNKNOWN = Family(classes=())
-"""The record of models of an unknown family; only the module paths of most families apply."""
+"""The record of models that belong to no family.
+
+It assumes only the module paths that have the same meaning in most families.
+"""

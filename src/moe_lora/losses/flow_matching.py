@@ -51,7 +51,7 @@ def sigma_weight(sigma: Tensor, weighting: Weighting = "none") -> Tensor:
             "sigma_sqrt", where the weight is infinite.
 
     Source: Esser et al., "Scaling rectified flow transformers for high-resolution image synthesis",
-        2024, arXiv 2403.03206, section 3.1 (CosMap as a density over uniformly drawn timesteps);
+        2024, arXiv:2403.03206, section 3.1 (CosMap as a density over uniformly drawn timesteps);
         names as in the SD3 training scripts of diffusers.
 
     Example:

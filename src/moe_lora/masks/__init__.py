@@ -24,6 +24,7 @@ Example:
 
 from __future__ import annotations
 
+from moe_lora.masks import augmentation
 from moe_lora.masks.analysis import MaskInfo, analyze
 from moe_lora.masks.augmentation import augment
 from moe_lora.masks.batch import extract_mask_info_from_batch
@@ -39,6 +40,7 @@ __all__ = [
     "MaskInfo",
     "analyze",
     "augment",
+    "augmentation",
     "boundary_band",
     "check_mask",
     "composite",

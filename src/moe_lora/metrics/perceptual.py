@@ -32,7 +32,7 @@ def load_lpips(network: Network = "alex", device: torch.device | str = "cpu") ->
         ValueError: if the network is unknown.
 
     Source: Zhang, Isola, Efros, Shechtman, Wang, "The unreasonable effectiveness of deep features
-        as a perceptual metric", 2018.
+        as a perceptual metric", 2018, arXiv:1801.03924.
     """
     if network not in get_args(Network):
         raise ValueError(

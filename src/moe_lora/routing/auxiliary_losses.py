@@ -24,8 +24,8 @@ def load_balancing_loss(weights: Tensor) -> Tensor:
     Raises:
         ValueError: when `weights` has another number of dimensions.
 
-    Source:
-        Fedus et al., Switch Transformers, arXiv:2101.03961, eq. 4 to 6 (without its α).
+    Source: Fedus, Zoph, Shazeer, "Switch Transformers", 2021, arXiv:2101.03961, equations 4 to 6,
+        without the factor α.
 
     Example:
         >>> load_balancing_loss(torch.tensor([[0.7, 0.3], [0.6, 0.4]]))
@@ -53,8 +53,7 @@ def router_z_loss(logits: Tensor) -> Tensor:
     Raises:
         ValueError: when `logits` has another number of dimensions.
 
-    Source:
-        Zoph et al., ST-MoE, arXiv:2202.08906, eq. 5.
+    Source: Zoph et al., "ST-MoE", 2022, arXiv:2202.08906, equation 5.
 
     Example:
         >>> router_z_loss(torch.zeros(2, 3))  # (log 3)²

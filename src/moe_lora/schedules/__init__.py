@@ -1,6 +1,6 @@
 """Training schedules: phases, loss warm-up, temperature annealing, frozen routers or experts.
 
-A `Schedule` is a sequence of `Phase`s; `preset` builds the common ones by name.
+A `Schedule` is a sequence of phases, each a `Phase`; `preset` builds the common ones by name.
 """
 
 from moe_lora.schedules.annealing import Annealing

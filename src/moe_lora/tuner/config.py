@@ -62,11 +62,12 @@ PEFT_TYPE = MoELoraType("MOE_LORA")
 class MoELoraConfig(PeftConfig):
     """Configuration of a mixture of LoRA experts.
 
-    `MoELoraConfig(target_modules=...)` alone works on any model. Without `router`, the experts are
-    mixed uniformly, except inside `moe_lora.route` or after `moe_lora.attach_router`.
+    Without `router`, the routing weights are 1/E unless `moe_lora.route` or
+    `moe_lora.attach_router` sets others.
 
     Raises:
-        ValueError: for an invalid field value, or contradictory fields.
+        ValueError: if the value of a field is invalid, `num_experts` contradicts `expert_names`, or
+            `top_k` contradicts `routing_strategy`.
 
     Example:
         >>> config = MoELoraConfig(target_modules=["to_q"], num_experts=2)
@@ -86,18 +87,22 @@ class MoELoraConfig(PeftConfig):
         metadata={"help": 'Linear layers to adapt: name endings, a regex, or "all-linear".'},
     )
     exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Layers to leave out: name endings or a regex."}
+        default=None, metadata={"help": "Layers to exclude: name endings or a regex."}
     )
     num_experts: int | None = field(
         default=None,
-        metadata={"help": "Number of experts E; by default the length of expert_names."},
+        metadata={"help": "Number of experts E; the number of expert_names by default, or 3."},
     )
     expert_names: tuple[str, ...] | None = field(
         default=None,
-        metadata={"help": "The experts in order; removal, background, completion by default."},
+        metadata={
+            "help": "Names of the experts in order; for three experts removal_expert, "
+            "background_expert and completion_expert by default, else expert_0, expert_1, ..."
+        },
     )
     router: str | None = field(
-        default=None, metadata={"help": "Name of a registered router; None mixes uniformly."}
+        default=None,
+        metadata={"help": "Name of a registered router; without a router, weights are 1/E."},
     )
     router_kwargs: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Arguments of the router's constructor."}
@@ -109,53 +114,55 @@ class MoELoraConfig(PeftConfig):
         default=1.0, metadata={"help": "Divisor of the router's logits; > 0."}
     )
     top_k: int | None = field(
-        default=None,
-        metadata={"help": "Experts with a non-zero weight under topk, in [1, num_experts]."},
+        default=None, metadata={"help": "Nonzero weights per row with topk, in [1, num_experts]."}
     )
     routing_mode: Literal["routed", "uniform"] = field(
         default="routed",
-        metadata={"help": "The initial routing mode; set_routing_mode updates it."},
+        metadata={"help": "Mode of a new or loaded model; set_routing_mode updates it."},
     )
     expert_dropout: float = field(
         default=0.0,
         metadata={
-            "help": "In training, the probability of dropping each expert in a sample, never all "
-            "of them; in [0, 1)."
+            "help": "Probability of dropping each expert from a sample in training, never all "
+            "experts at once; in [0, 1)."
         },
     )
     use_rslora: bool = field(
-        default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (arXiv 2312.03732)."}
+        default=False,
+        metadata={"help": "Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."},
     )
     init_lora_weights: bool | Literal["kaiming", "gaussian"] = field(
         default=True,
         metadata={
-            "help": "lora_A: kaiming uniform (True) or gaussian of deviation 1/r; lora_B: zero, "
-            "so that the adapted model starts as the base model. With False, lora_B is random, too "
-            "(for tests)."
+            "help": "lora_A: Kaiming uniform (True, kaiming) or Gaussian with a standard deviation "
+            "of 1/r (gaussian); lora_B: zero, so that the adapted model equals the base model. "
+            "False initializes lora_B at random, for tests."
         },
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Ranks of individual layers: name or regex to r."}
     )
     alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "As rank_pattern, for lora_alpha."}
+        default_factory=dict,
+        metadata={"help": "lora_alpha of individual layers: name or regex to lora_alpha."},
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Additional modules to train and save in full."}
+        default=None, metadata={"help": "Further modules to train and save as a whole."}
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the blocks to adapt; all by default."}
+        default=None, metadata={"help": "Indices of the blocks to adapt; all blocks by default."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the block list indexed by layers_to_transform."}
+        default=None, metadata={"help": "Name of the block list that layers_to_transform indexes."}
     )
 
     base_in_channels: int | None = field(
         default=None,
-        metadata={"help": "Input channels of the base model; set and checked by injection."},
+        metadata={"help": "Input channels of the base model; set and checked by the injection."},
     )
     format_version: int = field(
-        default=FORMAT_VERSION, metadata={"help": "Version of the checkpoint format."}
+        default=FORMAT_VERSION,
+        metadata={"help": "Version of the checkpoint format; set by the library."},
     )
 
     def __post_init__(self) -> None:

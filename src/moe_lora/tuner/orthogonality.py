@@ -64,8 +64,8 @@ def expert_overlap(lora_A: Tensor, lora_B: Tensor) -> Tensor:
         `(E, E)`, symmetric, in [0, 1], in float32 (float64 for float64 experts); a zero expert has
         overlap 0 with all experts, itself included.
 
-    Source:
-        The cosine is the RV coefficient: Robert and Escoufier, Applied Statistics 25 (1976).
+    Source: Robert, Escoufier, "A unifying tool for linear multivariate statistical methods: the
+        RV-coefficient", 1976. The cosine is this coefficient.
 
     Example:
         >>> same = torch.ones(2, 1, 3)

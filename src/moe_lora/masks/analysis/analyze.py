@@ -37,9 +37,7 @@ def analyze(
         latent_size: `(h, w)` of `mask_latent`; `(H / 8, W / 8)`, rounded up, by default.
 
     Returns:
-        The `MaskInfo`. For definitions see `moe_lora.masks.analysis.contour.edge_complexity` and
-        `boundary_smoothness`, `moe_lora.masks.analysis.topology.has_occlusion` and
-        `moe_lora.masks.analysis.detail.detail_complexity`.
+        The `MaskInfo`, which defines every property.
 
     Raises:
         TypeError, ValueError: if `mask` is invalid, see `check_mask`, `image` has another

@@ -19,11 +19,16 @@ class MaskInfo:
         mask: `(B, 1, H, W)`, float32 in [0, 1], pixel space; 1 = remove.
         mask_latent: `(B, 1, h, w)`, float32 in [0, 1], the mean of the mask over each latent pixel.
         area_ratio: `(B,)`, float32 in [0, 1], masked share of the image.
-        edge_complexity: `(B,)`, float32 in [0, 1]; 0 for a disk, close to 1 for ragged contours.
-        boundary_smoothness: `(B,)`, float32 in [0, 1]; 1 for smooth contours.
+        edge_complexity: `(B,)`, float32 in [0, 1], the excess length of the contour,
+            `1 - sqrt(4 pi area) / length` for a mask that does not touch the image's border; 0 for
+            a disk, close to 1 for ragged contours.
+        boundary_smoothness: `(B,)`, float32 in [0, 1], the directional coherence of the contour at
+            a scale of 2 % of the mask's longer side, corrected by that of a disk of the same area;
+            1 for smooth contours.
         has_occlusion: `(B,)`, bool; whether the mask has holes or several parts.
         bbox: `(B, 4)`, int64, `(x0, y0, x1, y1)` in pixels, end exclusive; zeros if empty.
-        detail_complexity: `(B,)`, float32 in [0, 1], or None without an image.
+        detail_complexity: `(B,)`, float32 in [0, 1], `e / (e + 0.008)` of the mean `e` of the
+            absolute Laplacian of the luma around the mask; None without an image.
 
     Example:
         >>> from moe_lora.masks import analyze

@@ -62,7 +62,8 @@ def connected_labels(occupied: Tensor) -> Tensor:
         `(B, h * w)`, int64, the smallest flat index in each cell's part. Occupied cells are
         8-connected, other cells 4-connected.
 
-    Source: the FastSV algorithm (Zhang, Azad and Hu, 2020).
+    Source: Zhang, Azad, Hu, "FastSV: a distributed-memory connected component algorithm with fast
+        convergence", 2020.
 
     Example:
         >>> connected_labels(torch.tensor([[[True, False, True]]])).tolist()

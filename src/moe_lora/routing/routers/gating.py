@@ -11,7 +11,9 @@ from torch import Tensor
 RoutingStrategy = Literal["soft", "hard", "topk"]
 
 HINT_BIAS = 2.0
-"""Bias of `<expert>_focus` on that expert's logit: odds times e² = 7.4 at temperature 1."""
+"""The addition of a hint `<expert>_focus` to the logit of its expert, odds times e² = 7.4 at
+temperature 1.
+"""
 
 
 def check_gate(
@@ -73,6 +75,10 @@ def gate(
 
     Raises:
         ValueError: as `check_gate`.
+
+    Source: Shazeer et al., "Outrageously large neural networks", 2017, arXiv:1701.06538, equations
+        3 and 5, without noise, for "topk"; Bengio, Léonard, Courville, 2013, arXiv:1308.3432, for
+        the straight-through gradient of "hard".
 
     Example:
         >>> gate(torch.tensor([2.0, 1.0, -1.0]), "topk", top_k=2).round(decimals=3)

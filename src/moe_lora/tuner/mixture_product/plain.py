@@ -27,6 +27,9 @@ def mixture(
     Returns:
         `(..., out)`.
 
+    Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2021,
+        arXiv:2106.09685, section 4.1, for each expert.
+
     Example:
         >>> A, B = torch.ones(2, 1, 3), torch.tensor([[[1.0], [10.0]]])
         >>> mixture(torch.ones(1, 3), A, B, torch.tensor([[0.25, 0.75]]))

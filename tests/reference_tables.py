@@ -1,0 +1,87 @@
+"""The tables of docs/reference/config.md and docs/reference/cli.md, made of the code.
+
+`python -m reference_tables`, run in `tests/`, writes them into the pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moe_lora import MoELoraConfig
+from moe_lora.cli.main import parser
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "reference"
+DOCUMENTATION = [
+    ROOT / "README.md",
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
+]
+
+
+def config_table() -> str:
+    """Return one row per field of `MoELoraConfig` that PEFT's own config lacks."""
+    own = vars(MoELoraConfig)["__annotations__"]
+    rows = [
+        (f"`{field.name}`", f"`{_default(field)}`", _escaped(field.metadata["help"]))
+        for field in dataclasses.fields(MoELoraConfig)
+        if field.name in own
+    ]
+    return _table(("field", "default", "meaning"), rows)
+
+
+def command_table(command: argparse.ArgumentParser) -> str:
+    """Return one row per argument of a subcommand."""
+    rows = []
+    for action in command._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        name = action.option_strings[0] if action.option_strings else action.dest.upper()
+        choices = ", ".join(f"`{choice}`" for choice in action.choices or ())
+        default = f"`{action.default}`" if action.default not in (None, False) else ""
+        rows.append((f"`{name}`", choices, default, _escaped(action.help or "")))
+    return _table(("argument", "choices", "default", "meaning"), rows)
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of the subcommands by name."""
+    (action,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def written_into(page: str, tables: dict[str, str]) -> str:
+    """Return a page with the present tables between its markers."""
+    for name, table in tables.items():
+        start, end = f"<!-- {name}: start -->\n", f"<!-- {name}: end -->"
+        before, after = page.split(start)[0], page.split(end)[1]
+        page = f"{before}{start}\n{table}\n\n{end}{after}"
+    return page
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return repr(field.default)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([|*_<>])", r"\\\1", text)
+
+
+def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [titles, ("---",) * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+PAGES: dict[Path, dict[str, str]] = {
+    FOLDER / "config.md": {"fields": config_table()},
+    FOLDER / "cli.md": {name: command_table(command) for name, command in commands().items()},
+}
+
+if __name__ == "__main__":
+    for path, tables in PAGES.items():
+        path.write_text(written_into(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
