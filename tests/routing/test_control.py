@@ -143,7 +143,7 @@ def test_an_attached_router_routes_learns_saves_and_loads(model, make_mlp, tmp_p
     assert torch.equal(loaded(X), expected)
 
 
-def test_what_cannot_be_attached_raises(model):
+def test_invalid_routers_cannot_be_attached(model):
     with pytest.raises(TypeError, match=r"moe_lora\.Router"):
         moe_lora.attach_router(model, torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match="JSON"):
