@@ -54,7 +54,7 @@ class TestWhatIsFixed:
             assert choice in str(caught.value)
         assert list(tmp_path.iterdir()) == []
         config = flux.peft_config["default"]
-        with pytest.raises(ValueError, match="ThreeExpertRemovalRouter computes them from the"):
+        with pytest.raises(ValueError, match="ThreeExpertRemovalRouter chooses them for every"):
             choose_for_checkpoint(None, config)
 
 
