@@ -144,7 +144,10 @@ FAULTS = {
         lambda f: edit_config(f, expert_names=["a", "b"], num_experts=2, router=None),
         "does not have|rank, experts or router",
     ),
-    "missing key": (lambda f: edit_weights(f, drop("second.moe_lora_experts.lora_B")), "are not"),
+    "missing key": (
+        lambda f: edit_weights(f, drop("second.moe_lora_experts.lora_B")),
+        "tensors are missing",
+    ),
     "missing layer": (lambda f: edit_weights(f, drop("lora_A", "lora_B")), "none of this method"),
     "missing router": (lambda f: edit_weights(f, drop("scores")), "scores.*it is incomplete"),
     "missing head": (lambda f: edit_weights(f, drop("head.bias")), "head.bias.*incomplete"),

@@ -269,7 +269,7 @@ def rows_of_first_image_layer(
         (x,) = args
         if x.ndim > 2 and layer.stream != "text" and not found:
             routing = layer.context.routing_for("default")
-            aligned, _ = layer._weights(routing, "default", x)
+            aligned, _ = layer._layer_weights(routing, "default", x)
             found.append((x.clone(), aligned.expand(*x.shape[:-1], -1).clone()))
 
     handles = [

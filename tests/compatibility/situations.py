@@ -216,7 +216,7 @@ TRANSFORMS = [
         "torch.inference_mode(), then training",
         "yes",
         "",
-        "routing/test_given_masks.py::test_what_inference_mode_left_serves_training",
+        "routing/test_given_masks.py::test_masks_from_inference_mode_are_usable_in_training",
     ),
 ]
 

@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 
 import moe_lora
 from moe_lora import MoELoraConfig, RemovalLoss
+from moe_lora.routing.lookup import routing_state
 
 
 @moe_lora.register_router("reads_mean")
@@ -143,7 +144,7 @@ def test_an_attached_router_routes_learns_saves_and_loads(model, make_mlp, tmp_p
     assert torch.equal(loaded(X), expected)
 
 
-def test_what_cannot_be_attached_raises(model):
+def test_invalid_routers_cannot_be_attached(model):
     with pytest.raises(TypeError, match=r"moe_lora\.Router"):
         moe_lora.attach_router(model, torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match="JSON"):
@@ -286,7 +287,7 @@ def test_a_model_without_an_adapter_is_named(mlp):
 def test_wrappers_are_looked_through(model):
     wrapped = torch.nn.Sequential(torch.nn.Identity(), model)
     moe_lora.set_routing_mode(wrapped, "uniform")
-    assert moe_lora.routing.control.routing_state(model).mode == "uniform"
+    assert routing_state(model).mode == "uniform"
 
 
 def test_the_gradient_mask_applies_also_when_backward_comes_later(model):

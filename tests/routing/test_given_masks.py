@@ -89,7 +89,7 @@ def test_gradients_to_the_latents_come_twice(make_flux, make_flux_inputs, router
 
 
 @pytest.mark.parametrize("how", ["mask", "mask_info", "carried"])
-def test_what_inference_mode_left_serves_training(make_flux, make_flux_inputs, how):
+def test_masks_from_inference_mode_are_usable_in_training(make_flux, make_flux_inputs, how):
     channels = 384 if how == "carried" else 64
     model, call = routed(make_flux, channels=channels), make_flux_inputs(in_channels=channels)
     with torch.inference_mode():
@@ -158,7 +158,7 @@ class TestTimestepRange:
         moe_lora.set_router_inputs(model, mask=box())
         return model
 
-    def test_what_is_given_wins_over_the_family(self, make_flux, make_flux_inputs):
+    def test_a_given_range_overrides_that_of_the_family(self, make_flux, make_flux_inputs):
         model, call = self.make(make_flux), make_flux_inputs(in_channels=64)
         call["timestep"] = torch.tensor([0.25, 0.5])
         expected = weights_of(model, call)

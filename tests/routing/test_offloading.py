@@ -214,5 +214,5 @@ def test_weights_on_disk_are_not_merged(make_flux, flux_targets, tmp_path):
         lambda: model.fuse_lora(),
         lambda: moe_lora.unmerge(merged),
     ):
-        with pytest.raises(ValueError, match="is offloaded to disk"):
+        with pytest.raises(ValueError, match="are offloaded to disk"):
             change()

@@ -211,7 +211,7 @@ def test_weights_that_are_not_finite_are_reported_once_until_reset():
     assert lost.idle_experts() == ()
 
 
-def test_what_is_transformed_is_not_counted():
+def test_transformed_calls_are_not_counted():
     stats = RoutingStats(NAMES)
     weights = torch.randn(4, 2, 3).softmax(-1)
 

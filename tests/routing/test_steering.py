@@ -117,7 +117,7 @@ class TestTopK:
             assert model(X[:0]).shape[0] == 0
 
     @pytest.mark.parametrize("top_k", [0, 4, 1.5, True, "2"])
-    def test_what_is_no_number_of_experts_raises(self, model, top_k):
+    def test_an_invalid_top_k_raises(self, model, top_k):
         with pytest.raises(ValueError, match="`top_k`"), moe_lora.route(model, W, top_k=top_k):
             pass
 

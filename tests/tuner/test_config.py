@@ -40,7 +40,7 @@ def test_a_number_of_experts_gives_numbered_names():
         ({"target_modules": ".*q", "layers_to_transform": 1}, "list"),
     ],
 )
-def test_what_cannot_be_honored_raises(kwargs, message):
+def test_invalid_fields_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MoELoraConfig(**kwargs)
 

@@ -162,7 +162,7 @@ BASES = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
-def test_whatever_the_base_layer_does_is_kept(base, shape):
+def test_a_mixture_is_added_to_any_base_layer(base, shape):
     config = MoELoraConfig(r=R, lora_alpha=8, init_lora_weights=False)
     weights = torch.rand(2, E).softmax(-1)
     mixed = MoELoraLinear(base(), "default", config, R, 8, context=given(weights))

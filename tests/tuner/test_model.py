@@ -114,7 +114,7 @@ class TestInjection:
         assert experts["first"].scaling == 4.0
         assert experts["second"].scaling == 2.0
 
-    def test_what_cannot_be_adapted_raises(self, mlp):
+    def test_unsupported_layers_raise(self, mlp):
         with pytest.raises(ValueError, match="target_modules"):
             get_peft_model(mlp, MoELoraConfig())
         conv = torch.nn.Sequential(torch.nn.Conv1d(3, 3, 1))

@@ -128,7 +128,7 @@ def test_it_reads_the_adapter_that_is_named(mlp):
     torch.testing.assert_close(orthogonality_loss(model, "other"), expected)
 
 
-def test_what_cannot_be_measured_raises(mlp):
+def test_invalid_arguments_raise(mlp):
     with pytest.raises(ValueError, match="moe_lora adapter"):
         orthogonality_loss(mlp)
     model = adapted(mlp, experts=1)

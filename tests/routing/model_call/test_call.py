@@ -81,7 +81,7 @@ def test_an_inpainting_unet_gives_its_mask_channel():
     assert inputs.timestep.tolist() == [7, 7]
 
 
-def test_what_the_caller_gives_wins():
+def test_given_inputs_override_those_of_the_call():
     given = analyze(torch.ones(1, 1, 64, 96))
     hidden = fill_tokens(torch.zeros(2, 1, 64, 96))
     inputs = read_inputs(fill(), {"hidden_states": hidden, "img_ids": grid(4, 6)}, mask_info=given)

@@ -23,35 +23,35 @@ def analyzed(monkeypatch):
 
 
 def test_a_mask_is_analyzed_when_it_changes(analyzed):
-    memory, mask = MaskCache(), torch.zeros(2, 1, 16, 16)
+    cache, mask = MaskCache(), torch.zeros(2, 1, 16, 16)
     mask[0, :, 2:6, 3:9] = 1
-    first = memory.analyze(mask)
-    assert memory.analyze(mask.clone()) is first
+    first = cache.analyze(mask)
+    assert cache.analyze(mask.clone()) is first
     assert torch.equal(first.area_ratio, masks.analyze(mask).area_ratio)
     changes = [mask[:1], mask.double(), mask.flip(0), mask]
     for number, other in enumerate(changes, start=2):
-        found = memory.analyze(other)
+        found = cache.analyze(other)
         assert len(analyzed) == number
         assert torch.equal(found.mask, masks.analyze(other).mask)
     mask[0, 0, 0, 0] = 1  # in place: the cached copy must not change with it
-    assert memory.analyze(mask).area_ratio[0] == masks.analyze(mask).area_ratio[0]
+    assert cache.analyze(mask).area_ratio[0] == masks.analyze(mask).area_ratio[0]
     assert len(analyzed) == 6
 
 
-def test_what_inference_mode_made_is_not_used_in_training():
-    memory, mask = MaskCache(), torch.ones(1, 1, 16, 16)
+def test_an_analysis_from_inference_mode_is_usable_in_training():
+    cache, mask = MaskCache(), torch.ones(1, 1, 16, 16)
     with torch.inference_mode():
-        memory.analyze(mask)
-    features = memory.analyze(mask).features()
+        cache.analyze(mask)
+    features = cache.analyze(mask).features()
     weight = torch.ones(features.shape[-1], requires_grad=True)
     (features * weight).sum().backward()
     assert weight.grad is not None
 
 
-def test_a_copy_remembers_nothing(analyzed):
-    memory, mask = MaskCache(), torch.ones(1, 1, 16, 16)
-    memory.analyze(mask)
-    pickle.loads(pickle.dumps(memory)).analyze(mask)
+def test_a_copy_has_an_empty_cache(analyzed):
+    cache, mask = MaskCache(), torch.ones(1, 1, 16, 16)
+    cache.analyze(mask)
+    pickle.loads(pickle.dumps(cache)).analyze(mask)
     assert len(analyzed) == 2
 
 

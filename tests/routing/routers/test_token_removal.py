@@ -94,7 +94,7 @@ def test_every_parameter_is_there_at_once_and_learns():
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_what_it_cannot_read_raises():
+def test_invalid_inputs_raise():
     router = make()
     with pytest.raises(ValueError, match="TokenRemovalRouter needs a mask"):
         router(RouterInputs(torch.zeros(1, 48, DIM), grid_size=GRID))

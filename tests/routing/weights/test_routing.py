@@ -23,7 +23,7 @@ def test_every_routing_has_a_version_of_its_own_and_uniform_ones_share_theirs():
     assert 0 not in versions
 
 
-def test_what_changes_a_routing_makes_another_one():
+def test_changes_return_a_new_routing():
     routing = Routing.from_weights({"a": W, "b": None})
     masked = routing.with_grad_mask(torch.ones(2, 3))
     ablated = routing.without_expert("b", 0, 2, renormalize=True)

@@ -25,6 +25,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 import moe_lora
 from moe_lora import MoELoraConfig, export_lora, load_adapter, save_adapter, save_experts
+from moe_lora.tuner.state_dict.adapter_tensors import adapter_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 TARGETS = ["to_q", "ff.net.2"]
@@ -191,9 +192,8 @@ def test_another_tuner_beside_the_mixture_leaves_its_keys_alone(
     order = [(mixture, "mixture"), (other, "style")]
     for one, name in reversed(order) if first else order:
         model = inject_adapter_in_model(one, model, name)
-    parameters_of = moe_lora.tuner.state_dict.adapter_tensors.adapter_tensors
-    for name, tensor in parameters_of(model, "mixture").items():
-        parameters_of(alone, "mixture")[name].data.copy_(tensor)
+    for name, tensor in adapter_tensors(model, "mixture").items():
+        adapter_tensors(alone, "mixture")[name].data.copy_(tensor)
     set_adapter(model, ["mixture", "style"])
     if deleted:
         prefix = "lora_" if kind == "lora" else "hada_"

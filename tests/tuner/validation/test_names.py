@@ -43,7 +43,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_file_name_is_no_expert_and_no_adapter(make_mlp, name):
+def test_invalid_folder_names_are_refused_for_experts_and_adapters(make_mlp, name):
     with pytest.raises(ValueError, match="expert_names"):
         MoELoraConfig(expert_names=["good", name])
     config = MoELoraConfig(target_modules=["first"])
@@ -54,7 +54,7 @@ def test_what_is_no_file_name_is_no_expert_and_no_adapter(make_mlp, name):
 
 
 @pytest.mark.parametrize("name", ["a", "removal_expert", "Fond d'écran", "背景", "v1.2", "a b"])
-def test_what_people_call_experts_is_allowed(name):
+def test_usual_expert_names_are_allowed(name):
     assert MoELoraConfig(expert_names=[name]).expert_names == (name,)
 
 
