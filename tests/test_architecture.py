@@ -38,6 +38,17 @@ def test_a_page_names_files_that_exist(page: Path) -> None:
     assert [path for path in paths if not exists(path)] == []
 
 
+def test_the_architecture_names_classes_and_functions_that_exist() -> None:
+    code = "\n".join(f.read_text(encoding="utf-8") for f in (ROOT / LIBRARY).rglob("*.py"))
+    defined = set(re.findall(r"(?:class|def) (\w+)", code))
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    named = set(re.findall(r"\b[A-Z][a-z]+[A-Z]\w+|\b(?:begin|end)_pass\b", text))
+    named |= {name for _, name in re.findall(r"\b([A-Z]\w+)\.(\w+)", text)}
+    assert len(named) >= 12
+    attributes = set(re.findall(r"self\.(\w+)(?::.*)? = ", code))
+    assert named - defined - attributes == {"LoRA", "LoRAs"}
+
+
 def test_missing_files_are_found() -> None:
     text = "`tuner/layer.py` `tuner/no_layer.py`\n```text\na  routing/none/\n```\n"
     assert [path for path in paths_in(text) if not exists(path)] == [

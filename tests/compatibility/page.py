@@ -1,4 +1,4 @@
-"""The tables of docs/reference/compatibility.md, made of what the tests say.
+"""The tables of docs/reference/compatibility.md, made of the tests.
 
 `python -m compatibility.page`, run in `tests/`, writes them into the page.
 """
@@ -28,21 +28,21 @@ CODE = re.compile(
 
 
 def switches() -> str:
-    """Return the tables of the switches, by library."""
+    """Return the tables of public functions, by library."""
     parts = []
     cases = [(_group(case.library, case.switch), case) for case in CASES]
     for group, found in groupby(sorted(cases, key=lambda c: [*GROUPS].index(c[0])), lambda c: c[0]):
         rows = [(c.switch, WORKS.get(c.works, c.works), c.note) for _, c in found]
-        parts += [f"### {GROUPS[group]}", _table(("Switch", "Works", "What to know"), rows)]
+        parts += [f"### {GROUPS[group]}", _table(("Function", "Support", "Remarks"), rows)]
     return "\n\n".join(parts)
 
 
 def situations() -> str:
-    """Return the tables of all else, with the tests that show it."""
+    """Return the tables of situations, with their tests."""
     parts = []
     for heading, group in SITUATIONS.items():
         rows = [(s.what, s.works, s.note, _named(s)) for s in group]
-        titles = ("Situation", "Works", "What to know", "Test")
+        titles = ("Situation", "Support", "Remarks", "Test")
         parts += [f"### {heading}", _table(titles, rows)]
     return "\n\n".join(parts)
 

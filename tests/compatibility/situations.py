@@ -33,7 +33,7 @@ CALLS = [
     Situation(
         "moe_lora.route, teach_experts, ablate_expert in threads",
         "yes",
-        "A context acts in the thread that opened it.",
+        "A context applies to the thread that opened it.",
         "stress/test_threads.py::test_threads_with_weights_of_their_own_beside_one_that_gives_none",
     ),
     Situation(
@@ -45,7 +45,7 @@ CALLS = [
     Situation(
         "Asynchronous tasks",
         "yes",
-        "A context acts in its task, and in threads started with asyncio.to_thread.",
+        "A context applies to its task, and to threads started with asyncio.to_thread.",
         "stress/test_contexts.py::test_tasks_that_interleave_inside_a_context_see_their_own",
     ),
     Situation(
@@ -57,7 +57,7 @@ CALLS = [
     Situation(
         "A model called inside its own forward pass, or inside that of another adapted model",
         "yes",
-        "The inner pass has its own routing. The outer one gets its own back.",
+        "The inner and the outer pass have separate routings.",
         "stress/test_nested_calls.py::test_a_model_called_inside_its_own_forward",
     ),
     Situation(
@@ -75,13 +75,13 @@ CALLS = [
     Situation(
         "A block replaced by its copy (deepcopy, pickle, torch.save)",
         "yes",
-        "The model it is in routes it.",
+        "The model that contains the copy routes it.",
         "stress/test_outside.py::test_a_copied_block_in_the_place_of_the_old_one_is_routed",
     ),
     Situation(
         "An error inside a pass",
         "yes",
-        "The next pass starts afresh.",
+        "The next pass is not affected.",
         "stress/test_threads.py::test_a_pass_that_failed_leaves_nothing_behind",
     ),
 ]
@@ -90,7 +90,7 @@ CHECKPOINTING = [
     Situation(
         "torch.utils.checkpoint with use_reentrant=False, around blocks",
         "yes",
-        "Several forward passes before the backward passes, in any order.",
+        "Also with several forward passes before the backward passes, in any order.",
         "stress/test_checkpointing_orders.py::test_the_usual_orders_are_no_error",
     ),
     Situation(
@@ -103,7 +103,7 @@ CHECKPOINTING = [
     Situation(
         "torch.utils.checkpoint with use_reentrant=True",
         "partly",
-        "Works where the routing weights require no gradient. Raises otherwise.",
+        "Works if the routing weights require no gradient. Raises otherwise.",
         "routing/weights/test_checkpointing.py::test_a_reentrant_checkpoint_is_right_where_they_require_none",
     ),
     Situation(
@@ -125,7 +125,7 @@ CHECKPOINTING = [
         "Selective checkpointing",
         "yes",
         "Policies that save matrix products see those of the mixture.",
-        "test_watching.py::test_selective_checkpointing",
+        "tuner/mixture_product/test_fast_path.py::test_selective_checkpointing",
     ),
 ]
 
@@ -133,14 +133,14 @@ GRAPHS = [
     Situation(
         "torch.compile of blocks, with fullgraph=True",
         "yes",
-        "Other weights and marked dynamic sizes compile nothing again.",
+        "Changed weights and sizes marked as dynamic do not recompile it.",
         "test_compile.py::test_an_adapted_block_is_one_graph_for_all_weights_and_batch_sizes",
     ),
     Situation(
         "torch.compile of the whole model",
         "yes",
-        "One graph break per call while the router decides.",
-        "test_model.py::test_a_compiled_model_computes_and_learns_the_same",
+        "One graph break per call in routed mode.",
+        "tuner/test_model.py::test_a_compiled_model_computes_and_learns_the_same",
     ),
     Situation(
         "torch.compile of the whole model, in uniform mode or under moe_lora.route",
@@ -151,26 +151,26 @@ GRAPHS = [
     Situation(
         "torch.export of a routed block",
         "raises",
-        "The weights would be baked in. Merge a fixed mixture, or export in uniform mode.",
+        "The program would contain fixed weights. Merge, or export in uniform mode.",
         "stress/test_outside.py::test_exporting_a_routed_block_raises_instead_of_baking_weights_in",
     ),
     Situation(
         "torch.export of a uniform mixture",
         "yes",
         "",
-        "test_watching.py::test_an_export_of_a_uniform_mixture",
+        "tuner/mixture_product/test_fast_path.py::test_an_export_of_a_uniform_mixture",
     ),
     Situation(
         "torch.jit.trace",
         "yes",
         "The traced layers compute with the fixed or given weights of the trace.",
-        "test_watching.py::test_a_jit_trace_computes_for_other_inputs",
+        "tuner/mixture_product/test_fast_path.py::test_a_jit_trace_computes_for_other_inputs",
     ),
     Situation(
         "torch.fx.symbolic_trace of a uniform mixture",
         "yes",
         "",
-        "test_watching.py::test_a_symbolic_trace_of_a_uniform_mixture",
+        "tuner/mixture_product/test_fast_path.py::test_a_symbolic_trace_of_a_uniform_mixture",
     ),
 ]
 
@@ -178,8 +178,8 @@ TRANSFORMS = [
     Situation(
         "torch.func (grad, vjp, jvp, vmap, jacrev, jacfwd, hessian), forward-mode AD, make_fx",
         "yes",
-        "Layers use plain operations there instead of the fused one.",
-        "test_watching.py::test_a_transform_gives_what_it_gives_for_the_plain_formula",
+        "Layers use plain operations instead of the fused product.",
+        "tuner/mixture_product/test_fast_path.py::test_a_transform_gives_what_it_gives_for_the_plain_formula",
     ),
     Situation(
         "torch.func.functional_call",
@@ -192,25 +192,25 @@ TRANSFORMS = [
         "Second derivatives",
         "yes",
         "",
-        "test_fast_path.py::test_second_derivatives",
+        "tuner/mixture_product/test_fused.py::test_second_derivatives",
     ),
     Situation(
         "FakeTensorMode",
         "yes",
         "",
-        "test_watching.py::test_fake_tensors_have_the_shapes_of_the_output",
+        "tuner/mixture_product/test_fast_path.py::test_fake_tensors_have_the_shapes_of_the_output",
     ),
     Situation(
         "FlopCounterMode",
         "yes",
         "It counts the products of the experts.",
-        "test_watching.py::test_all_products_are_counted",
+        "tuner/mixture_product/test_fast_path.py::test_all_products_are_counted",
     ),
     Situation(
         "Hooks and patches of the base layers, global module hooks, function modes",
         "yes",
         "",
-        "test_watching.py::test_hooks_and_patches_of_the_base_layer_are_called",
+        "tuner/mixture_product/test_fast_path.py::test_hooks_and_patches_of_the_base_layer_are_called",
     ),
     Situation(
         "torch.inference_mode(), then training",
@@ -224,7 +224,7 @@ PROCESSES = [
     Situation(
         "DistributedDataParallel, accelerate",
         "yes",
-        "find_unused_parameters=True where a phase asks no router.",
+        "find_unused_parameters=True in phases without router calls.",
         "test_distributed.py::test_two_processes_train_like_one_through_phases_that_ask_no_router",
     ),
     Situation(
@@ -265,7 +265,7 @@ MEMORY = [
         "enable_group_offload",
         "partly",
         "Saving works from CPU memory, and raises for offload_to_disk_path.",
-        "test_adapter_tensors.py::test_group_offloading_in_memory_is_saved_and_to_disk_refused",
+        "tuner/state_dict/test_adapter_tensors.py::test_group_offloading_in_memory_is_saved_and_to_disk_refused",
     ),
     Situation(
         "A model built on the meta device, then to_empty and loaded",
@@ -292,7 +292,7 @@ FILES = [
         "Saving while blocks are compiled, checkpointed or wrapped",
         "yes",
         "Keys are those of the bare model.",
-        "test_adapter_tensors.py::"
+        "tuner/state_dict/test_adapter_tensors.py::"
         "test_a_model_wrapped_after_it_is_adapted_is_saved_as_the_bare_one",
     ),
     Situation(

@@ -94,7 +94,7 @@ NOT_TRIED = {
 }
 """Classes of diffusers of which there is no tiny model here."""
 
-CHECKPOINTING = {"yes": "yes", "none": "the class has none", "broken": "fails in diffusers"}
+CHECKPOINTING = {"yes": "yes", "none": "not available", "broken": "fails in diffusers"}
 HEAD = (
     "Class",
     "Adapted layers",
@@ -116,7 +116,7 @@ def row(case: Case) -> tuple[str, ...]:
         "yes",
         "yes",
         CHECKPOINTING[case.checkpointing],
-        "yes" if case.name in TOKENS else "no claim",
+        "yes" if case.name in TOKENS else "not tested",
     )
 
 
@@ -125,7 +125,7 @@ def render() -> str:
     lines = [HEAD, tuple("---" for _ in HEAD), *(row(case) for case in CASES)]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     missing = ", ".join(f"`{name}`" for name in sorted(NOT_TRIED))
-    return f"{rows}\n\nNot tried: {missing}.\n"
+    return f"{rows}\n\nNot tested: {missing}.\n"
 
 
 def write(page: Path = PAGE) -> None:

@@ -40,8 +40,8 @@ def correct_seam(
         TypeError: `image` or `prediction` is not floating point, or their dtypes differ.
         ValueError: shapes do not fit, or `strength` is not in [0, 1].
 
-    Source: the membrane interpolant of Perez, Gangnet and Blake, "Poisson Image Editing", 2003,
-        eq. 9, here scaled by `strength`.
+    Source: Pérez, Gangnet, Blake, "Poisson image editing", 2003, equation 9, the membrane
+        interpolant, scaled by `strength`.
 
     Example:
         >>> mask = torch.tensor([[[[0.0, 1.0, 1.0, 0.0]]]])
