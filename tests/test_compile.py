@@ -12,6 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import moe_lora
 from moe_lora import MoELoraConfig
 
+pytestmark = pytest.mark.slow
+
 
 class Block(nn.Module):
     def __init__(self) -> None:

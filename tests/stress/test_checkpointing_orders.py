@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 import moe_lora
 
+pytestmark = pytest.mark.slow
+
 
 def one(passes: Passes) -> None:
     passes.loss(1).backward()
