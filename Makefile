@@ -4,14 +4,23 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test docs clean
+.PHONY: demo test test-quick test-slow docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
 
-# One process a core, each with one thread; the tests of a file stay together and share set-ups.
+# One process a core, each with one thread. Each gets a run of whole files, so that tests share
+# set-ups, and takes over from the others at the end. PYTEST_ARGS are further flags of pytest.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-quick: $(READY)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(READY)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

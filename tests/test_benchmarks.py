@@ -47,6 +47,7 @@ def run(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_model_benchmark_measures_every_variant(
     dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -69,6 +70,7 @@ def test_the_model_benchmark_measures_every_variant(
     assert printed.count("| ours soft ") == 3
 
 
+@pytest.mark.slow
 def test_the_other_benchmark_measures_masks_and_losses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +191,7 @@ def against(folder: Path, *arguments: str) -> dict[str, Any]:
     return {row["variant"]: row for row in json.loads(file.read_text(encoding="utf-8"))}
 
 
+@pytest.mark.slow
 def test_a_checkout_is_compared_with_itself(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,6 +231,7 @@ interleaved({"busy": step, "other": step}, 1)
     return str(folder)
 
 
+@pytest.mark.slow
 def test_each_checkout_runs_its_own_code(tmp_path: Path) -> None:
     base, now = checkout(tmp_path / "base", 0.001), checkout(tmp_path / "now", 0.02)
     options = ["--base", base, "--now", now, "--rounds", "3", "--repeat", "0", "--only", "busy"]

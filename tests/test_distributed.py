@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import moe_lora
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parent / "distributed" / "worker.py"
 SCENARIOS = [
     "ddp-flux",

@@ -25,7 +25,16 @@ from moe_lora.families import FAMILIES, candidate_targets, default_targets, fami
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.layer import MoELoraLinear
 
-cases = pytest.mark.parametrize("case", table.CASES, ids=lambda case: case.name)
+# Without the slow tests these two stand for all: a transformer that packs its tokens, and a UNet.
+CORE = ("FluxTransformer2DModel", "UNet2DConditionModel")
+
+
+def param(case: Case, *further: int) -> Any:
+    name = "-".join([case.name, *map(str, further)])
+    return pytest.param(case, *further, id=name, marks=() if case.cls in CORE else pytest.mark.slow)
+
+
+cases = pytest.mark.parametrize("case", [param(case) for case in table.CASES])
 
 
 def build(case: Case) -> nn.Module:
@@ -230,8 +239,7 @@ def test_checkpointing_changes_no_gradient(case: Case) -> None:
 
 by_token = pytest.mark.parametrize(
     ("case", "tokens"),
-    [(case, tokens) for case in table.CASES for tokens in table.TOKENS.get(case.name, ())],
-    ids=lambda value: value if isinstance(value, int) else value.name,
+    [param(case, tokens) for case in table.CASES for tokens in table.TOKENS.get(case.name, ())],
 )
 
 
@@ -284,9 +292,7 @@ def rows_of_first_image_layer(
     return found[0]
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in table.CASES if case.name in table.TOKENS], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [param(case) for case in table.CASES if case.name in table.TOKENS])
 @torch.no_grad()
 def test_a_token_has_the_weights_of_its_own_position_in_the_image(case: Case) -> None:
     """The outputs that change with a position of the latents use the weights of that position."""
@@ -321,9 +327,7 @@ def cuts_patches(case: Case) -> bool:
     return case.name in table.TOKENS and not mixes and latents_of(calls(case))[1].ndim > 3
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in table.CASES if cuts_patches(case)], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [param(case) for case in table.CASES if cuts_patches(case)])
 @torch.no_grad()
 def test_a_token_of_an_odd_image_has_the_weights_of_the_pixels_that_reach_it(case: Case) -> None:
     model, arguments = adapt(build(case), case), calls(case)
@@ -351,9 +355,7 @@ def test_a_token_of_an_odd_image_has_the_weights_of_the_pixels_that_reach_it(cas
         torch.testing.assert_close(used[:, token], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in table.CASES if case.targets is None], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [param(case) for case in table.CASES if case.targets is None])
 @torch.no_grad()
 def test_an_exported_expert_is_the_mixture_at_one_hot_weights(case: Case, tmp_path: Path) -> None:
     model, arguments = adapt(build(case), case), calls(case)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import peft.functional
@@ -16,7 +18,13 @@ from compatibility.table import CASES
 from peft.tuners.tuners_utils import BaseTuner
 
 
-@pytest.fixture(scope="module", params=ORDERS, ids=lambda order: "-".join(order))
+def orders() -> Iterator[Any]:
+    for order in ORDERS:
+        marks = () if order == ORDERS[0] else pytest.mark.slow
+        yield pytest.param(order, id="-".join(order), marks=marks)
+
+
+@pytest.fixture(scope="module", params=orders())
 def stage(request) -> Stage:
     from conftest import flux_inputs, tiny_flux
 

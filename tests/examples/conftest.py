@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -99,16 +100,16 @@ def triplets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_triplets(folder, [(64, 64), (64, 96), (64, 64), (64, 64), (64, 96)])
 
 
-@pytest.fixture
-def arguments(random_flux_fill: Path, triplets: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """Return a function that makes the flags of a short run; keyword arguments win."""
+@pytest.fixture(scope="session")
+def arguments_in(random_flux_fill: Path, triplets: Path) -> Callable[..., list[str]]:
+    """Return a function that makes the flags of a short run in a folder; keyword arguments win."""
 
-    def make(**changed: object) -> list[str]:
+    def make(folder: Path, **changed: object) -> list[str]:
         entries: dict[str, object] = {
             "flux_fill_id": random_flux_fill,
             "train_data_dir": triplets,
-            "output_dir": tmp_path / "out",
-            "logging_dir": tmp_path / "logs",
+            "output_dir": folder / "out",
+            "logging_dir": folder / "logs",
             "report_to": "none",
             "max_train_steps": 2,
             "logging_steps": 1,
@@ -119,6 +120,12 @@ def arguments(random_flux_fill: Path, triplets: Path, tmp_path: Path) -> Callabl
         return [word for name, value in entries.items() for word in (f"--{name}", str(value))]
 
     return make
+
+
+@pytest.fixture
+def arguments(arguments_in: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+    """Return a function that makes the flags of a short run; keyword arguments win."""
+    return functools.partial(arguments_in, tmp_path)
 
 
 ALL_LOSSES = {
@@ -133,3 +140,15 @@ ALL_LOSSES = {
 @pytest.fixture
 def all_losses() -> dict[str, object]:
     return dict(ALL_LOSSES)
+
+
+@pytest.fixture(scope="session")
+def routed_checkpoint(
+    arguments_in: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the checkpoint of one run with all losses; tests read it and leave it alone."""
+    from train import parse_options, train
+
+    folder = tmp_path_factory.mktemp("routed_run")
+    checkpoint: Path = train(parse_options(arguments_in(folder, **ALL_LOSSES)))
+    return checkpoint

@@ -43,6 +43,8 @@ from transformers import (
 
 import moe_lora
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "integrations"
 PAGE = ROOT / "docs" / "how_to" / "use_other_training_scripts.md"

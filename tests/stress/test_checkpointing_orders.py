@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch._dynamo
+import torch._functorch.config
 from stress.checkpointed_passes import (
     GUISES,
     KINDS,
@@ -30,6 +31,8 @@ from stress.toys import CLEAR, EXPERTS, assert_close, equal_or_clear_error, in_t
 from torch import Tensor, nn
 
 import moe_lora
+
+pytestmark = pytest.mark.slow
 
 
 def one(passes: Passes) -> None:
@@ -185,8 +188,16 @@ def gradients(scenario: Callable[[Passes], None], guise: object, kind: str) -> l
     return passes.gradients()
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
+@pytest.fixture(autouse=True, scope="module")
+def _shared_compiler():
+    """Let the toys, which are alike, share compiled blocks; none may fall back to eager."""
+    torch._dynamo.reset()
+    # A graph that gives its buffers away after one backward pass cannot serve those that need two.
+    with (
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+        torch._functorch.config.patch(donated_buffer=False),
+    ):
+        yield
     torch._dynamo.reset()
 
 

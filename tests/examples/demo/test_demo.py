@@ -16,6 +16,8 @@ import demo
 import train
 from evaluation.measuring import REGIONS
 
+pytestmark = pytest.mark.slow
+
 SMALL = """
 flux_fill_id: {model}
 lora_r: 2

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 
 import train
@@ -16,6 +17,8 @@ from flux_fill.models import load_checkpoint, load_pipeline
 from options.parsing import parse_options
 from training_run.checkpoints import load_model
 from training_run.parts import build_model
+
+pytestmark = pytest.mark.slow
 
 
 def free_port() -> int:

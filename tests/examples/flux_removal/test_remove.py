@@ -3,7 +3,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +24,8 @@ Arguments = Callable[..., list[str]]
 
 
 @pytest.fixture
-def checkpoint(arguments: Arguments, all_losses: dict[str, Any]) -> Path:
-    return train.train(parse_options(arguments(**all_losses)))
+def checkpoint(routed_checkpoint: Path) -> Path:
+    return routed_checkpoint
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from torch import Tensor
 import train
 from training_run import checkpoints
 
+pytestmark = pytest.mark.slow
+
 Arguments = Callable[..., list[str]]
 
 

@@ -18,6 +18,8 @@ from moe_lora.losses import ExpertSignals
 from options.parsing import parse_options
 from removal_data.batches import CachedDataset
 
+pytestmark = pytest.mark.slow
+
 Arguments = Callable[..., list[str]]
 
 

@@ -58,6 +58,7 @@ def test_other_data_is_looked_up_beside_the_script(recorder: Path, tmp_path: Pat
     assert (options.train_data_dir, options.output_dir, options.seed) == ("configs", "mine", 3)
 
 
+@pytest.mark.slow
 def test_the_script_trains(triplets: Path, random_flux_fill: Path, tmp_path: Path) -> None:
     call(
         triplets.parent,

@@ -153,6 +153,7 @@ def dual_cotangent(f, x):
 TRANSFORMS["dual cotangents"] = dual_cotangent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["uniform", "sample", "top-k"])
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
