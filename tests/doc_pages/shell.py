@@ -34,8 +34,8 @@ HUB = "black-forest-labs/"
 LONG = ("benchmarks", "integrations")
 """Folders of scripts that train for hours or download models, and have tests of their own."""
 
-MOST_SAMPLES = {"train_count": 4, "test_count": 2}
-STEPS = 2
+MOST_SAMPLES = {"train_count": 4, "test_count": 4}
+STEPS = 1
 
 
 class Shell:
