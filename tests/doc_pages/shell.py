@@ -12,6 +12,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,12 @@ class Shell:
             check_pip(words)
 
     def _run_script(self, script: Path, words: list[str], *, alone: bool = True) -> None:
-        namespace = runpy.run_path(str(script), run_name="__page__")
+        # Modules beside the script come last, so that those of the repository are not shadowed.
+        sys.path.append(str(script.resolve().parent))
+        try:
+            namespace = runpy.run_path(str(script), run_name="__page__")
+        finally:
+            sys.path.pop()
         long = any(part in LONG for part in script.resolve().parts)
         if long or not alone or any(word.startswith(HUB) for word in words):
             parse(namespace, words)
