@@ -1,4 +1,4 @@
-"""The tables of docs/reference/config.md and docs/reference/cli.md, made of the code.
+"""The tables of config.md, cli.md and flux_example_options.md in docs/reference, made of the code.
 
 `python -m reference_tables`, run in `tests/`, writes them into the pages.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from moe_lora import MoELoraConfig
 from moe_lora.cli.main import parser
+from options.train_options import LossOptions, MixtureOptions, ModelOptions, RunOptions
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "reference"
@@ -47,6 +48,16 @@ def command_table(command: argparse.ArgumentParser) -> str:
     return _table(("argument", "choices", "default", "meaning"), rows)
 
 
+def options_table(group: type) -> str:
+    """Return one row per option of a group of `train.py`; those of its base classes come last."""
+    own = vars(group)["__annotations__"]
+    rows = [
+        (f"`--{field.name}`", _shown_default(field), _escaped(field.metadata["help"]))
+        for field in sorted(dataclasses.fields(group), key=lambda field: field.name not in own)
+    ]
+    return _table(("option", "default", "meaning"), rows)
+
+
 def commands() -> dict[str, argparse.ArgumentParser]:
     """Return the parsers of the subcommands by name."""
     (action,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
@@ -68,6 +79,19 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return repr(field.default)
 
 
+def _shown_default(field: dataclasses.Field[Any]) -> str:
+    described = {
+        "flux_fill_id": "the tiny model",
+        "train_data_dir": "required",
+        "target_modules": "attention and feed-forward",
+    }
+    if field.name in described:
+        return described[field.name]
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return "" if field.default is None else f"`{field.default}`"
+
+
 def _escaped(text: str) -> str:
     return re.sub(r"([|*_<>])", r"\\\1", text)
 
@@ -79,6 +103,12 @@ def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 PAGES: dict[Path, dict[str, str]] = {
     FOLDER / "config.md": {"fields": config_table()},
+    FOLDER / "flux_example_options.md": {
+        "models": options_table(ModelOptions),
+        "mixture": options_table(MixtureOptions),
+        "losses": options_table(LossOptions),
+        "run": options_table(RunOptions),
+    },
     FOLDER / "cli.md": {name: command_table(command) for name, command in commands().items()},
 }
 

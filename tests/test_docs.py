@@ -1,151 +1,47 @@
-"""The documentation is true: its code runs, its commands parse, its tables agree with the code.
+"""The documentation is true: its code runs, its commands run, its links lead somewhere.
 
-Every python block of a page is run, in order and in one namespace, and so are the hidden lines in
-comments `<!-- docs-test ... -->` that set up or check what the page talks about. Weights of random
-tiny models stand in for those that a page would download; all else is what the page says.
+The blocks of a page run in order, the Python ones in one namespace, and so do the hidden lines in
+comments `<!-- docs-test ... -->` that set up or check what the page talks about. Commands run as
+they are printed (`doc_pages.shell`); those that download models, train for hours or need several
+devices are parsed. Weights of a random tiny model stand in for those of FLUX.1 Fill.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-import shlex
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxFillPipeline,
-    FluxTransformer2DModel,
+from diffusers import AutoencoderKL, FluxFillPipeline, FluxTransformer2DModel
+from doc_pages.blocks import PAGES, ROOT, Block, blocks_of, commands_in, name_of
+from doc_pages.shell import Shell
+from doc_pages.stand_ins import (
+    HUB_ID,
+    TEXT_PARTS,
+    save_tiny_pipeline,
+    training_batches,
+    write_images,
 )
-from PIL import Image
 from torch import Tensor
 
-import evaluate
 import moe_lora
-import remove
-from options.parsing import parse_options
-from options.train_options import LossOptions, MixtureOptions, ModelOptions, RunOptions
 
-ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "examples" / "flux_removal"
-PAGES = [
-    ROOT / "README.md",
-    *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
-    *sorted((ROOT / "examples").glob("*/README.md")),
-]
-TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-HUB_ID = "black-forest-labs/FLUX.1-Fill-dev"
-
-CODE = re.compile(r"^(?:```python|<!-- docs-test)\n(.*?)^(?:```|-->)$", re.MULTILINE | re.DOTALL)
-COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def name_of(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
-def code_of(page: Path) -> str:
-    """Return the code of a page, every line at its own line number."""
-    text = page.read_text(encoding="utf-8")
-    lines = [""] * (text.count("\n") + 1)
-    for match in CODE.finditer(text):
-        start = text.count("\n", 0, match.start(1))
-        code = match[1].splitlines()
-        lines[start : start + len(code)] = code
-    return "\n".join(lines)
-
-
-def commands_of(page: Path) -> list[list[str]]:
-    """Return the words of every command in a page's bash blocks."""
-    blocks = COMMANDS.findall(page.read_text(encoding="utf-8"))
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+EXAMPLE = Path("examples") / "flux_removal"
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        latent_channels=16,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.1,
-    )
-    transformer = FluxTransformer2DModel(
-        in_channels=384,
-        out_channels=64,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 6, 6),
-        guidance_embeds=True,
-    )
-    folder = tmp_path_factory.mktemp("tiny_flux_fill")
-    FluxFillPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae,
-        transformer=transformer,
-        **dict.fromkeys(TEXT_PARTS),
-    ).save_pretrained(folder)
+    folder: Path = tmp_path_factory.mktemp("tiny_flux_fill")
+    save_tiny_pipeline(folder)
     return folder
 
 
-def training_batches(
-    count: int = 1, dtype: torch.dtype = torch.bfloat16, size: tuple[int, int] = (32, 48)
-) -> list[dict[str, Any]]:
-    """Return what a Flux Fill loop has at hand, at random: two samples of 32x48 pixels."""
-    (height, width), batches = size, []
-    rows, columns = height // 16, width // 16
-    ids = torch.zeros(rows, columns, 3)
-    ids[..., 1] += torch.arange(rows)[:, None]
-    ids[..., 2] += torch.arange(columns)[None]
-    for _ in range(count):
-        mask = torch.zeros(2, 1, height, width)
-        mask[0, :, 4:20, 8:40] = 1
-        mask[1, :, 8:12, 8:12] = 1
-        cells = mask.view(2, rows, 2, 8, columns, 2, 8).permute(0, 1, 4, 3, 6, 2, 5)
-        batch: dict[str, Any] = {
-            "latents": torch.randn(2, rows * columns, 64, dtype=dtype),
-            "masked_latents": torch.randn(2, rows * columns, 64, dtype=dtype),
-            "packed_mask": cells.reshape(2, rows * columns, 256).to(dtype),
-            "mask": mask,
-            "src": torch.rand(2, 3, height, width),
-            "result": torch.rand(2, 3, height, width),
-            "conditioning": {
-                "encoder_hidden_states": torch.randn(2, 3, 16, dtype=dtype),
-                "pooled_projections": torch.randn(2, 16, dtype=dtype),
-                "img_ids": ids.view(-1, 3),
-                "txt_ids": torch.zeros(3, 3),
-            },
-        }
-        batches.append(batch)
-    return batches
-
-
-def pictures() -> tuple[Image.Image, Image.Image]:
-    """Return a picture and a mask, 48x32 pixels."""
-    mask = Image.new("L", (48, 32), 0)
-    mask.paste(255, (8, 8, 24, 24))
-    return Image.new("RGB", (48, 32), (90, 120, 30)), mask
-
-
 @pytest.fixture
-def _at_hand(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _offline(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for cls in (FluxFillPipeline, FluxTransformer2DModel, AutoencoderKL):
         load = cls.from_pretrained
 
@@ -159,97 +55,89 @@ def _at_hand(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(cls, "from_pretrained", from_pretrained)
 
 
-@pytest.mark.usefixtures("_at_hand")
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
+    """Return a shell in a fresh copy of the repository, which holds a user's images, too."""
+    monkeypatch.chdir(tmp_path)  # and back, whatever a page does
+    shell = Shell(tmp_path / "moe-lora")
+    write_images(shell.folder)
+    write_images(shell.folder / EXAMPLE)
+    return shell
+
+
+@pytest.mark.usefixtures("_offline")
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_the_code_of_a_page_runs(page: Path) -> None:
-    if "torchao" in code_of(page):
+def test_a_page_runs(page: Path, shell: Shell) -> None:
+    blocks = blocks_of(page)
+    if any("import torchao" in b.text or "from torchao" in b.text for b in blocks):
         pytest.importorskip("torchao")
-    namespace = {
-        "__name__": name_of(page),
-        "training_batches": training_batches,
-        "pictures": pictures,
-    }
-    exec(compile(code_of(page), str(page), "exec"), namespace)
+    if page.parent.parent.name == "examples":
+        shell.run(f"cd {page.parent.relative_to(ROOT)}")
+    namespace = {"__name__": name_of(page), "training_batches": training_batches}
+    for block in blocks:
+        os.chdir(shell.folder)
+        if block.language == "shell":
+            for command in commands_in(block.text):
+                shell.run(command)
+            continue
+        # Errors show the line of the page.
+        code = "\n" * (block.line - 1) + block.text
+        exec(compile(code, str(page), "exec"), namespace)
 
 
-def test_code_keeps_its_line_numbers(tmp_path: Path) -> None:
+def test_blocks_are_found_with_their_lines(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "# A\n\n```python\na = 1\n```\n\n<!-- docs-test\nb = 2\n-->\n\n```text\nc\n```\n"
+        "# A\n\n```python\na = 1\n```\n\n<!-- docs-test\nb = 2\n-->\n\n```text\nc\n```\n\n"
+        "```bash\ncd d  # e\n# f\ng \\\n  h\n```\n"
     )
-    assert code_of(page).splitlines()[3] == "a = 1"
-    assert code_of(page).splitlines()[7] == "b = 2"
-    assert "c" not in code_of(page)
+    assert blocks_of(page) == [
+        Block("python", 4, "a = 1\n"),
+        Block("python", 8, "b = 2\n"),
+        Block("shell", 16, "cd d  # e\n# f\ng \\\n  h\n"),
+    ]
+    assert commands_in(blocks_of(page)[2].text) == ["cd d  # e", "g    h"]
 
 
-def flags_in(words: list[str]) -> set[str]:
-    return {word.partition("=")[0] for word in words if word.startswith("--")}
+def test_a_command_runs_in_the_folder_that_the_last_one_left(shell: Shell) -> None:
+    shell.run("cd examples/flux_removal")
+    shell.run("python ../demo/make_data.py --output_dir data")
+    assert len(list((shell.folder / "data" / "train" / "src").iterdir())) == 4
+    assert shell.folder.name == "flux_removal"
+    assert shell.parsed == []
 
 
-def script_commands() -> Iterator[Any]:
-    for page in PAGES:
-        for words in commands_of(page):
-            scripts = [word for word in words if word.endswith((".py", "train_moe.sh"))]
-            if scripts:
-                start = words.index(scripts[0])
-                yield pytest.param(
-                    scripts[0], words[start + 1 :], id=f"{page.stem}: {' '.join(words)}"
-                )
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("bash examples/flux_removal/train_moe.sh nowhere", FileNotFoundError),
+        ("bash examples/flux_removal/train_moe.sh --no_such_flag 1", SystemExit),
+        ("python examples/flux_removal/remove.py --image photo.png", SystemExit),
+        ("python nowhere.py", FileNotFoundError),
+        ("python benchmarks/removal.py --no_such_flag", SystemExit),
+        ("accelerate launch --no_such_flag examples/flux_removal/train.py", SystemExit),
+        ("moe-lora inspect nowhere", AssertionError),
+        ("pip install 'moe-lora[nothing]'", AssertionError),
+        ("pip install moe_lora", AssertionError),
+        ("tensorboard --logdir nowhere", AssertionError),
+        ("make nothing", subprocess.CalledProcessError),
+        ("grep nothing Makefile | cat", subprocess.CalledProcessError),
+        ("cd nowhere", subprocess.CalledProcessError),
+    ],
+)
+def test_a_command_that_fails_is_noticed(shell: Shell, command: str, error: type) -> None:
+    with pytest.raises(error):
+        shell.run(command)
 
 
-def given_to_accelerate(command: list[str], folder: Path) -> list[str]:
-    """Run a command as the page prints it, and return what it gives to `accelerate launch`."""
-    recorder = folder / "accelerate"
-    recorder.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/given\n')
-    recorder.chmod(0o755)
-    path = f"{folder}:{os.environ['PATH']}"
-    subprocess.run(command, env=os.environ | {"PATH": path}, check=True)
-    given = (folder / "given").read_text().splitlines()
-    assert given[:2] == ["launch", "train.py"]
-    return given[2:]
-
-
-@pytest.mark.parametrize(("script", "arguments"), list(script_commands()))
-def test_commands_are_understood(
-    script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    source = (EXAMPLE / script).read_text(encoding="utf-8")
-    monkeypatch.chdir(EXAMPLE)
-    if script == "train_moe.sh":
-        arguments = given_to_accelerate(["bash", script, *arguments], tmp_path)
-    if script in ("train.py", "train_moe.sh"):
-        options = parse_options(arguments)
-        assert isinstance(options.train_data_dir, str)
-    elif script == "remove.py":
-        remove.build_parser().parse_args(arguments)
-    elif script == "evaluate.py":
-        evaluate.parse(arguments)
-    else:
-        assert {flag for flag in flags_in(arguments) if f'"{flag}"' not in source} == set()
-
-
-TABLE_ROW = re.compile(r"^\| `--(\w+)` \| (.*?) \|", re.MULTILINE)
-
-
-def told(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if value is None:
-        return "none"
-    return f"`{value}`"
-
-
-def test_the_table_of_flags_is_that_of_the_options() -> None:
-    page = ROOT / "docs" / "tutorials" / "remove_objects_from_photographs.md"
-    listed = dict(TABLE_ROW.findall(page.read_text(encoding="utf-8")))
-    expected = {}
-    for group in (ModelOptions, MixtureOptions, LossOptions, RunOptions):
-        for field in dataclasses.fields(group):
-            expected[field.name] = told(field.default)
-    expected["flux_fill_id"] = "the bundled model"
-    expected["train_data_dir"] = "required"
-    expected["target_modules"] = "attention and feed-forward"
-    assert listed == expected
+def test_commands_for_many_devices_or_the_hub_are_parsed(shell: Shell) -> None:
+    shell.run("cd examples/flux_removal")
+    shell.run("accelerate launch --num_processes 2 train.py --train_data_dir data --seed 1")
+    shell.run(f"FLUX_FILL_ID={HUB_ID} bash train_moe.sh data")
+    assert shell.parsed[0] == ["train.py", "--train_data_dir", "data", "--seed", "1"]
+    assert HUB_ID in shell.parsed[1]
+    with pytest.raises(SystemExit):
+        shell.run(f"python train.py --flux_fill_id {HUB_ID} --train_data_dir data --no_such_flag")
 
 
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)#:]+)(?:#[\w-]+)?\)")

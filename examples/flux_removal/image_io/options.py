@@ -19,12 +19,12 @@ class ReadingOptions:
         None, "Color behind transparent pixels, as a name or #rrggbb; white by default."
     )
     mask_label: int | None = option(
-        None, "Remove what has this label: a palette index, a value, a COCO category."
+        None, "Label of the object in the mask: palette index, pixel value, or COCO category."
     )
-    invert_mask: bool = option(False, "Read masks as black = remove.")
-    grow_mask: int = option(0, "Pixels by which masks are grown.")
-    resize_mask: bool = option(False, "Scale a mask that has another size than its image.")
-    threshold_mask: bool = option(False, "Cut masks with gray areas at half, instead of an error.")
+    invert_mask: bool = option(False, "Invert masks, for files in which black means remove.")
+    grow_mask: int = option(0, "Pixels by which masks are extended.")
+    resize_mask: bool = option(False, "Scale masks to the size of their images.")
+    threshold_mask: bool = option(False, "Threshold masks with gray areas at half.")
 
     def check_reading(self) -> None:
         """Raise for values that cannot be honored."""

@@ -19,12 +19,18 @@ def option(default: Any, text: str) -> Any:
 class BalanceOptions:
     """Keep every expert in use, and different from the others."""
 
-    load_balancing_weight: float = option(0.0, "Weight of the loss against uneven expert usage.")
-    router_z_weight: float = option(0.0, "Weight of the loss against large router logits.")
-    entropy_floor_weight: float = option(0.0, "Weight of the loss against too decided weights.")
-    entropy_floor: float = option(0.5, "Below it, in (0, 1), the mean entropy costs.")
-    expert_dropout: float = option(0.0, "How often an expert is left out of a training sample.")
-    orthogonality_weight: float = option(0.0, "Weight of the loss against experts that agree.")
+    load_balancing_weight: float = option(0.0, "Weight of the load balancing loss.")
+    router_z_weight: float = option(
+        0.0, "Weight of the router z-loss, which penalizes large logits."
+    )
+    entropy_floor_weight: float = option(0.0, "Weight of the entropy floor loss.")
+    entropy_floor: float = option(
+        0.5, "Mean entropy of the routing weights below which the loss is positive, in (0, 1)."
+    )
+    expert_dropout: float = option(0.0, "Probability of removing an expert from a training sample.")
+    orthogonality_weight: float = option(
+        0.0, "Weight of the orthogonality loss, which penalizes similar experts."
+    )
 
 
 @dataclass(kw_only=True)
@@ -32,21 +38,21 @@ class CourseOptions:
     """Say what changes in the course of a run."""
 
     uniform_steps: int = option(
-        0, "Steps of phase 1: base loss and uniform weights only, before all that is enabled."
+        0, "Steps of phase 1, with the base loss and uniform routing weights."
     )
     specialized_warmup_steps: int = option(
-        0, "Steps after phase 1 in which the specialized losses rise to their weights."
+        0, "Steps after phase 1 with linearly increasing weights of the specialized losses."
     )
     router_phase: Literal["none", "frozen", "alone"] = option(
-        "none", "After phase 1, train with the router frozen or the router alone for a while."
+        "none", "Train after phase 1 with a frozen router, or the router alone."
     )
-    router_phase_steps: int = option(0, "How long router_phase is.")
-    final_temperature: float | None = option(None, "Where routing_temperature moves to.")
+    router_phase_steps: int = option(0, "Steps of router_phase.")
+    final_temperature: float | None = option(None, "Final value of the routing temperature.")
     temperature_steps: int | None = option(
-        None, "In how many steps, from the end of phase 1 and router_phase."
+        None, "Steps from routing_temperature to final_temperature, after phase 1 and router_phase."
     )
     temperature_course: Literal["linear", "cosine", "exponential"] = option(
-        "cosine", "How it moves."
+        "cosine", "Interpolation of the temperature."
     )
 
 

@@ -33,16 +33,19 @@ class ModelOptions:
     """Name the models and how they are called."""
 
     flux_fill_id: str = option(
-        str(BUNDLED_MODEL), "Folder or hub id of a Flux Fill pipeline; the bundled one by default."
+        str(BUNDLED_MODEL),
+        "Folder or Hub id of a FLUX Fill pipeline; the tiny model of the repository by default.",
     )
     flux_redux_id: str | None = option(
-        None, "Folder or hub id of a Flux Redux pipeline, which encodes batch['ref'] as the prompt."
+        None,
+        "Folder or Hub id of a FLUX Redux pipeline, which encodes the reference images as prompts.",
     )
     prompt: str | None = option(
-        None, "Text for the pipeline's text encoders ('' by default); zeros where it has none."
+        None,
+        "Prompt for the text encoders, '' by default; zeros for pipelines without text encoders.",
     )
     guidance_scale: float | None = option(
-        None, "What a model with guidance embeddings is told; 30 by default, as in the pipeline."
+        None, "Guidance for models with guidance embeddings; 30 by default, as in the pipeline."
     )
 
 
@@ -53,26 +56,32 @@ class MixtureOptions(BalanceOptions):
     use_lora: bool = option(True, "Train LoRA experts; false trains the whole transformer.")
     adapter: Literal["moe_lora", "lora"] = option(
         "moe_lora",
-        "A mixture of experts; or lora, PEFT's own LoRA of rank lora_r, to compare with.",
+        "A mixture of experts; lora for a plain LoRA of PEFT with rank lora_r, as a baseline.",
     )
-    num_experts: int = option(3, "Experts per layer; one alone is a plain LoRA without a router.")
+    num_experts: int = option(3, "Experts per layer; 1 is a plain LoRA without a router.")
     lora_r: int = option(256, "Rank of each expert.")
-    lora_alpha: float = option(256.0, "The experts' output is scaled by lora_alpha / lora_r.")
-    lora_dropout: float = option(0.0, "Dropout on the input of the experts.")
+    lora_alpha: float = option(256.0, "The scale of the experts is lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout probability on the input of the experts.")
     target_modules: list[str] = field(
         default_factory=lambda: list(ATTENTION_AND_FEED_FORWARD),
-        metadata={"help": "Layers to adapt: name endings; or one regex, or all-linear."},
+        metadata={"help": "Adapted layers: name endings, one regular expression, or all-linear."},
     )
     router: str = option("three_expert_removal", "Name of a registered router.")
     routing: Literal["by_losses", "always", "never"] = option(
-        "by_losses", "Ask the router once a specialized loss is on; whatever is on; or never."
+        "by_losses", "Use the router with specialized losses only, always, or never."
     )
-    router_kwargs: str = option("{}", "Arguments of the router, as JSON.")
-    routing_temperature: float = option(1.0, "Divides the router's logits; 0.5 to 2 is usual.")
-    routing_strategy: Literal["soft", "hard", "topk"] = option("soft", "From logits to weights.")
-    top_k: int | None = option(None, "Experts that stay under the strategy topk.")
-    task_hint: str | None = option(None, "Guidance in training, for example removal_focus.")
-    router_learning_rate: float | None = option(None, "As learning_rate, for the router alone.")
+    router_kwargs: str = option("{}", "Constructor arguments of the router, as JSON.")
+    routing_temperature: float = option(1.0, "Divisor of the router's logits, usually 0.5 to 2.")
+    routing_strategy: Literal["soft", "hard", "topk"] = option(
+        "soft", "Computation of the routing weights from the logits."
+    )
+    top_k: int | None = option(None, "Number of selected experts with the strategy topk.")
+    task_hint: str | None = option(
+        None, "Task hint for the router in training, for example removal_focus."
+    )
+    router_learning_rate: float | None = option(
+        None, "Learning rate of the router; learning_rate by default."
+    )
 
     @property
     def targets(self) -> list[str] | str:
@@ -86,74 +95,95 @@ class MixtureOptions(BalanceOptions):
 class LossOptions(CourseOptions):
     """Switch losses on and weigh them."""
 
-    enable_base_loss: bool = option(True, "Velocities in latent space.")
-    base_loss_weight: float = option(1.0, "Its weight.")
-    enable_boundary_loss: bool = option(False, "Gradients along the mask's edge.")
-    boundary_loss_weight: float = option(0.3, "Its weight.")
-    enable_consistency_loss: bool = option(False, "Pixels outside the mask, against the target.")
-    consistency_loss_weight: float = option(0.5, "Its weight.")
-    enable_detail_loss: bool = option(False, "High frequencies inside the mask.")
-    detail_loss_weight: float = option(0.2, "Its weight.")
+    enable_base_loss: bool = option(True, "Enable the base loss: velocities in latent space.")
+    base_loss_weight: float = option(1.0, "Weight of the base loss.")
+    enable_boundary_loss: bool = option(
+        False, "Enable the boundary loss: image gradients along the edge of the mask."
+    )
+    boundary_loss_weight: float = option(0.3, "Weight of the boundary loss.")
+    enable_consistency_loss: bool = option(
+        False, "Enable the consistency loss: pixels outside the mask, compared with the target."
+    )
+    consistency_loss_weight: float = option(0.5, "Weight of the consistency loss.")
+    enable_detail_loss: bool = option(
+        False, "Enable the detail loss: high frequencies inside the mask."
+    )
+    detail_loss_weight: float = option(0.2, "Weight of the detail loss.")
     enable_mask_info: bool = option(
-        False, "Analyze the masks, which routing needs, and log what was found."
+        False, "Analyze the masks, as routing requires, and log their properties."
     )
     expert_signals: bool = option(
-        False, "Give each sample one loss, and let a specialized one train its own expert only."
+        False, "Assign one loss to each sample; a specialized loss trains its own expert only."
     )
     effect_band: int = option(
-        0, "Pixels around the mask where consistency is relaxed, for shadows and reflections."
+        0, "Width in pixels of a band around the mask with a reduced consistency loss."
     )
     specialized_every: int = option(
-        1, "Boundary, consistency and detail loss at every n-th step only, n times as strong."
+        1, "Compute the specialized losses every n-th step, with n times their weight."
     )
     window_margin: int | None = option(
-        None, "Decode with gradient only the mask's box and so many latents around it."
+        None, "Decode with gradient in the box of the mask and this margin in latents only."
     )
-    max_sigma: float = option(0.7, "Noisier samples than this are left out of the pixel losses.")
+    max_sigma: float = option(
+        0.7, "Noise level above which samples are excluded from the pixel losses."
+    )
     weighting_scheme: Literal["logit_normal", "mode", "none", "sigma_sqrt", "cosmap"] = option(
-        "logit_normal", "How noise levels are drawn (the first two) or weighed, as in diffusers."
+        "logit_normal",
+        "Distribution (the first two) or weighting of noise levels, as in diffusers.",
     )
     logit_mean: float = option(0.0, "Mean of logit_normal.")
-    logit_std: float = option(1.0, "Deviation of logit_normal.")
+    logit_std: float = option(1.0, "Standard deviation of logit_normal.")
     mode_scale: float = option(1.29, "Scale of mode.")
-    vae_checkpointing: bool = option(False, "Decode sample by sample, recomputed in backward.")
+    vae_checkpointing: bool = option(
+        False, "Decode sample by sample, and recompute in the backward pass."
+    )
 
 
 @dataclass(kw_only=True)
 class RunOptions(ReadingOptions):
     """Say on what, how long and how fast to train, and what to leave behind."""
 
-    train_data_dir: str = field(metadata={"help": "Holds the folders src, mask, result and ref."})
-    output_dir: str = option("outputs/flux_removal", "Where checkpoint-N goes.")
-    logging_dir: str | None = option(
-        None, "Where training.log and the TensorBoard events go; logs in output_dir by default."
+    train_data_dir: str = field(
+        metadata={"help": "Folder with the folders src, mask, result and, optionally, ref."}
     )
-    report_to: Literal["tensorboard", "none"] = option("tensorboard", "Where curves go.")
-    logging_steps: int = option(10, "Steps between two log entries.")
-    checkpointing_steps: int = option(500, "Steps between two checkpoints.")
-    checkpoints_total_limit: int | None = option(None, "Older checkpoints are deleted.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or latest.")
+    output_dir: str = option("outputs/flux_removal", "Folder of the checkpoints checkpoint-N.")
+    logging_dir: str | None = option(
+        None, "Folder of training.log and TensorBoard events; logs in output_dir by default."
+    )
+    report_to: Literal["tensorboard", "none"] = option(
+        "tensorboard", "Logger of scalars and figures."
+    )
+    logging_steps: int = option(10, "Steps between log entries.")
+    checkpointing_steps: int = option(500, "Steps between checkpoints.")
+    checkpoints_total_limit: int | None = option(
+        None, "Maximum number of checkpoints; older ones are deleted."
+    )
+    resume_from_checkpoint: str | None = option(None, "Folder of a checkpoint, or latest.")
     batch_size: int = option(2, "Samples per process and forward pass.")
     gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
     max_train_steps: int | None = option(None, "Optimizer steps; overrides num_train_epochs.")
-    num_train_epochs: int = option(1, "Passes over the data.")
-    learning_rate: float = option(1e-4, "AdamW's.")
-    weight_decay: float = option(0.01, "AdamW's.")
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    num_train_epochs: int = option(1, "Epochs.")
+    learning_rate: float = option(1e-4, "Learning rate of AdamW.")
+    weight_decay: float = option(0.01, "Weight decay of AdamW.")
+    max_grad_norm: float = option(1.0, "Maximum norm of the gradients.")
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = (
-        option("constant", "Course of the learning rate.")
+        option("constant", "Schedule of the learning rate.")
     )
-    lr_warmup_steps: int = option(0, "Steps of warm-up.")
+    lr_warmup_steps: int = option(0, "Warm-up steps of the learning rate.")
     mixed_precision: Literal["no", "fp16", "bf16"] = option(
-        "no", "Autocast; the frozen weights are held in this precision, too."
+        "no", "Dtype of autocast and of the frozen weights."
     )
-    gradient_checkpointing: bool = option(False, "Trade time for memory in the transformer.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations of the transformer in the backward pass, to save memory."
+    )
     mask_augmentation: float = option(
-        0.0, "Share of the masks that are drawn anew, too tight or too loose, as users draw them."
+        0.0, "Share of masks that are replaced by tighter or looser shapes, as users draw them."
     )
-    cache_latents: bool = option(False, "Read and encode the data once, and keep it in memory.")
+    cache_latents: bool = option(
+        False, "Read and encode the data once, and keep the latents in memory."
+    )
     dataloader_num_workers: int = option(0, "Processes that read images.")
-    seed: int = option(0, "Decides initial weights, noise and the order of the data.")
+    seed: int = option(0, "Seed of initial weights, noise and data order.")
 
 
 @dataclass(kw_only=True)

@@ -209,7 +209,7 @@ def weights_for_checkpoint(
 
 def _input_dependent(router: str) -> ValueError:
     return ValueError(
-        f"Expected fixed routing weights to export, but the {router} chooses them for every input, "
+        f"Expected fixed routing weights to export, but the {router} computes them from the input, "
         f"which no single LoRA equals. Choose `weights`: {CHOICES}."
     )
 
