@@ -26,6 +26,7 @@ from removal_data.batches import (
     LatentEncoder,
     augment_masks,
     batch_stream,
+    image_sizes,
     seed_at,
     to_device,
 )
@@ -51,6 +52,7 @@ from training_run.parts import (
     build_optimizer,
     order_of_data,
 )
+from training_run.plan import describe, plan_run
 from training_run.schedule import build_schedule
 
 
@@ -203,6 +205,8 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
         reporter.say(f"Going on from {resumed}, step {progress.step}.")
     elif options.resume_from_checkpoint:
         reporter.say(f"No checkpoint in {output_dir} yet: starting at step 0.")
+    if options.mixed:
+        reporter.say(f"Plan of the run:\n{describe(plan_run(options, 0, 0, steps=False))}")
     for text in notes:
         reporter.say(text)
     if note:
@@ -227,7 +231,12 @@ def train(options: TrainOptions) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run as a program."""
-    train(parse_options(arguments))
+    options = parse_options(arguments)
+    if options.plan:
+        sizes = image_sizes(RemovalDataset(options.train_data_dir, reading=options))
+        print(describe(plan_run(options, *max(sizes, key=math.prod))))
+    else:
+        train(options)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,13 @@ def test_the_command_takes_targets_as_peft_does(targets, tmp_path, capsys) -> No
     assert "trained parameters in" in capsys.readouterr().out
 
 
+def test_a_folder_wins_over_a_known_name(tmp_path, monkeypatch) -> None:
+    tiny().save_config(tmp_path / "FLUX.1-Fill-dev")
+    monkeypatch.chdir(tmp_path)
+    assert model_on_meta("FLUX.1-Fill-dev").config.num_layers == 1
+    assert model_on_meta("black-forest-labs/FLUX.1-Fill-dev").config.num_layers == 19
+
+
 def test_a_folder_without_a_model_is_told_in_a_sentence(tmp_path, capsys) -> None:
     assert main(["plan", str(tmp_path)]) == 1
     assert "Expected config.json of a model or a pipeline" in capsys.readouterr().err

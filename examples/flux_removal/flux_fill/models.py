@@ -82,7 +82,12 @@ def add_experts(
     A run that never asks a router gets none, so that its checkpoint is used as it was trained: with
     uniform weights.
     """
-    config = moe_lora.MoELoraConfig(
+    return get_peft_model(transformer, mixture_config(options, routed=routed))
+
+
+def mixture_config(options: MixtureOptions, *, routed: bool) -> moe_lora.MoELoraConfig:
+    """Return the configuration of the experts and, for a routed run, of the router."""
+    return moe_lora.MoELoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
@@ -95,7 +100,6 @@ def add_experts(
         top_k=options.top_k,
         expert_dropout=options.expert_dropout,
     )
-    return get_peft_model(transformer, config)
 
 
 def load_checkpoint(pipe: FluxFillPipeline, folder: Path) -> None:

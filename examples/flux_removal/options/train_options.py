@@ -158,6 +158,7 @@ class RunOptions(ReadingOptions):
     checkpoints_total_limit: int | None = option(
         None, "Maximum number of checkpoints; older ones are deleted."
     )
+    plan: bool = option(False, "Print memory and disk of the run; load no model.")
     resume_from_checkpoint: str | None = option(None, "Folder of a checkpoint, or latest.")
     batch_size: int = option(2, "Samples per process and forward pass.")
     gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
@@ -197,6 +198,8 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
         check_balance(self)
         check_course(self)
         self.check_pixels()
+        if self.plan and not self.mixed:
+            raise ValueError("Expected a mixture with `plan`, but the run trains none.")
         self.check_reading()
         for name in ("logging_steps", "checkpointing_steps", "batch_size", "num_train_epochs"):
             if getattr(self, name) < 1:

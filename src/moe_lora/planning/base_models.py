@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -40,7 +41,8 @@ def model_on_meta(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> nn.
         ValueError: when the configuration is of no model of diffusers.
     """
     diffusers: Any = import_module("diffusers")
-    config = KNOWN_CONFIGS.get(name_or_path.rsplit("/", 1)[-1]) or _config(name_or_path)
+    known = None if Path(name_or_path).is_dir() else KNOWN_CONFIGS.get(Path(name_or_path).name)
+    config = known or _config(name_or_path)
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(
