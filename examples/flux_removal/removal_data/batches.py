@@ -20,11 +20,11 @@ from removal_data.dataset import RemovalDataset
 def image_sizes(dataset: RemovalDataset) -> list[tuple[int, int]]:
     """Return the width and height of every upright sample, read from the files' headers."""
     sizes = []
-    for stem in dataset.stems:
+    for sample in dataset.samples:
         try:
-            sizes.append(read_size(dataset.files["src"][stem]))
+            sizes.append(read_size(sample.files["src"]))
         except (ValueError, OSError) as error:
-            raise ValueError(f"Cannot use `src` of sample {stem!r}: {error}") from error
+            raise ValueError(f"Cannot use `src` of sample {sample.name!r}: {error}") from error
     return sizes
 
 

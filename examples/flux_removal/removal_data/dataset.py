@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from image_io.image_files import IMAGE_SUFFIXES, read_size
-from image_io.mask_reading import MASK_SUFFIXES, read_mask
+from image_io.image_files import read_size
+from image_io.mask_reading import read_mask
 from image_io.options import ReadingOptions
 from image_io.reading import read_image
+from removal_data.layouts import find_samples
+from removal_data.samples import Sample, raise_first
 
 
 class RemovalDataset(Dataset[dict[str, Tensor]]):
@@ -28,6 +31,7 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
         size: `(height, width)` in pixels, or one number for a square, that every sample must have;
             None accepts any.
         reading: how images and masks are read.
+        skip: the names of samples to leave out.
 
     Raises:
         FileNotFoundError: a folder, or a file of a sample, is missing.
@@ -44,82 +48,52 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
         size: int | tuple[int, int] | None = None,
         *,
         reading: ReadingOptions | None = None,
+        skip: Collection[str] = (),
     ) -> None:
         self.folder = Path(folder)
         self.reading = reading or ReadingOptions()
         self.size = (size, size) if isinstance(size, int) else size
         if self.size is not None and any(side < 16 or side % 16 for side in self.size):
             raise ValueError(f"Expected `size` to be made of multiples of 16, but got {size}.")
-        self.parts = ("src", "mask", "result")
-        if (self.folder / "ref").is_dir():
-            self.parts += ("ref",)
-        self.files = {part: self._list(part) for part in self.parts}
-        self.stems = sorted({stem for found in self.files.values() for stem in found})
-        if not self.stems:
-            raise FileNotFoundError(
-                f"Expected images ({', '.join(IMAGE_SUFFIXES)}) in {self.folder / 'src'}, but got "
-                "none."
-            )
-        for stem in self.stems:
-            for part in self.parts:
-                if stem not in self.files[part]:
-                    other = next(p for p in self.parts if stem in self.files[p])
-                    raise FileNotFoundError(
-                        f"Sample {stem!r} has no `{part}`: expected {self.folder / part / stem}.* "
-                        f"({', '.join(self._suffixes(part))}) beside {self.files[other][stem]}."
-                    )
+        samples, findings = find_samples(self.folder)
+        raise_first([finding for finding in findings if finding.sample not in skip])
+        self.samples = [sample for sample in samples if sample.name not in skip]
 
-    @staticmethod
-    def _suffixes(part: str) -> tuple[str, ...]:
-        return MASK_SUFFIXES if part == "mask" else IMAGE_SUFFIXES
-
-    def _list(self, part: str) -> dict[str, Path]:
-        directory = self.folder / part
-        if not directory.is_dir():
-            raise FileNotFoundError(f"Expected a folder {directory}, but there is none.")
-        found: dict[str, Path] = {}
-        for path in sorted(directory.iterdir()):
-            if path.suffix.lower() not in self._suffixes(part) or path.name.startswith("."):
-                continue
-            if path.stem in found:
-                raise ValueError(
-                    f"Sample {path.stem!r} has two files for `{part}`: "
-                    f"{found[path.stem]} and {path}."
-                )
-            found[path.stem] = path
-        return found
+    @property
+    def stems(self) -> list[str]:
+        """Return the names of the samples, in their order."""
+        return [sample.name for sample in self.samples]
 
     def __len__(self) -> int:
-        return len(self.stems)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        stem = self.stems[index]
-        item = self._read(stem)
+        sample = self.samples[index]
+        item = self._read(sample)
         height, width = self.size or item["src"].shape[-2:]
-        for part in self.parts:
+        for part, path in sample.files.items():
             got = tuple(item[part].shape[-2:])
             if got != (height, width):
-                whose = "of `size`" if self.size else f"of {self.files['src'][stem]}"
+                whose = "of `size`" if self.size else f"of {sample.files['src']}"
                 raise ValueError(
-                    f"Expected `{part}` of sample {stem!r} to be {height}x{width} (height x width "
-                    f"{whose}), but {self.files[part][stem]} is {got[0]}x{got[1]}."
+                    f"Expected `{part}` of sample {sample.name!r} to be {height}x{width} (height x "
+                    f"width {whose}), but {path} is {got[0]}x{got[1]}."
                 )
         if height % 16 or width % 16:
             raise ValueError(
-                f"Expected the sides of sample {stem!r} to be multiples of 16, but "
-                f"{self.files['src'][stem]} is {height}x{width} (height x width)."
+                f"Expected the sides of sample {sample.name!r} to be multiples of 16, but "
+                f"{sample.files['src']} is {height}x{width} (height x width)."
             )
         item.setdefault("ref", item["src"].clone())
         return item
 
-    def _read(self, stem: str) -> dict[str, Tensor]:
+    def _read(self, sample: Sample) -> dict[str, Tensor]:
         """Read the files of a sample, the mask by the size of the source."""
         item: dict[str, Tensor] = {}
-        for part in self.parts:
-            path = self.files[part][stem]
+        for part, path in sample.files.items():
             try:
                 if part == "mask":
-                    src = self.files["src"][stem]
+                    src = sample.files["src"]
                     mask = read_mask(path, read_size(src), self.reading, image=src)
                     item[part] = torch.from_numpy(mask).float()[None]
                 else:
@@ -127,5 +101,5 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
                     pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
                     item[part] = pixels.contiguous().float() / 255
             except (ValueError, FileNotFoundError) as error:
-                raise ValueError(f"Cannot use `{part}` of sample {stem!r}: {error}") from error
+                raise ValueError(f"Cannot use `{part}` of sample {sample.name!r}: {error}") from error
         return item
