@@ -29,7 +29,7 @@ from removal_data.batches import (
     seed_at,
     to_device,
 )
-from removal_data.dataset import RemovalDataset
+from removal_data.checks.before_training import open_checked
 from reporting.reporter import Reporter, mask_curves
 from training_run.checkpoints import (
     Progress,
@@ -175,6 +175,8 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     output_dir.mkdir(parents=True, exist_ok=True)
     resumed = find_checkpoint(output_dir, options.resume_from_checkpoint)
 
+    dataset = open_checked(options, accelerator)
+
     dtype = DTYPES[options.mixed_precision]
     pipe = load_pipeline(options.flux_fill_id, dtype=dtype, device=accelerator.device)
     conditioner = Conditioner(pipe, prompt=options.prompt, redux_id=options.flux_redux_id)
@@ -182,7 +184,6 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     loss = build_loss(options, pipe.vae)
     notes = load_model(model, resumed) if resumed else []
 
-    dataset = RemovalDataset(options.train_data_dir, reading=options)
     batches = build_batches(dataset, options, accelerator)
     data = order_of_data(options, accelerator, len(dataset))
     progress, note = read_progress(resumed, data) if resumed else (Progress(data=data), None)

@@ -124,6 +124,10 @@ class RunOptions(ReadingOptions):
     """Say on what, how long and how fast to train, and what to leave behind."""
 
     train_data_dir: str = field(metadata={"help": "Holds the folders src, mask, result and ref."})
+    check_data: Literal["all", "headers"] = option(
+        "all", "Check headers and pixels of all files before the model is loaded; or headers only."
+    )
+    skip_broken: bool = option(False, "Report samples with errors and train without them.")
     output_dir: str = option("outputs/flux_removal", "Where checkpoint-N goes.")
     logging_dir: str | None = option(
         None, "Where training.log and the TensorBoard events go; logs in output_dir by default."

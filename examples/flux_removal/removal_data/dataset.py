@@ -101,5 +101,7 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
                     pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
                     item[part] = pixels.contiguous().float() / 255
             except (ValueError, FileNotFoundError) as error:
-                raise ValueError(f"Cannot use `{part}` of sample {sample.name!r}: {error}") from error
+                raise ValueError(
+                    f"Cannot use `{part}` of sample {sample.name!r}: {error}"
+                ) from error
         return item

@@ -30,7 +30,9 @@ def list_part(directory: Path, part: str) -> tuple[dict[str, Path], list[Finding
         if path.suffix.lower() not in suffixes(part) or path.name.startswith("."):
             continue
         if path.stem in found:
-            text = f"Sample {path.stem!r} has two files for `{part}`: {found[path.stem]} and {path}."
+            text = (
+                f"Sample {path.stem!r} has two files for `{part}`: {found[path.stem]} and {path}."
+            )
             findings.append(Finding(path.stem, part, "ambiguous", text))
         found[path.stem] = path
     return found, findings

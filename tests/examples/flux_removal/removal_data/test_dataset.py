@@ -18,6 +18,7 @@ from image_io.options import ReadingOptions
 from make_data import make_data
 from options.parsing import parse_options
 from removal_data.batches import image_sizes
+from removal_data.checks import before_training
 from removal_data.dataset import RemovalDataset
 
 SIZE = (32, 48)
@@ -293,8 +294,8 @@ def test_a_run_reads_masks_as_its_options_say(
             seen.append(reading)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "RemovalDataset", Stopping)
-    flags = {"mask_label": 3, "invert_mask": True, "grow_mask": 2, "resize_mask": True}
+    monkeypatch.setattr(before_training, "RemovalDataset", Stopping)
+    flags = {"mask_label": 255, "invert_mask": True, "grow_mask": 2, "resize_mask": True}
     with pytest.raises(KeyboardInterrupt):
         train.train(parse_options(arguments(**flags, background="black")))
     assert {name: getattr(seen[0], name) for name in flags} == flags
