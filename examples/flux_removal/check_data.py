@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from image_io.options import ReadingOptions, add_reading_flags, reading_options
+from image_io.options import add_reading_flags, options_from
 from removal_data.checks.data_sheet import draw_samples
 from removal_data.checks.report import Report, add_contents, describe, start_report
+from removal_data.options import DataOptions
 
 FINE, WARNINGS, ERRORS = 0, 1, 2
 
@@ -37,19 +38,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--rows", type=int, default=16, help="samples on the contact sheet; 0 for none")
     add("--skip_broken", action="store_true", help="samples with errors are left out in training")
+    add("--batch_size", type=int, default=1, help="samples that buckets have at least")
     add("--headers_only", action="store_true", help="do not read pixels")
-    add_reading_flags(parser)
+    add_reading_flags(parser, DataOptions)
     return parser
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ReadingOptions]:
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, DataOptions]:
     """Read the command line; options that cannot be honored end the program with a message."""
     parser = build_parser()
     args = parser.parse_args(arguments)
+    if args.batch_size < 1:
+        parser.error(f"expected --batch_size to be >= 1, but got {args.batch_size}")
     if args.rows < 0:
         parser.error(f"expected --rows to be >= 0, but got {args.rows}")
     try:
-        return args, reading_options(args)
+        return args, options_from(args, DataOptions)
     except ValueError as error:
         parser.error(str(error))
 
@@ -65,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run as a program."""
     args, options = parse(arguments)
     try:
-        report = start_report(args.data_dir, options)
+        report = start_report(args.data_dir, options, batch_size=args.batch_size)
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return ERRORS

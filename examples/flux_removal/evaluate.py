@@ -20,10 +20,11 @@ from evaluation.comparison_sheet import draw_comparison
 from evaluation.measuring import Results, describe_samples, measure, run_pipeline, table
 from evaluation.specialization import measure_specialization
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline, to_pil_images
-from image_io.options import add_reading_flags, reading_options
+from image_io.options import add_reading_flags, options_from
 from options.parsing import parse_options
 from options.train_options import BUNDLED_MODEL
 from removal_data.dataset import RemovalDataset
+from removal_data.options import DataOptions
 
 BASE, TRAINED = "base", "trained"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -85,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=8, help="samples of one size per call")
     add("--device", default="cuda" if cuda else "cpu", help="where to run")
     add("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="of weights")
-    add_reading_flags(parser)
+    add_reading_flags(parser, DataOptions)
     return parser
 
 
@@ -99,7 +100,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"expected --{name} to be >= 1, but got {getattr(args, name)}")
     try:
-        args.reading = reading_options(args)
+        args.reading = options_from(args, DataOptions)
     except ValueError as error:
         parser.error(str(error))
     return args

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from image_io.options import ReadingOptions
 from options.routing_options import (
     BalanceOptions,
     CourseOptions,
@@ -16,6 +15,7 @@ from options.routing_options import (
     check_course,
     option,
 )
+from removal_data.options import DataOptions
 
 BUNDLED_MODEL = Path(__file__).parents[2] / "tiny_flux_fill" / "model"
 
@@ -120,7 +120,7 @@ class LossOptions(CourseOptions):
 
 
 @dataclass(kw_only=True)
-class RunOptions(ReadingOptions):
+class RunOptions(DataOptions):
     """Say on what, how long and how fast to train, and what to leave behind."""
 
     train_data_dir: str = field(metadata={"help": "Holds the folders src, mask, result and ref."})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
@@ -11,21 +12,14 @@ from diffusers import FluxFillPipeline
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from image_io.image_files import read_size
 from moe_lora import flow, masks
 from moe_lora.masks.augmentation import AUGMENTATIONS
-from removal_data.dataset import RemovalDataset
+from removal_data.dataset import RemovalDataset, source_size
 
 
 def image_sizes(dataset: RemovalDataset) -> list[tuple[int, int]]:
-    """Return the width and height of every upright sample, read from the files' headers."""
-    sizes = []
-    for sample in dataset.samples:
-        try:
-            sizes.append(read_size(sample.files["src"]))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"Cannot use `src` of sample {sample.name!r}: {error}") from error
-    return sizes
+    """Return the width and height of every item: its bucket, or that of its source."""
+    return dataset.buckets or [source_size(sample) for sample in dataset.samples]
 
 
 class BucketBatches(Sampler[list[int]]):
@@ -40,6 +34,7 @@ class BucketBatches(Sampler[list[int]]):
         seed: another seed, another order.
         start: how many batches to skip.
         process: the index of this process among `processes`.
+        fill: fill the last batch of a size with samples that it already had in this epoch.
     """
 
     def __init__(
@@ -51,7 +46,9 @@ class BucketBatches(Sampler[list[int]]):
         start: int = 0,
         process: int = 0,
         processes: int = 1,
+        fill: bool = False,
     ) -> None:
+        self.fill = fill
         self.buckets: dict[tuple[int, int], list[int]] = {}
         for index, size in enumerate(sizes):
             self.buckets.setdefault(size, []).append(index)
@@ -66,6 +63,8 @@ class BucketBatches(Sampler[list[int]]):
         batches: list[list[int]] = []
         for bucket in self.buckets.values():
             order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()]
+            if self.fill:
+                order += list(islice(cycle(order), -len(order) % self.batch_size))
             batches += [
                 order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)
             ]

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from image_io.image_files import read_size
 from image_io.mask_reading import read_mask
-from image_io.options import ReadingOptions
 from image_io.reading import read_image
+from removal_data.buckets import assign_buckets
+from removal_data.cropping import crop_window, mask_box, scale_image, scale_mask
 from removal_data.layouts import find_samples
+from removal_data.options import DataOptions
 from removal_data.samples import Sample, raise_first
 
 
@@ -24,14 +28,15 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
     Files are of any kind that `image_io` reads; images are turned upright and converted to sRGB.
     The four files of a sample share their stem; their suffixes may differ. Without a folder `ref`
     the source stands in for the reference. All images of a sample have the same size, and its
-    sides are multiples of 16.
+    sides are multiples of 16; with `reading.resolution`, the size of a bucket.
 
     Args:
         folder: holds the folders `src`, `mask`, `result` and, if wanted, `ref`.
         size: `(height, width)` in pixels, or one number for a square, that every sample must have;
             None accepts any.
-        reading: how images and masks are read.
+        reading: how images and masks are read, scaled and cropped.
         skip: the names of samples to leave out.
+        batch_size: samples that buckets have at least, see `assign_buckets`.
 
     Raises:
         FileNotFoundError: a folder, or a file of a sample, is missing.
@@ -47,17 +52,22 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
         folder: str | Path,
         size: int | tuple[int, int] | None = None,
         *,
-        reading: ReadingOptions | None = None,
+        reading: DataOptions | None = None,
         skip: Collection[str] = (),
+        batch_size: int = 1,
     ) -> None:
         self.folder = Path(folder)
-        self.reading = reading or ReadingOptions()
+        self.reading = reading or DataOptions()
         self.size = (size, size) if isinstance(size, int) else size
         if self.size is not None and any(side < 16 or side % 16 for side in self.size):
             raise ValueError(f"Expected `size` to be made of multiples of 16, but got {size}.")
         samples, findings = find_samples(self.folder)
         raise_first([finding for finding in findings if finding.sample not in skip])
         self.samples = [sample for sample in samples if sample.name not in skip]
+        self.buckets: list[tuple[int, int]] | None = None
+        if self.reading.resolution is not None:
+            sizes = [source_size(sample) for sample in self.samples]
+            self.buckets = assign_buckets(sizes, self.reading, batch_size=batch_size)
 
     @property
     def stems(self) -> list[str]:
@@ -69,39 +79,79 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.samples[index]
-        item = self._read(sample)
-        height, width = self.size or item["src"].shape[-2:]
-        for part, path in sample.files.items():
-            got = tuple(item[part].shape[-2:])
-            if got != (height, width):
-                whose = "of `size`" if self.size else f"of {sample.files['src']}"
-                raise ValueError(
-                    f"Expected `{part}` of sample {sample.name!r} to be {height}x{width} (height x "
-                    f"width {whose}), but {path} is {got[0]}x{got[1]}."
-                )
-        if height % 16 or width % 16:
-            raise ValueError(
-                f"Expected the sides of sample {sample.name!r} to be multiples of 16, but "
-                f"{sample.files['src']} is {height}x{width} (height x width)."
-            )
+        images, mask = self._read(sample)
+        self._check_sizes(sample, images)
+        if self.buckets is not None:
+            images, mask = self._fit(images, mask, self.buckets[index])
+        item = {part: to_tensor(image) for part, image in images.items()}
+        item["mask"] = torch.from_numpy(mask).float()[None]
         item.setdefault("ref", item["src"].clone())
         return item
 
-    def _read(self, sample: Sample) -> dict[str, Tensor]:
-        """Read the files of a sample, the mask by the size of the source."""
-        item: dict[str, Tensor] = {}
+    def _read(self, sample: Sample) -> tuple[dict[str, Image.Image], NDArray[np.bool_]]:
+        """Read the images of a sample, and its mask by the size of the source."""
+        images: dict[str, Image.Image] = {}
         for part, path in sample.files.items():
             try:
                 if part == "mask":
                     src = sample.files["src"]
                     mask = read_mask(path, read_size(src), self.reading, image=src)
-                    item[part] = torch.from_numpy(mask).float()[None]
                 else:
-                    rgb = read_image(path, self.reading.background or "white").rgb
-                    pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-                    item[part] = pixels.contiguous().float() / 255
+                    images[part] = read_image(path, self.reading.background or "white").rgb
             except (ValueError, FileNotFoundError) as error:
                 raise ValueError(
                     f"Cannot use `{part}` of sample {sample.name!r}: {error}"
                 ) from error
-        return item
+        return images, mask
+
+    def _check_sizes(self, sample: Sample, images: dict[str, Image.Image]) -> None:
+        """Raise for images of other sizes than the source's, and for sides that are not usable."""
+        width, height = self.size[::-1] if self.size else images["src"].size
+        for part, image in images.items():
+            free = part == "ref" and self.buckets is not None
+            if image.size != (width, height) and not free:
+                whose = "of `size`" if self.size else f"of {sample.files['src']}"
+                raise ValueError(
+                    f"Expected `{part}` of sample {sample.name!r} to be {height}x{width} (height x "
+                    f"width {whose}), but {sample.files[part]} is {image.height}x{image.width}."
+                )
+        if self.buckets is None and (height % 16 or width % 16):
+            raise ValueError(
+                f"Expected the sides of sample {sample.name!r} to be multiples of 16, but "
+                f"{sample.files['src']} is {height}x{width} (height x width). Pass --resolution "
+                "to scale and crop."
+            )
+
+    def _fit(
+        self, images: dict[str, Image.Image], mask: NDArray[np.bool_], bucket: tuple[int, int]
+    ) -> tuple[dict[str, Image.Image], NDArray[np.bool_]]:
+        """Scale and crop a sample to its bucket; a reference of another size by its middle."""
+        size, context = images["src"].size, self.reading.crop_context
+        window = crop_window(size, bucket, mask_box(mask), context=context)
+        fitted = {
+            part: scale_image(
+                image,
+                bucket,
+                window if image.size == size else crop_window(image.size, bucket, None),
+            )
+            for part, image in images.items()
+        }
+        return fitted, scale_mask(mask, bucket, window)
+
+
+def source_size(sample: Sample) -> tuple[int, int]:
+    """Return the width and height of an upright sample, read from the header of its source.
+
+    Raises:
+        ValueError: when it cannot be read.
+    """
+    try:
+        return read_size(sample.files["src"])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"Cannot use `src` of sample {sample.name!r}: {error}") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Turn an image into `(3, H, W)`, in [0, 1]."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels.contiguous().float() / 255

@@ -17,11 +17,11 @@ from skimage import data as photographs
 
 import check_data
 import train
-from image_io.options import ReadingOptions
 from make_data import make_data
 from options.parsing import parse_options
 from removal_data.checks.alignment import estimate_shift
 from removal_data.checks.report import Report, add_contents, start_report
+from removal_data.options import DataOptions
 
 SIZE = (192, 256)
 
@@ -48,7 +48,7 @@ def sound(tmp_path: Path) -> Path:
 
 
 def report_of(folder: Path, **reading: Any) -> Report:
-    options = ReadingOptions(**reading)
+    options = DataOptions(**reading)
     report = start_report(folder, options)
     add_contents(report, options)
     return report
@@ -278,3 +278,17 @@ def test_a_run_goes_on_without_broken_samples_and_prints_all_findings(
     told = capsys.readouterr().out
     assert "Left out 1 samples" in told
     assert "The mask is empty" in told
+
+
+def test_buckets_are_listed_and_masks_that_they_cut_are_found(
+    sound: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--resolution", "128", "--bucket_step", "64")
+    assert run(sound, *flags) == 0
+    assert "bucket     128x128: 3" in capsys.readouterr().out
+    mask = np.zeros(SIZE, dtype=np.uint8)
+    mask[95:105, 8:248] = 255
+    Image.fromarray(mask).save(sound / "mask" / "1.png")
+    assert run(sound, *flags) == 1
+    # 240 columns of mask, of which the square of the image's height holds 192.
+    assert "The crop to 128x128 cuts off 20.0% of the mask" in capsys.readouterr().out

@@ -27,7 +27,7 @@ def check_run_data(options: TrainOptions, accelerator: Accelerator) -> Report:
         FileNotFoundError: when there are no samples.
         ValueError: for errors, unless `skip_broken` is on; and when it leaves no sample.
     """
-    report = start_report(Path(options.train_data_dir), options)
+    report = start_report(Path(options.train_data_dir), options, batch_size=options.batch_size)
     if not options.skip_broken:
         raise_errors(report)
     if options.check_data == "all":
@@ -50,4 +50,6 @@ def open_checked(options: TrainOptions, accelerator: Accelerator) -> RemovalData
         accelerator.print(f"... and {len(lines) - MOST_LINES} more; check_data.py lists all.")
     if report.broken:
         accelerator.print(f"Left out {len(report.broken)} samples with errors.")
-    return RemovalDataset(options.train_data_dir, reading=options, skip=report.broken)
+    return RemovalDataset(
+        options.train_data_dir, reading=options, skip=report.broken, batch_size=options.batch_size
+    )

@@ -15,6 +15,7 @@ from image_io.options import ReadingOptions
 from image_io.reading import read_image
 from moe_lora import metrics
 from removal_data.checks.alignment import Array, estimate_shift, overlap
+from removal_data.cropping import crop_window, mask_box, share_outside
 from removal_data.samples import Finding, Kind, Sample
 
 SIDE = 512
@@ -171,3 +172,17 @@ def check_content(sample: Sample, content: Content) -> list[Finding]:
     if text := check_alignment(content, change) or check_effect(content):
         return warn("result", "pair", text)
     return []
+
+
+def check_crop(
+    sample: Sample, content: Content, bucket: tuple[int, int], context: float | None
+) -> list[Finding]:
+    """Return a warning when the crop of a bucket cuts off a part of the mask."""
+    size = content.mask.shape[::-1]
+    scaled = (round(bucket[0] / content.scale), round(bucket[1] / content.scale))
+    window = crop_window(size, scaled, mask_box(content.mask), context=context)
+    share = share_outside(content.mask, window)
+    if share < 0.005:
+        return []
+    text = f"The crop to {bucket[0]}x{bucket[1]} cuts off {share:.1%} of the mask."
+    return [Finding(sample.name, "mask", "mask", text, error=False)]

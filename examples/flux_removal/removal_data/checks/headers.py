@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from image_io.image_files import named, read_size
-from image_io.options import ReadingOptions
+from removal_data.options import DataOptions
 from removal_data.samples import Finding, Sample
 
 Size = tuple[int, int]
@@ -33,14 +33,15 @@ def read_header(path: Path) -> Size | None:
 
 
 def check_size(
-    sample: Sample, sizes: dict[str, Size | None], *, resize_mask: bool
+    sample: Sample, sizes: dict[str, Size | None], reading: DataOptions
 ) -> list[Finding]:
     """Compare the sizes of the parts of a sample, and their sides with multiples of 16."""
     src = sizes["src"]
     assert src is not None  # an image always has a size
     findings = []
     for part, size in sizes.items():
-        scaled = part == "mask" and resize_mask and size != src[::-1]
+        scaled = part == "mask" and reading.resize_mask and size != src[::-1]
+        scaled |= part == "ref" and reading.resolution is not None
         if size in (src, None) or scaled:
             continue
         text = (
@@ -50,17 +51,18 @@ def check_size(
         if part == "mask" and size != src[::-1]:
             text += " Pass --resize_mask to scale it."
         findings.append(Finding(sample.name, part, "size", text))
-    if src[0] % 16 or src[1] % 16:
+    if reading.resolution is None and (src[0] % 16 or src[1] % 16):
         text = (
             f"Expected the sides of sample {sample.name!r} to be multiples of 16, but "
-            f"{sample.files['src']} is {src[0]}x{src[1]} (width x height)."
+            f"{sample.files['src']} is {src[0]}x{src[1]} (width x height). Pass "
+            "--resolution to scale and crop."
         )
         findings.append(Finding(sample.name, "src", "size", text))
     return findings
 
 
 def check_headers(
-    samples: Iterable[Sample], reading: ReadingOptions
+    samples: Iterable[Sample], reading: DataOptions
 ) -> tuple[dict[str, Size], list[Finding]]:
     """Read the headers of all files.
 
@@ -88,6 +90,6 @@ def check_headers(
         if size is not None:
             found[sample.name] = size
         if not unreadable:
-            unreadable = check_size(sample, sizes, resize_mask=reading.resize_mask)
+            unreadable = check_size(sample, sizes, reading)
         findings += unreadable
     return found, findings

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from image_io.options import ReadingOptions
-from removal_data.checks.contents import check_content, read_content
+from removal_data.buckets import assign_buckets
+from removal_data.checks.contents import check_content, check_crop, read_content
 from removal_data.checks.headers import Size, check_headers
 from removal_data.layouts import find_samples
+from removal_data.options import DataOptions
 from removal_data.samples import Finding, Sample
 
 ADVICE = "Run check_data.py for the whole report, or pass --skip_broken to leave these out."
@@ -29,12 +30,14 @@ class Report:
         findings: errors and warnings.
         sizes: width and height by the name of the sample.
         areas: share of the mask by the name of the sample.
+        buckets: width and height that samples are scaled and cropped to, with a resolution.
     """
 
     samples: list[Sample]
     findings: list[Finding]
     sizes: dict[str, Size] = field(default_factory=dict)
     areas: dict[str, float] = field(default_factory=dict)
+    buckets: dict[str, Size] = field(default_factory=dict)
 
     @property
     def broken(self) -> set[str]:
@@ -48,30 +51,45 @@ class Report:
         return [sample for sample in self.samples if sample.name not in broken]
 
 
-def start_report(folder: Path, reading: ReadingOptions) -> Report:
-    """Find the samples of a folder, and check them by the headers of their files."""
+def start_report(folder: Path, options: DataOptions, *, batch_size: int = 1) -> Report:
+    """Find the samples of a folder, and check them by the headers of their files.
+
+    Args:
+        folder: with the samples.
+        options: how they are read, scaled and cropped.
+        batch_size: samples that buckets have at least.
+    """
     samples, findings = find_samples(folder)
-    sizes, of_headers = check_headers(samples, reading)
-    return Report(samples, findings + of_headers, sizes)
+    sizes, of_headers = check_headers(samples, options)
+    report = Report(samples, findings + of_headers, sizes)
+    if options.resolution is not None:
+        names = [sample.name for sample in report.usable]
+        known = [sizes[name] for name in names]
+        found = assign_buckets(known, options, batch_size=batch_size)
+        report.buckets = dict(zip(names, found, strict=True))
+    return report
 
 
 def add_contents(
-    report: Report, reading: ReadingOptions, *, process: int = 0, processes: int = 1
+    report: Report, options: DataOptions, *, process: int = 0, processes: int = 1
 ) -> None:
     """Check the pixels of all samples that can be used so far, in threads.
 
     Args:
         report: receives what was found.
-        reading: how images and masks are read.
+        options: how images and masks are read, scaled and cropped.
         process: the index of this process, which checks its own share of the samples.
         processes: their number.
     """
 
     def check(sample: Sample) -> tuple[float | None, list[Finding]]:
-        content, findings = read_content(sample, reading)
-        return (
-            (None, findings) if content is None else (content.area, check_content(sample, content))
-        )
+        content, findings = read_content(sample, options)
+        if content is None:
+            return None, findings
+        findings = check_content(sample, content)
+        if bucket := report.buckets.get(sample.name):
+            findings += check_crop(sample, content, bucket, options.crop_context)
+        return content.area, findings
 
     samples = report.usable[process::processes]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -110,6 +128,8 @@ def describe(report: Report, folder: Path) -> str:
         lines.append(f"size       {width}x{height}: {count}")
     if len(sizes) > 10:
         lines.append(f"size       {len(sizes) - 10} more")
+    for (width, height), count in sorted(Counter(report.buckets.values()).items()):
+        lines.append(f"bucket     {width}x{height}: {count}")
     if report.areas:
         low, middle, high = np.percentile(list(report.areas.values()), (0, 50, 100))
         lines.append(f"mask area  {low:.1%} to {high:.1%} of the image, median {middle:.1%}")

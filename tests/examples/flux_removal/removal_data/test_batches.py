@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def test_processes_share_an_epoch_and_deal_equally_often() -> None:
     assert [len(share) for share in shares] == [2] * 4
     dealt = [index for share in shares for batch in share for index in batch]
     assert set(dealt) == set(range(10))
+
+
+def test_batches_are_filled_up_by_samples_of_their_size() -> None:
+    deal = BucketBatches(SIZES, 4, seed=0, fill=True)
+    epoch = deal.epoch(0)
+    assert [len(batch) for batch in epoch] == [4] * deal.batches_per_epoch
+    assert {index for batch in epoch for index in batch} == set(range(10))
+    assert all(len({SIZES[index] for index in batch}) == 1 for batch in epoch)
+    counts = Counter(index for batch in epoch for index in batch)
+    assert sorted(counts[index] for index in range(5)) == [1, 1, 2, 2, 2]
 
 
 def test_a_stream_leaves_the_global_generator_alone(triplets: Path) -> None:
