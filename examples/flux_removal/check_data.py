@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("data_dir", type=Path, metavar="DIR", help="holds src, mask, result and, if wanted, ref")
+    add("data_dir", metavar="DIR", help="a folder, a manifest, or datasets:NAME")
     add(
         "--output_dir",
         type=Path,
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, options = parse(arguments)
     try:
         report = start_report(args.data_dir, options, batch_size=args.batch_size)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return ERRORS
     if not args.headers_only:

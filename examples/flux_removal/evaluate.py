@@ -53,7 +53,9 @@ def write_images(found: Results, dataset: RemovalDataset, folder: Path) -> None:
     """Write the predictions under the names of their samples."""
     folder.mkdir(parents=True, exist_ok=True)
     for stem, image in zip(dataset.stems, found.images, strict=True):
-        to_pil_images(image[None])[0].save(folder / f"{stem}.png")
+        path = folder / f"{stem}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_images(image[None])[0].save(path)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--data_dir", type=Path, required=True, help="holds src, mask, result and, if wanted, ref")
+    add("--data_dir", required=True, help="a folder, a manifest, or datasets:NAME")
     add("--checkpoint", type=Path, help="a folder checkpoint-N; the base model alone without it")
     add("--base_model", action="store_true", help="measure the base model beside the checkpoint")
     add(

@@ -34,6 +34,7 @@ class BucketBatches(Sampler[list[int]]):
         seed: another seed, another order.
         start: how many batches to skip.
         process: the index of this process among `processes`.
+        shares: how often every sample is dealt in an epoch, on average; once by default.
         fill: fill the last batch of a size with samples that it already had in this epoch.
     """
 
@@ -46,23 +47,39 @@ class BucketBatches(Sampler[list[int]]):
         start: int = 0,
         process: int = 0,
         processes: int = 1,
+        shares: Sequence[float] | None = None,
         fill: bool = False,
     ) -> None:
+        self.shares = [1.0] * len(sizes) if shares is None else list(shares)
         self.fill = fill
         self.buckets: dict[tuple[int, int], list[int]] = {}
         for index, size in enumerate(sizes):
             self.buckets.setdefault(size, []).append(index)
         self.batch_size, self.seed, self.start = batch_size, seed, start
         self.process, self.processes = process, processes
-        dealt = sum(math.ceil(len(bucket) / batch_size) for bucket in self.buckets.values())
+        dealt = sum(math.ceil(self.count(b) / batch_size) for b in self.buckets.values())
         self.batches_per_epoch = math.ceil(dealt / processes)
 
+    def count(self, bucket: list[int]) -> int:
+        """Return how many samples of a bucket an epoch deals."""
+        return max(1, round(sum(self.shares[index] for index in bucket)))
+
+    def draw(self, bucket: list[int], generator: torch.Generator) -> list[int]:
+        """Draw the samples of an epoch from a bucket, each by its share rounded down or up."""
+        shares = torch.tensor([self.shares[index] for index in bucket], dtype=torch.float64)
+        ends = (shares.cumsum(0) * (self.count(bucket) / shares.sum())).mul(1e9).round().div(1e9)
+        offset = torch.rand((), generator=generator, dtype=torch.float64)
+        ends = torch.cat([torch.zeros(1, dtype=torch.float64), ends])
+        times = (ends + offset).floor().diff().long().tolist()
+        drawn = [i for i, count in zip(bucket, times, strict=True) for _ in range(count)]
+        return [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
+
     def epoch(self, number: int) -> list[list[int]]:
-        """Return this process's batches of an epoch."""
+        """Return the batches of this process in an epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         batches: list[list[int]] = []
         for bucket in self.buckets.values():
-            order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()]
+            order = self.draw(bucket, generator)
             if self.fill:
                 order += list(islice(cycle(order), -len(order) % self.batch_size))
             batches += [

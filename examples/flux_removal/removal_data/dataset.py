@@ -23,15 +23,14 @@ from removal_data.samples import Sample, raise_first
 
 
 class RemovalDataset(Dataset[dict[str, Tensor]]):
-    """Read the layout `folder/{src,mask,result,ref}/STEM.SUFFIX`.
+    """Read removal triplets from a folder, a manifest or a Hugging Face data set.
 
     Files are of any kind that `image_io` reads; images are turned upright and converted to sRGB.
-    The four files of a sample share their stem; their suffixes may differ. Without a folder `ref`
-    the source stands in for the reference. All images of a sample have the same size, and its
-    sides are multiples of 16; with `reading.resolution`, the size of a bucket.
+    Without a `ref` the source stands in for the reference. All images of a sample have the same
+    size, and its sides are multiples of 16; with `reading.resolution`, the size of a bucket.
 
     Args:
-        folder: holds the folders `src`, `mask`, `result` and, if wanted, `ref`.
+        folder: what `find_samples` takes.
         size: `(height, width)` in pixels, or one number for a square, that every sample must have;
             None accepts any.
         reading: how images and masks are read, scaled and cropped.
@@ -44,7 +43,8 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
             Reading a sample raises it for a file that is unreadable or of the wrong size.
 
     An item is a dict of float tensors in [0, 1]: `src`, `result`, `ref` `(3, H, W)` and
-    `mask` `(1, H, W)`, 0 and 1 only, 1 = remove.
+    `mask` `(1, H, W)`, 0 and 1 only, 1 = remove. Where samples have captions, `caption` is the
+    index in `captions`, -1 for none.
     """
 
     def __init__(
@@ -56,14 +56,18 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
         skip: Collection[str] = (),
         batch_size: int = 1,
     ) -> None:
-        self.folder = Path(folder)
         self.reading = reading or DataOptions()
         self.size = (size, size) if isinstance(size, int) else size
         if self.size is not None and any(side < 16 or side % 16 for side in self.size):
             raise ValueError(f"Expected `size` to be made of multiples of 16, but got {size}.")
-        samples, findings = find_samples(self.folder)
+        samples, findings = find_samples(folder)
         raise_first([finding for finding in findings if finding.sample not in skip])
         self.samples = [sample for sample in samples if sample.name not in skip]
+        self.captions = list(
+            dict.fromkeys(s.caption for s in self.samples if s.caption is not None)
+        )
+        self.caption_indices: dict[str | None, int] = {None: -1}
+        self.caption_indices |= {caption: i for i, caption in enumerate(self.captions)}
         self.buckets: list[tuple[int, int]] | None = None
         if self.reading.resolution is not None:
             sizes = [source_size(sample) for sample in self.samples]
@@ -86,6 +90,8 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
         item = {part: to_tensor(image) for part, image in images.items()}
         item["mask"] = torch.from_numpy(mask).float()[None]
         item.setdefault("ref", item["src"].clone())
+        if self.captions:
+            item["caption"] = torch.tensor(self.caption_indices[sample.caption])
         return item
 
     def _read(self, sample: Sample) -> tuple[dict[str, Image.Image], NDArray[np.bool_]]:

@@ -16,10 +16,24 @@ class Sample:
     Attributes:
         name: unique in its data set.
         files: by part: `src`, `mask`, `result` and, where there is one, `ref`.
+        caption: the prompt; None for that of the run.
+        repeats: times per epoch.
+        weight: multiplies `repeats`; with fractions a sample is in some epochs only.
     """
 
     name: str
     files: dict[str, Path]
+    caption: str | None = None
+    repeats: int = 1
+    weight: float = 1.0
+
+    @property
+    def share(self) -> float:
+        """Return how many times per epoch the sample is dealt on average."""
+        return self.repeats * self.weight
+
+
+PARTS = ("src", "mask", "result", "ref")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -27,7 +25,7 @@ def check_run_data(options: TrainOptions, accelerator: Accelerator) -> Report:
         FileNotFoundError: when there are no samples.
         ValueError: for errors, unless `skip_broken` is on; and when it leaves no sample.
     """
-    report = start_report(Path(options.train_data_dir), options, batch_size=options.batch_size)
+    report = start_report(options.train_data_dir, options, batch_size=options.batch_size)
     if not options.skip_broken:
         raise_errors(report)
     if options.check_data == "all":

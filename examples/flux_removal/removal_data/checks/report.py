@@ -51,7 +51,7 @@ class Report:
         return [sample for sample in self.samples if sample.name not in broken]
 
 
-def start_report(folder: Path, options: DataOptions, *, batch_size: int = 1) -> Report:
+def start_report(folder: str | Path, options: DataOptions, *, batch_size: int = 1) -> Report:
     """Find the samples of a folder, and check them by the headers of their files.
 
     Args:
@@ -115,7 +115,7 @@ def lines_of(findings: Sequence[Finding]) -> list[str]:
     ]
 
 
-def describe(report: Report, folder: Path) -> str:
+def describe(report: Report, folder: str | Path) -> str:
     """Return the table that `check_data.py` prints."""
     errors, warned = report.broken, {f.sample for f in report.findings if not f.error}
     total = len({sample.name for sample in report.samples} | errors)

@@ -120,6 +120,24 @@ def test_text_encoders_are_asked_once_and_dropped(
     assert pipe.text_encoder_2 is None
 
 
+def test_every_sample_is_given_its_caption(
+    random_flux_fill: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load_pipeline(str(random_flux_fill))
+    pipe.register_modules(text_encoder=nn.Linear(1, 1), text_encoder_2=nn.Linear(1, 1))
+
+    def encode_prompt(text: str, **kwargs: object) -> tuple[torch.Tensor, ...]:
+        length = float(len(text))
+        return torch.full((1, 5, 8), length), torch.full((1, 8), -length), torch.zeros(5, 3)
+
+    monkeypatch.setattr(pipe, "encode_prompt", encode_prompt)
+    conditioner = Conditioner(pipe, prompt="four", captions=["a", "bc"])
+    embeds, pooled = conditioner(torch.rand(3, 3, 16, 16), torch.tensor([1, -1, 0]))
+    assert embeds[:, 0, 0].tolist() == [2.0, 4.0, 1.0]
+    assert pooled[:, 0].tolist() == [-2.0, -4.0, -1.0]
+    assert conditioner(torch.rand(1, 3, 16, 16))[0].unique().tolist() == [4.0]
+
+
 @pytest.fixture(scope="module")
 def redux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
