@@ -123,7 +123,9 @@ class LossOptions(CourseOptions):
 class RunOptions(DataOptions):
     """Say on what, how long and how fast to train, and what to leave behind."""
 
-    train_data_dir: str = field(metadata={"help": "Holds the folders src, mask, result and ref."})
+    train_data_dir: str = field(
+        metadata={"help": "A folder with triplets, a manifest, or datasets:NAME."}
+    )
     check_data: Literal["all", "headers"] = option(
         "all", "Check headers and pixels of all files before the model is loaded; or headers only."
     )
@@ -155,7 +157,12 @@ class RunOptions(DataOptions):
     mask_augmentation: float = option(
         0.0, "Share of the masks that are drawn anew, too tight or too loose, as users draw them."
     )
-    cache_latents: bool = option(False, "Read and encode the data once, and keep it in memory.")
+    cache_latents: bool = option(
+        False, "Encode the data once: latents and the embeddings of samples go to disk."
+    )
+    cache_dir: str | None = option(
+        None, "Where to, for several runs; cache in output_dir by default."
+    )
     dataloader_num_workers: int = option(0, "Processes that read images.")
     seed: int = option(0, "Decides initial weights, noise and the order of the data.")
 
@@ -258,6 +265,8 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
             raise ValueError(
                 f"Expected `mask_augmentation` to be in [0, 1], but got {self.mask_augmentation}."
             )
+        if self.cache_dir is not None and not self.cache_latents:
+            raise ValueError("Expected --cache_latents together with `cache_dir`.")
         if self.mask_augmentation and self.cache_latents:
             raise ValueError(
                 "Expected no `cache_latents` with `mask_augmentation`: what is encoded of a source "

@@ -177,34 +177,6 @@ def draw(moments: Tensor) -> Tensor:
     return mean + deviation * torch.randn_like(mean)
 
 
-class CachedDataset(Dataset[dict[str, Tensor]]):
-    """Hold samples and their VAE moments in memory; the latents are still drawn anew every time.
-
-    Args:
-        dataset: read once.
-        encoder: used once per sample.
-        batch_size: samples that are encoded at a time.
-    """
-
-    def __init__(
-        self, dataset: RemovalDataset, encoder: LatentEncoder, *, batch_size: int = 16
-    ) -> None:
-        found: dict[int, dict[str, Tensor]] = {}
-        for indices in BucketBatches(image_sizes(dataset), batch_size, seed=0).epoch(0):
-            items = [dataset[index] for index in indices]
-            batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-            moments = encoder.batch_moments(batch)
-            for row, (index, item) in enumerate(zip(indices, items, strict=True)):
-                found[index] = item | {name: value[row].cpu() for name, value in moments.items()}
-        self.items = [found[index] for index in range(len(found))]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.items[index]
-
-
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Move a batch, its mask made of zeros and ones as the pipeline makes it."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
