@@ -28,10 +28,11 @@ from evaluation.measuring import (
 from evaluation.specialization import measure_specialization
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline, to_pil_images
 from flux_fill.surroundings import add_surroundings_flags, check_surroundings
-from image_io.options import add_reading_flags, reading_options
+from image_io.options import add_reading_flags, options_from
 from options.parsing import parse_options
 from options.train_options import BUNDLED_MODEL
 from removal_data.dataset import RemovalDataset
+from removal_data.options import DataOptions
 
 BASE, TRAINED = "base", "trained"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -64,7 +65,9 @@ def write_images(found: Results, dataset: RemovalDataset, folder: Path) -> None:
     """Write the predictions under the names of their samples."""
     folder.mkdir(parents=True, exist_ok=True)
     for stem, image in zip(dataset.stems, found.images, strict=True):
-        to_pil_images(image[None])[0].save(folder / f"{stem}.png")
+        path = folder / f"{stem}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_images(image[None])[0].save(path)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--data_dir", type=Path, required=True, help="holds src, mask, result and, if wanted, ref")
+    add("--data_dir", required=True, help="a folder, a manifest, or datasets:NAME")
     add("--checkpoint", type=Path, help="a folder checkpoint-N; the base model alone without it")
     add("--base_model", action="store_true", help="measure the base model beside the checkpoint")
     add(
@@ -98,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if cuda else "cpu", help="where to run")
     add("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="of weights")
     add_surroundings_flags(parser)
-    add_reading_flags(parser)
+    add_reading_flags(parser, DataOptions)
     return parser
 
 
@@ -113,7 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"expected --{name} to be >= 1, but got {getattr(args, name)}")
     try:
         check_surroundings(args)
-        args.reading = reading_options(args)
+        args.reading = options_from(args, DataOptions)
     except ValueError as error:
         parser.error(str(error))
     return args

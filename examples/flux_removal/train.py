@@ -22,7 +22,6 @@ from moe_lora.losses import RemovalLossOutput
 from options.parsing import parse_options
 from options.train_options import TrainOptions
 from removal_data.batches import (
-    CachedDataset,
     LatentEncoder,
     augment_masks,
     batch_stream,
@@ -30,6 +29,8 @@ from removal_data.batches import (
     seed_at,
     to_device,
 )
+from removal_data.cache import CachedDataset, fill_cache
+from removal_data.checks.before_training import open_checked
 from removal_data.dataset import RemovalDataset
 from reporting.reporter import Reporter, mask_curves
 from training_run.checkpoints import (
@@ -72,7 +73,7 @@ def training_step(
     """
     options = parts.options
     latents = parts.encoder(batch)
-    prompt_embeds, pooled_embeds = parts.conditioner(batch["ref"])
+    prompt_embeds, pooled_embeds = parts.conditioner.of_batch(batch)
     sigma = draw_sigma(len(latents.x0), options).to(latents.x0.device)
     noise = torch.randn_like(latents.x0)
     x_t = flow.interpolate(latents.x0, noise, sigma)
@@ -177,19 +178,25 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     output_dir.mkdir(parents=True, exist_ok=True)
     resumed = find_checkpoint(output_dir, options.resume_from_checkpoint)
 
+    dataset = open_checked(options, accelerator)
+
     dtype = DTYPES[options.mixed_precision]
     pipe = load_pipeline(options.flux_fill_id, dtype=dtype, device=accelerator.device)
-    conditioner = Conditioner(pipe, prompt=options.prompt, redux_id=options.flux_redux_id)
+    conditioner = Conditioner(
+        pipe, prompt=options.prompt, redux_id=options.flux_redux_id, captions=dataset.captions
+    )
     model, encoder = build_model(pipe, options), LatentEncoder(pipe)
     loss = build_loss(options, pipe.vae)
     notes = load_model(model, resumed) if resumed else []
 
-    dataset = RemovalDataset(options.train_data_dir, reading=options)
     batches = build_batches(dataset, options, accelerator)
     data = order_of_data(options, accelerator, len(dataset))
     progress, note = read_progress(resumed, data) if resumed else (Progress(data=data), None)
     batches.start = progress.position
-    source = CachedDataset(dataset, encoder) if options.cache_latents else dataset
+    source = dataset
+    if options.cache_latents:
+        folder = Path(options.cache_dir or output_dir / "cache")
+        source = fill_cache(CachedDataset(dataset, encoder, conditioner, folder), accelerator)
     stream = batch_stream(source, batches, workers=options.dataloader_num_workers)
     steps_per_epoch = math.ceil(batches.batches_per_epoch / options.gradient_accumulation_steps)
     total_steps = options.max_train_steps or options.num_train_epochs * steps_per_epoch
@@ -209,6 +216,9 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
         reporter.say(f"Plan of the run:\n{describe(plan_run(options, 0, 0, steps=False))}")
     for text in notes:
         reporter.say(text)
+    if dataset.captions and not conditioner.texts:
+        reader = "Redux is the prompt" if options.flux_redux_id else "the model reads no texts"
+        reporter.say(f"The captions of the data are not used: {reader}.", logging.WARNING)
     if note:
         reporter.say(note, logging.WARNING)
     parts = Parts(accelerator, pipe, model, encoder, conditioner, options)
@@ -233,8 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run as a program."""
     options = parse_options(arguments)
     if options.plan:
-        sizes = image_sizes(RemovalDataset(options.train_data_dir, reading=options))
-        print(describe(plan_run(options, *max(sizes, key=math.prod))))
+        dataset = RemovalDataset(
+            options.train_data_dir, reading=options, batch_size=options.batch_size
+        )
+        width, height = max(image_sizes(dataset), key=math.prod)
+        print(describe(plan_run(options, height, width)))
     else:
         train(options)
 

@@ -12,9 +12,12 @@ from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxFillPipeline,
+    FluxPriorReduxPipeline,
     FluxTransformer2DModel,
 )
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 
 def build_random_pipeline(*, guidance_embeds: bool = False) -> FluxFillPipeline:
@@ -91,6 +94,26 @@ def write_triplets(folder: Path, sizes: list[tuple[int, int]]) -> Path:
 def guided_flux_fill(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("guided_flux_fill")
     build_random_pipeline(guidance_embeds=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def redux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    folder: Path = tmp_path_factory.mktemp("redux")
+    FluxPriorReduxPipeline(
+        image_encoder=SiglipVisionModel(config),
+        feature_extractor=SiglipImageProcessor(size={"height": 32, "width": 32}),
+        image_embedder=ReduxImageEncoder(redux_dim=8, txt_in_features=4096),
+    ).save_pretrained(folder)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,27 +174,39 @@ class Conditioner:
         pipe: the Fill pipeline.
         prompt: a text; "" where there are text encoders and none is given.
         redux_id: a folder or hub id; the reference images then are the prompt.
+        captions: further texts, which samples have instead of the prompt; the embeddings of all are
+            kept on the CPU.
 
     Raises:
         ValueError: for a prompt that nothing can read.
     """
 
     def __init__(
-        self, pipe: FluxFillPipeline, *, prompt: str | None = None, redux_id: str | None = None
+        self,
+        pipe: FluxFillPipeline,
+        *,
+        prompt: str | None = None,
+        redux_id: str | None = None,
+        captions: Sequence[str] = (),
     ) -> None:
         if prompt is not None and (redux_id is not None or pipe.text_encoder is None):
             reader = "Redux is the prompt" if redux_id else "the pipeline has no text encoders"
             raise ValueError(f"Expected no `prompt`, but got {prompt!r}: {reader}.")
         transformer = pipe.transformer
         self.device, self.dtype = transformer.device, transformer.dtype
+        self.texts: list[Tensor] = []
         self.redux = None if redux_id is None else load_redux(redux_id, self.dtype, self.device)
         if pipe.text_encoder is not None and redux_id is None:
             pipe.text_encoder.to(self.device)
             pipe.text_encoder_2.to(self.device)
             with torch.no_grad():
-                self.embeds, self.pooled, _ = pipe.encode_prompt(
-                    prompt or "", prompt_2=None, device=self.device
-                )
+                texts = [
+                    pipe.encode_prompt(text, prompt_2=None, device=self.device)[:2]
+                    for text in (*captions, prompt or "")
+                ]
+            self.embeds, self.pooled = texts[-1]
+            # The prompt comes last, where the index -1 finds it.
+            self.texts = [torch.cat(parts).cpu() for parts in zip(*texts, strict=True)]
         else:
             config = transformer.config
             self.embeds = torch.zeros(1, 1, config.joint_attention_dim, device=self.device)
@@ -202,14 +215,37 @@ class Conditioner:
             text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None
         )
 
+    @property
+    def by_sample(self) -> bool:
+        """Tell whether samples have embeddings of their own: by their reference or caption."""
+        return self.redux is not None or (len(self.texts) > 0 and len(self.texts[0]) > 1)
+
+    def weights(self) -> list[Tensor]:
+        """Return the tensors that decide the embeddings of a sample."""
+        if self.redux is None:
+            return self.texts if self.by_sample else []
+        parts = (self.redux.image_encoder, self.redux.image_embedder)
+        return [value for part in parts for value in part.state_dict().values()]
+
+    def of_batch(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the embeddings that a batch already has, or make them."""
+        if "prompt_embeds" in batch:
+            return batch["prompt_embeds"].to(self.dtype), batch["pooled_prompt_embeds"].to(
+                self.dtype
+            )
+        return self(batch.get("ref", batch["src"]), batch.get("caption"))
+
     @torch.no_grad()
-    def __call__(self, ref: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, ref: Tensor, caption: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return prompt embeddings `(B, L, D)` and pooled ones `(B, P)`.
 
         Args:
             ref: `(B, 3, H, W)`, in [0, 1]; its content counts for Redux only.
+            caption: `(B,)`, indices of captions, -1 for the prompt.
         """
-        if self.redux is None:
+        if self.texts and caption is not None:
+            embeds, pooled = (texts[caption.cpu()].to(self.device) for texts in self.texts)
+        elif self.redux is None:
             batch = ref.shape[0]
             embeds, pooled = self.embeds.expand(batch, -1, -1), self.pooled.expand(batch, -1)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,19 @@ def misread(tags: dict[int, Any]) -> bool:
     return tags.get(PLANAR_CONFIGURATION) == 2 and max(tags.get(BITS_PER_SAMPLE, (8,))) > 8
 
 
+def late_metadata(path: Path) -> bool:
+    """Tell whether a PNG file has metadata after its pixels, all of which Pillow then decodes."""
+    after_pixels = False
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(start := file.read(8)) == 8:
+            after_pixels |= start[4:] == b"IDAT"
+            if after_pixels and start[4:] in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            file.seek(int.from_bytes(start[:4], "big") + 4, os.SEEK_CUR)
+    return False
+
+
 def read_size(path: Path) -> tuple[int, int]:
     """Read the width and height of an upright image file from its header.
 
@@ -111,7 +125,9 @@ def read_size(path: Path) -> tuple[int, int]:
     with named(path):
         try:
             with Image.open(path) as opened:
-                turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                decode = opened.format != "PNG" or late_metadata(path)
+                exif = opened.getexif() if decode else Image.Image.getexif(opened)
+                turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
                 # Pillow turns TIFF files by itself, and has done so with their size.
                 width, height = opened.size
                 return (height, width) if turned and opened.format != "TIFF" else (width, height)

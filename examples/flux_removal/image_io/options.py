@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import ImageColor
 
@@ -45,23 +45,36 @@ class ReadingOptions:
             )
 
 
-def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+def add_reading_flags(
+    parser: argparse.ArgumentParser, options: type[ReadingOptions] = ReadingOptions
+) -> None:
     """Add a flag for each of the options."""
-    for field in fields(ReadingOptions):
-        kind: dict[str, Any] = {"default": field.default, "type": int}
-        if isinstance(field.default, bool):
-            kind = {"action": "store_true"}
-        elif field.name == "background":
-            kind["type"] = str
+    types = {"str": str, "int": int, "float": float}
+    for field in fields(options):
+        kind: dict[str, Any] = {"action": "store_true"}
+        if field.type != "bool":
+            kind = {"default": field.default, "type": types[str(field.type).partition(" ")[0]]}
         parser.add_argument(f"--{field.name}", help=field.metadata["help"], **kind)
 
 
-def reading_options(args: argparse.Namespace) -> ReadingOptions:
+Kind = TypeVar("Kind", bound=ReadingOptions)
+
+
+def options_from(args: argparse.Namespace, kind: type[Kind]) -> Kind:
     """Return the options that the flags name.
 
     Raises:
         ValueError: when they cannot be honored.
     """
-    options = ReadingOptions(**{f.name: getattr(args, f.name) for f in fields(ReadingOptions)})
+    options = kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
     options.check_reading()
     return options
+
+
+def reading_options(args: argparse.Namespace) -> ReadingOptions:
+    """Return the options of reading that the flags name.
+
+    Raises:
+        ValueError: when they cannot be honored.
+    """
+    return options_from(args, ReadingOptions)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from image_io.options import ReadingOptions
 from options.routing_options import (
     BalanceOptions,
     CourseOptions,
@@ -16,6 +15,7 @@ from options.routing_options import (
     check_course,
     option,
 )
+from removal_data.options import DataOptions
 
 BUNDLED_MODEL = Path(__file__).parents[2] / "tiny_flux_fill" / "model"
 
@@ -140,12 +140,16 @@ class LossOptions(CourseOptions):
 
 
 @dataclass(kw_only=True)
-class RunOptions(ReadingOptions):
+class RunOptions(DataOptions):
     """Say on what, how long and how fast to train, and what to leave behind."""
 
     train_data_dir: str = field(
-        metadata={"help": "Folder with the folders src, mask, result and, optionally, ref."}
+        metadata={"help": "A folder with triplets, a manifest, or datasets:NAME."}
     )
+    check_data: Literal["all", "headers"] = option(
+        "all", "Check headers and pixels of all files before the model is loaded; or headers only."
+    )
+    skip_broken: bool = option(False, "Report samples with errors and train without them.")
     output_dir: str = option("outputs/flux_removal", "Folder of the checkpoints checkpoint-N.")
     logging_dir: str | None = option(
         None, "Folder of training.log and TensorBoard events; logs in output_dir by default."
@@ -181,7 +185,10 @@ class RunOptions(ReadingOptions):
         0.0, "Share of masks that are replaced by tighter or looser shapes, as users draw them."
     )
     cache_latents: bool = option(
-        False, "Read and encode the data once, and keep the latents in memory."
+        False, "Encode the data once: latents and the embeddings of samples go to disk."
+    )
+    cache_dir: str | None = option(
+        None, "Where to, for several runs; cache in output_dir by default."
     )
     dataloader_num_workers: int = option(0, "Processes that read images.")
     seed: int = option(0, "Seed of initial weights, noise and data order.")
@@ -287,6 +294,8 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
             raise ValueError(
                 f"Expected `mask_augmentation` to be in [0, 1], but got {self.mask_augmentation}."
             )
+        if self.cache_dir is not None and not self.cache_latents:
+            raise ValueError("Expected --cache_latents together with `cache_dir`.")
         if self.mask_augmentation and self.cache_latents:
             raise ValueError(
                 "Expected no `cache_latents` with `mask_augmentation`: what is encoded of a source "

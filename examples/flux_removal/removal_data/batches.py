@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
@@ -11,21 +12,14 @@ from diffusers import FluxFillPipeline
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from image_io.image_files import read_size
 from moe_lora import flow, masks
 from moe_lora.masks.augmentation import AUGMENTATIONS
-from removal_data.dataset import RemovalDataset
+from removal_data.dataset import RemovalDataset, source_size
 
 
 def image_sizes(dataset: RemovalDataset) -> list[tuple[int, int]]:
-    """Return the width and height of every upright sample, read from the files' headers."""
-    sizes = []
-    for stem in dataset.stems:
-        try:
-            sizes.append(read_size(dataset.files["src"][stem]))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"Cannot use `src` of sample {stem!r}: {error}") from error
-    return sizes
+    """Return the width and height of every item: its bucket, or that of its source."""
+    return dataset.buckets or [source_size(sample) for sample in dataset.samples]
 
 
 class BucketBatches(Sampler[list[int]]):
@@ -40,6 +34,8 @@ class BucketBatches(Sampler[list[int]]):
         seed: another seed, another order.
         start: how many batches to skip.
         process: the index of this process among `processes`.
+        shares: how often every sample is dealt in an epoch, on average; once by default.
+        fill: fill the last batch of a size with samples that it already had in this epoch.
     """
 
     def __init__(
@@ -51,21 +47,41 @@ class BucketBatches(Sampler[list[int]]):
         start: int = 0,
         process: int = 0,
         processes: int = 1,
+        shares: Sequence[float] | None = None,
+        fill: bool = False,
     ) -> None:
+        self.shares = [1.0] * len(sizes) if shares is None else list(shares)
+        self.fill = fill
         self.buckets: dict[tuple[int, int], list[int]] = {}
         for index, size in enumerate(sizes):
             self.buckets.setdefault(size, []).append(index)
         self.batch_size, self.seed, self.start = batch_size, seed, start
         self.process, self.processes = process, processes
-        dealt = sum(math.ceil(len(bucket) / batch_size) for bucket in self.buckets.values())
+        dealt = sum(math.ceil(self.count(b) / batch_size) for b in self.buckets.values())
         self.batches_per_epoch = math.ceil(dealt / processes)
 
+    def count(self, bucket: list[int]) -> int:
+        """Return how many samples of a bucket an epoch deals."""
+        return max(1, round(sum(self.shares[index] for index in bucket)))
+
+    def draw(self, bucket: list[int], generator: torch.Generator) -> list[int]:
+        """Draw the samples of an epoch from a bucket, each by its share rounded down or up."""
+        shares = torch.tensor([self.shares[index] for index in bucket], dtype=torch.float64)
+        ends = (shares.cumsum(0) * (self.count(bucket) / shares.sum())).mul(1e9).round().div(1e9)
+        offset = torch.rand((), generator=generator, dtype=torch.float64)
+        ends = torch.cat([torch.zeros(1, dtype=torch.float64), ends])
+        times = (ends + offset).floor().diff().long().tolist()
+        drawn = [i for i, count in zip(bucket, times, strict=True) for _ in range(count)]
+        return [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
+
     def epoch(self, number: int) -> list[list[int]]:
-        """Return this process's batches of an epoch."""
+        """Return the batches of this process in an epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         batches: list[list[int]] = []
         for bucket in self.buckets.values():
-            order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()]
+            order = self.draw(bucket, generator)
+            if self.fill:
+                order += list(islice(cycle(order), -len(order) % self.batch_size))
             batches += [
                 order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)
             ]
@@ -159,34 +175,6 @@ def draw(moments: Tensor) -> Tensor:
     mean, log_variance = moments.chunk(2, dim=1)
     deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
     return mean + deviation * torch.randn_like(mean)
-
-
-class CachedDataset(Dataset[dict[str, Tensor]]):
-    """Hold samples and their VAE moments in memory; the latents are still drawn anew every time.
-
-    Args:
-        dataset: read once.
-        encoder: used once per sample.
-        batch_size: samples that are encoded at a time.
-    """
-
-    def __init__(
-        self, dataset: RemovalDataset, encoder: LatentEncoder, *, batch_size: int = 16
-    ) -> None:
-        found: dict[int, dict[str, Tensor]] = {}
-        for indices in BucketBatches(image_sizes(dataset), batch_size, seed=0).epoch(0):
-            items = [dataset[index] for index in indices]
-            batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-            moments = encoder.batch_moments(batch)
-            for row, (index, item) in enumerate(zip(indices, items, strict=True)):
-                found[index] = item | {name: value[row].cpu() for name, value in moments.items()}
-        self.items = [found[index] for index in range(len(found))]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.items[index]
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from image_io.image_files import IMAGE_SUFFIXES, read_size
-from image_io.mask_reading import MASK_SUFFIXES, read_mask
-from image_io.options import ReadingOptions
+from image_io.image_files import read_size
+from image_io.mask_reading import read_mask
 from image_io.reading import read_image
+from removal_data.buckets import assign_buckets
+from removal_data.cropping import crop_window, mask_box, scale_image, scale_mask
+from removal_data.layouts import find_samples
+from removal_data.options import DataOptions
+from removal_data.samples import Sample, raise_first
 
 
 class RemovalDataset(Dataset[dict[str, Tensor]]):
-    """Read the layout `folder/{src,mask,result,ref}/STEM.SUFFIX`.
+    """Read removal triplets from a folder, a manifest or a Hugging Face data set.
 
     Files are of any kind that `image_io` reads; images are turned upright and converted to sRGB.
-    The four files of a sample share their stem; their suffixes may differ. Without a folder `ref`
-    the source stands in for the reference. All images of a sample have the same size, and its
-    sides are multiples of 16.
+    Without a `ref` the source stands in for the reference. All images of a sample have the same
+    size, and its sides are multiples of 16; with `reading.resolution`, the size of a bucket.
 
     Args:
-        folder: holds the folders `src`, `mask`, `result` and, if wanted, `ref`.
+        folder: what `find_samples` takes.
         size: `(height, width)` in pixels, or one number for a square, that every sample must have;
             None accepts any.
-        reading: how images and masks are read.
+        reading: how images and masks are read, scaled and cropped.
+        skip: the names of samples to leave out.
+        batch_size: samples that buckets have at least, see `assign_buckets`.
 
     Raises:
         FileNotFoundError: a folder, or a file of a sample, is missing.
@@ -35,7 +43,8 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
             Reading a sample raises it for a file that is unreadable or of the wrong size.
 
     An item is a dict of float tensors in [0, 1]: `src`, `result`, `ref` `(3, H, W)` and
-    `mask` `(1, H, W)`, 0 and 1 only, 1 = remove.
+    `mask` `(1, H, W)`, 0 and 1 only, 1 = remove. Where samples have captions, `caption` is the
+    index in `captions`, -1 for none.
     """
 
     def __init__(
@@ -43,89 +52,112 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
         folder: str | Path,
         size: int | tuple[int, int] | None = None,
         *,
-        reading: ReadingOptions | None = None,
+        reading: DataOptions | None = None,
+        skip: Collection[str] = (),
+        batch_size: int = 1,
     ) -> None:
-        self.folder = Path(folder)
-        self.reading = reading or ReadingOptions()
+        self.reading = reading or DataOptions()
         self.size = (size, size) if isinstance(size, int) else size
         if self.size is not None and any(side < 16 or side % 16 for side in self.size):
             raise ValueError(f"Expected `size` to be made of multiples of 16, but got {size}.")
-        self.parts = ("src", "mask", "result")
-        if (self.folder / "ref").is_dir():
-            self.parts += ("ref",)
-        self.files = {part: self._list(part) for part in self.parts}
-        self.stems = sorted({stem for found in self.files.values() for stem in found})
-        if not self.stems:
-            raise FileNotFoundError(
-                f"Expected images ({', '.join(IMAGE_SUFFIXES)}) in {self.folder / 'src'}, but got "
-                "none."
-            )
-        for stem in self.stems:
-            for part in self.parts:
-                if stem not in self.files[part]:
-                    other = next(p for p in self.parts if stem in self.files[p])
-                    raise FileNotFoundError(
-                        f"Sample {stem!r} has no `{part}`: expected {self.folder / part / stem}.* "
-                        f"({', '.join(self._suffixes(part))}) beside {self.files[other][stem]}."
-                    )
+        samples, findings = find_samples(folder)
+        raise_first([finding for finding in findings if finding.sample not in skip])
+        self.samples = [sample for sample in samples if sample.name not in skip]
+        self.captions = list(
+            dict.fromkeys(s.caption for s in self.samples if s.caption is not None)
+        )
+        self.caption_indices: dict[str | None, int] = {None: -1}
+        self.caption_indices |= {caption: i for i, caption in enumerate(self.captions)}
+        self.buckets: list[tuple[int, int]] | None = None
+        if self.reading.resolution is not None:
+            sizes = [source_size(sample) for sample in self.samples]
+            self.buckets = assign_buckets(sizes, self.reading, batch_size=batch_size)
 
-    @staticmethod
-    def _suffixes(part: str) -> tuple[str, ...]:
-        return MASK_SUFFIXES if part == "mask" else IMAGE_SUFFIXES
-
-    def _list(self, part: str) -> dict[str, Path]:
-        directory = self.folder / part
-        if not directory.is_dir():
-            raise FileNotFoundError(f"Expected a folder {directory}, but there is none.")
-        found: dict[str, Path] = {}
-        for path in sorted(directory.iterdir()):
-            if path.suffix.lower() not in self._suffixes(part) or path.name.startswith("."):
-                continue
-            if path.stem in found:
-                raise ValueError(
-                    f"Sample {path.stem!r} has two files for `{part}`: "
-                    f"{found[path.stem]} and {path}."
-                )
-            found[path.stem] = path
-        return found
+    @property
+    def stems(self) -> list[str]:
+        """Return the names of the samples, in their order."""
+        return [sample.name for sample in self.samples]
 
     def __len__(self) -> int:
-        return len(self.stems)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        stem = self.stems[index]
-        item = self._read(stem)
-        height, width = self.size or item["src"].shape[-2:]
-        for part in self.parts:
-            got = tuple(item[part].shape[-2:])
-            if got != (height, width):
-                whose = "of `size`" if self.size else f"of {self.files['src'][stem]}"
-                raise ValueError(
-                    f"Expected `{part}` of sample {stem!r} to be {height}x{width} (height x width "
-                    f"{whose}), but {self.files[part][stem]} is {got[0]}x{got[1]}."
-                )
-        if height % 16 or width % 16:
-            raise ValueError(
-                f"Expected the sides of sample {stem!r} to be multiples of 16, but "
-                f"{self.files['src'][stem]} is {height}x{width} (height x width)."
-            )
+        sample = self.samples[index]
+        images, mask = self._read(sample)
+        self._check_sizes(sample, images)
+        if self.buckets is not None:
+            images, mask = self._fit(images, mask, self.buckets[index])
+        item = {part: to_tensor(image) for part, image in images.items()}
+        item["mask"] = torch.from_numpy(mask).float()[None]
         item.setdefault("ref", item["src"].clone())
+        if self.captions:
+            item["caption"] = torch.tensor(self.caption_indices[sample.caption])
         return item
 
-    def _read(self, stem: str) -> dict[str, Tensor]:
-        """Read the files of a sample, the mask by the size of the source."""
-        item: dict[str, Tensor] = {}
-        for part in self.parts:
-            path = self.files[part][stem]
+    def _read(self, sample: Sample) -> tuple[dict[str, Image.Image], NDArray[np.bool_]]:
+        """Read the images of a sample, and its mask by the size of the source."""
+        images: dict[str, Image.Image] = {}
+        for part, path in sample.files.items():
             try:
                 if part == "mask":
-                    src = self.files["src"][stem]
+                    src = sample.files["src"]
                     mask = read_mask(path, read_size(src), self.reading, image=src)
-                    item[part] = torch.from_numpy(mask).float()[None]
                 else:
-                    rgb = read_image(path, self.reading.background or "white").rgb
-                    pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-                    item[part] = pixels.contiguous().float() / 255
+                    images[part] = read_image(path, self.reading.background or "white").rgb
             except (ValueError, FileNotFoundError) as error:
-                raise ValueError(f"Cannot use `{part}` of sample {stem!r}: {error}") from error
-        return item
+                raise ValueError(
+                    f"Cannot use `{part}` of sample {sample.name!r}: {error}"
+                ) from error
+        return images, mask
+
+    def _check_sizes(self, sample: Sample, images: dict[str, Image.Image]) -> None:
+        """Raise for images of other sizes than the source's, and for sides that are not usable."""
+        width, height = self.size[::-1] if self.size else images["src"].size
+        for part, image in images.items():
+            free = part == "ref" and self.buckets is not None
+            if image.size != (width, height) and not free:
+                whose = "of `size`" if self.size else f"of {sample.files['src']}"
+                raise ValueError(
+                    f"Expected `{part}` of sample {sample.name!r} to be {height}x{width} (height x "
+                    f"width {whose}), but {sample.files[part]} is {image.height}x{image.width}."
+                )
+        if self.buckets is None and (height % 16 or width % 16):
+            raise ValueError(
+                f"Expected the sides of sample {sample.name!r} to be multiples of 16, but "
+                f"{sample.files['src']} is {height}x{width} (height x width). Pass --resolution "
+                "to scale and crop."
+            )
+
+    def _fit(
+        self, images: dict[str, Image.Image], mask: NDArray[np.bool_], bucket: tuple[int, int]
+    ) -> tuple[dict[str, Image.Image], NDArray[np.bool_]]:
+        """Scale and crop a sample to its bucket; a reference of another size by its middle."""
+        size, context = images["src"].size, self.reading.crop_context
+        window = crop_window(size, bucket, mask_box(mask), context=context)
+        fitted = {
+            part: scale_image(
+                image,
+                bucket,
+                window if image.size == size else crop_window(image.size, bucket, None),
+            )
+            for part, image in images.items()
+        }
+        return fitted, scale_mask(mask, bucket, window)
+
+
+def source_size(sample: Sample) -> tuple[int, int]:
+    """Return the width and height of an upright sample, read from the header of its source.
+
+    Raises:
+        ValueError: when it cannot be read.
+    """
+    try:
+        return read_size(sample.files["src"])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"Cannot use `src` of sample {sample.name!r}: {error}") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Turn an image into `(3, H, W)`, in [0, 1]."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels.contiguous().float() / 255

@@ -124,6 +124,8 @@ def build_batches(
         seed=options.seed,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
+        shares=[sample.share for sample in dataset.samples],
+        fill=True,
     )
 
 

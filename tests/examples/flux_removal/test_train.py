@@ -16,7 +16,7 @@ from torch import Tensor
 import train
 from moe_lora.losses import ExpertSignals
 from options.parsing import parse_options
-from removal_data.batches import CachedDataset
+from removal_data.cache import CachedDataset
 
 pytestmark = pytest.mark.slow
 

@@ -6,11 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPriorReduxPipeline
-from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from peft import PeftModel
 from torch import nn
-from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from flux_fill import models
 from flux_fill.models import Conditioner, add_experts, guidance_for, load_checkpoint, load_pipeline
@@ -120,24 +117,22 @@ def test_text_encoders_are_asked_once_and_dropped(
     assert pipe.text_encoder_2 is None
 
 
-@pytest.fixture(scope="module")
-def redux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = SiglipVisionConfig(
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-    )
-    folder: Path = tmp_path_factory.mktemp("redux")
-    FluxPriorReduxPipeline(
-        image_encoder=SiglipVisionModel(config),
-        feature_extractor=SiglipImageProcessor(size={"height": 32, "width": 32}),
-        image_embedder=ReduxImageEncoder(redux_dim=8, txt_in_features=4096),
-    ).save_pretrained(folder)
-    return folder
+def test_every_sample_is_given_its_caption(
+    random_flux_fill: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load_pipeline(str(random_flux_fill))
+    pipe.register_modules(text_encoder=nn.Linear(1, 1), text_encoder_2=nn.Linear(1, 1))
+
+    def encode_prompt(text: str, **kwargs: object) -> tuple[torch.Tensor, ...]:
+        length = float(len(text))
+        return torch.full((1, 5, 8), length), torch.full((1, 8), -length), torch.zeros(5, 3)
+
+    monkeypatch.setattr(pipe, "encode_prompt", encode_prompt)
+    conditioner = Conditioner(pipe, prompt="four", captions=["a", "bc"])
+    embeds, pooled = conditioner(torch.rand(3, 3, 16, 16), torch.tensor([1, -1, 0]))
+    assert embeds[:, 0, 0].tolist() == [2.0, 4.0, 1.0]
+    assert pooled[:, 0].tolist() == [-2.0, -4.0, -1.0]
+    assert conditioner(torch.rand(1, 3, 16, 16))[0].unique().tolist() == [4.0]
 
 
 def test_redux_encodes_every_reference_by_itself(redux: Path, random_flux_fill: Path) -> None:

@@ -331,3 +331,23 @@ def test_headers_that_cannot_be_read_say_so(tmp_path: Path, make: Any) -> None:
     make(path)
     with pytest.raises(ValueError, match=r"photo\.png cannot be read"):
         read_size(path)
+
+
+def test_the_size_of_a_png_file_needs_no_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    assert read_size(path) == (96, 64)
+
+
+def test_an_orientation_after_the_pixels_of_a_png_file_counts(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(SMOOTH).save(path)
+    exif = Image.Exif()
+    exif[274] = 6
+    data = b"eXIf" + exif.tobytes()[6:]
+    chunk = struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-12] + chunk + whole[-12:])
+    assert read_size(path) == (32, 48) == read_image(path).rgb.size

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from flux_fill.models import load_pipeline
 from removal_data import batches
 from removal_data.batches import (
     BucketBatches,
-    CachedDataset,
     LatentEncoder,
     augment_masks,
     batch_stream,
@@ -50,6 +50,16 @@ def test_processes_share_an_epoch_and_deal_equally_often() -> None:
     assert [len(share) for share in shares] == [2] * 4
     dealt = [index for share in shares for batch in share for index in batch]
     assert set(dealt) == set(range(10))
+
+
+def test_batches_are_filled_up_by_samples_of_their_size() -> None:
+    deal = BucketBatches(SIZES, 4, seed=0, fill=True)
+    epoch = deal.epoch(0)
+    assert [len(batch) for batch in epoch] == [4] * deal.batches_per_epoch
+    assert {index for batch in epoch for index in batch} == set(range(10))
+    assert all(len({SIZES[index] for index in batch}) == 1 for batch in epoch)
+    counts = Counter(index for batch in epoch for index in batch)
+    assert sorted(counts[index] for index in range(5)) == [1, 1, 2, 2, 2]
 
 
 def test_a_stream_leaves_the_global_generator_alone(triplets: Path) -> None:
@@ -108,24 +118,6 @@ def test_draws_have_mean_and_deviation_of_the_moments() -> None:
     drawn = batches.draw(torch.cat([mean, log_variance], dim=1))
     assert drawn.mean().item() == pytest.approx(3.0, abs=0.02)
     assert drawn.std().item() == pytest.approx(2.0**0.5, abs=0.02)
-
-
-def test_a_cached_sample_gives_the_latents_of_a_fresh_one(
-    random_flux_fill: Path, triplets: Path
-) -> None:
-    encoder = LatentEncoder(load_pipeline(str(random_flux_fill)))
-    dataset = RemovalDataset(triplets)
-    cached = CachedDataset(dataset, encoder)
-    assert len(cached) == len(dataset)
-    found = []
-    for source in (dataset, cached):
-        torch.manual_seed(1)
-        found.append(encoder({name: value[None] for name, value in source[1].items()}))
-    torch.testing.assert_close(found[0].x0, found[1].x0)
-    torch.testing.assert_close(found[0].condition, found[1].condition)
-    torch.manual_seed(2)
-    again = encoder({name: value[None] for name, value in cached[1].items()})
-    assert not torch.equal(again.x0, found[1].x0)
 
 
 def objects(count: int = 64) -> dict[str, torch.Tensor]:

@@ -18,7 +18,9 @@ from image_io.options import ReadingOptions
 from make_data import make_data
 from options.parsing import parse_options
 from removal_data.batches import image_sizes
+from removal_data.checks import before_training
 from removal_data.dataset import RemovalDataset
+from removal_data.options import DataOptions
 
 SIZE = (32, 48)
 
@@ -234,7 +236,7 @@ def test_masks_are_read_as_the_options_say(
     mask[8:12, 8:12] = 1
     (folder / "mask" / "a.png").unlink()
     np.save(folder / "mask" / "a.npy", mask)
-    item = RemovalDataset(folder, reading=ReadingOptions(**changed))[0]
+    item = RemovalDataset(folder, reading=DataOptions(**changed))[0]
     assert item["mask"].sum() == expected
     assert set(item["mask"].unique().tolist()) == {0.0, 1.0}
 
@@ -242,7 +244,7 @@ def test_masks_are_read_as_the_options_say(
 def test_the_background_is_seen_through_transparent_pixels(folder: Path) -> None:
     Image.new("RGBA", SIZE[::-1], (255, 0, 0, 0)).save(folder / "src" / "a.png")
     assert (RemovalDataset(folder)[0]["src"] == 1).all()
-    found = RemovalDataset(folder, reading=ReadingOptions(background="black"))[0]["src"]
+    found = RemovalDataset(folder, reading=DataOptions(background="black"))[0]["src"]
     assert (found == 0).all()
 
 
@@ -293,8 +295,8 @@ def test_a_run_reads_masks_as_its_options_say(
             seen.append(reading)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "RemovalDataset", Stopping)
-    flags = {"mask_label": 3, "invert_mask": True, "grow_mask": 2, "resize_mask": True}
+    monkeypatch.setattr(before_training, "RemovalDataset", Stopping)
+    flags = {"mask_label": 255, "invert_mask": True, "grow_mask": 2, "resize_mask": True}
     with pytest.raises(KeyboardInterrupt):
         train.train(parse_options(arguments(**flags, background="black")))
     assert {name: getattr(seen[0], name) for name in flags} == flags
@@ -304,6 +306,9 @@ def test_a_run_reads_masks_as_its_options_say(
 @pytest.mark.parametrize(
     "flags",
     [
+        ["--bucket_step", "40", "--resolution", "512"],
+        ["--resolution", "32"],
+        ["--crop_context", "-0.1", "--resolution", "512"],
         ["--background", "no color"],
         ["--grow_mask", "-1"],
         ["--mask_label", "-2"],
@@ -312,4 +317,10 @@ def test_a_run_reads_masks_as_its_options_say(
 )
 def test_reading_options_that_cannot_be_honored_raise(flags: list[str]) -> None:
     with pytest.raises(ValueError, match=f"Expected .*`{flags[0][2:]}`"):
+        parse_options(["--train_data_dir", "data", *flags])
+
+
+@pytest.mark.parametrize("flags", [["--bucket_step", "32"], ["--crop_context", "1"]])
+def test_buckets_need_a_resolution(flags: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"`resolution` together with `{flags[0][2:]}`"):
         parse_options(["--train_data_dir", "data", *flags])
