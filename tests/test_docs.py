@@ -65,8 +65,14 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
     return shell
 
 
+def with_marks(page: Path) -> Any:
+    commands = [block.text for block in blocks_of(page) if block.language == "shell"]
+    trains = any(script in text for text in commands for script in ("train.py", "train_moe.sh"))
+    return pytest.param(page, marks=pytest.mark.slow if trains else (), id=name_of(page))
+
+
 @pytest.mark.usefixtures("_offline")
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [with_marks(page) for page in PAGES])
 def test_a_page_runs(page: Path, shell: Shell) -> None:
     blocks = blocks_of(page)
     if any("import torchao" in b.text or "from torchao" in b.text for b in blocks):
@@ -117,6 +123,7 @@ def test_a_command_runs_in_the_folder_that_the_last_one_left(shell: Shell) -> No
         ("python benchmarks/removal.py --no_such_flag", SystemExit),
         ("accelerate launch --no_such_flag examples/flux_removal/train.py", SystemExit),
         ("moe-lora inspect nowhere", AssertionError),
+        ("moe-lora plan FLUX.1-Fill-dev --no_such_flag", SystemExit),
         ("pip install 'moe-lora[nothing]'", AssertionError),
         ("pip install moe_lora", AssertionError),
         ("tensorboard --logdir nowhere", AssertionError),

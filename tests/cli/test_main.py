@@ -136,7 +136,7 @@ class TestExitCodes:
         [
             (["inspect", "nowhere"], "nowhere"),
             (["export", "nowhere", "out"], "nowhere"),
-            (["export", "CHECKPOINT", "out"], "chooses them for every input"),
+            (["export", "CHECKPOINT", "out"], "computes them from the input"),
             (["export", "CHECKPOINT", "out", "--weights", "mean"], "no routing statistics"),
             (["export", "CHECKPOINT", "out", "--weights", "0.5,0.5"], "shape (E=3,)"),
             (["export", "CHECKPOINT", "out", "--weights", "uniform", "--rank", "0"], "`rank`"),

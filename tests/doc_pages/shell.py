@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 
 from doc_pages.blocks import ROOT
 from moe_lora.cli import main as moe_lora_command
+from moe_lora.cli.main import parser as moe_lora_parser
 
 RECORD = """#!/bin/sh
 note=$(mktemp -p "{notes}" "$(ls {notes} | wc -l).XXXXXX")
@@ -96,6 +97,10 @@ class Shell:
             args = launch_command_parser().parse_args(words[1:])
             alone = (args.num_processes or 1) == 1
             self._run_script(Path(args.training_script), args.training_script_args, alone=alone)
+        elif program == "moe-lora" and words[0] == "plan":
+            # It takes a minute at the size of FLUX.1 Fill, and has tests of its own.
+            moe_lora_parser().parse_args(words)
+            self.parsed.append([program, *words])
         elif program == "moe-lora":
             assert moe_lora_command(words) == 0
         elif program == "tensorboard":

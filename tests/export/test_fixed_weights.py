@@ -48,7 +48,7 @@ class TestWhatIsFixed:
         torch.testing.assert_close(chosen(flux).weights, torch.ones(3) / 3)
 
     def test_an_input_dependent_routing_is_never_averaged_silently(self, flux, tmp_path):
-        with pytest.raises(ValueError, match="chooses them for every input") as caught:
+        with pytest.raises(ValueError, match="computes them from the input") as caught:
             export_lora(flux, tmp_path)
         for choice in ("expert's name", '"uniform"', '"mean"', "weights_for"):
             assert choice in str(caught.value)

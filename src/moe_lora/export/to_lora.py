@@ -97,7 +97,7 @@ def export_lora(
 
     Raises:
         TypeError: for a dtype that is not floating point.
-        ValueError: when `weights` is `None` and the router chooses them for every input; for
+        ValueError: when `weights` is `None` and the router computes them from the input; for
             weights, a rank or a format that cannot be honored; for NaN or inf in what would be
             written; for layers that a consumer of the format would silently drop; or when a folder
             holds other files.
