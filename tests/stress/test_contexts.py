@@ -83,6 +83,7 @@ def compiled() -> Iterator[Toy]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["routed", "uniform"])
 def test_tasks_that_interleave_around_a_compiled_model_see_their_own(compiled, mode):
     toy, x = compiled, latents(0)
@@ -109,6 +110,7 @@ def test_tasks_that_interleave_around_a_compiled_model_see_their_own(compiled, m
     assert_close(toy.called(x), toy.expected(x, nothing))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["routed", "uniform"])
 def test_a_compiled_call_handed_to_a_thread_with_its_context_uses_its_weights(compiled, mode):
     toy, x, w = compiled, latents(0), rows(1)

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import moe_lora
 from moe_lora import MoELoraConfig
 
+pytestmark = pytest.mark.slow
+
 UNIFORM = torch.full((3,), 1 / 3)
 MOE = "default"
 TARGETS = {

@@ -107,7 +107,7 @@ def test_adding_to_the_base_equals_the_sum_with_all_its_gradients(base, shape, k
     expected = F.linear(x, weight, bias) + mixture(x, lora_A, lora_B, aligned, 0.5)
     torch.testing.assert_close(run(*inputs), expected, rtol=1e-10, atol=1e-10)
     assert torch.autograd.gradcheck(run, inputs)
-    assert torch.autograd.gradgradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("base", ["output", "layer"])
