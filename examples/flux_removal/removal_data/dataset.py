@@ -50,7 +50,7 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
         self.size = (size, size) if isinstance(size, int) else size
         if self.size is not None and any(side < 16 or side % 16 for side in self.size):
             raise ValueError(f"Expected `size` to be made of multiples of 16, but got {size}.")
-        self.parts = ("src", "mask", "result")
+        self.parts: tuple[str, ...] = ("src", "mask", "result")
         if (self.folder / "ref").is_dir():
             self.parts += ("ref",)
         self.files = {part: self._list(part) for part in self.parts}
