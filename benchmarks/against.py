@@ -56,7 +56,7 @@ class Checkout:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"Expected an answer, but {self.process.args} ended.")
+            raise RuntimeError(f"Expected an answer, but {self.process.args!r} ended.")
         return json.loads(line)
 
     def tell(self, name: str | None) -> None:
@@ -113,7 +113,9 @@ def serve(folder: Path, script: str, arguments: list[str], repeat: float) -> Non
         return (clock() - start) / count
 
     measuring.interleaved = interleaved
-    measuring.peak_bytes = measuring.saved_bytes = lambda *args: 1  # not compared, and slow
+    # Not compared, and slow.
+    measuring.peak_bytes = lambda *args: 1
+    measuring.saved_bytes = lambda *args: 1
     sys.argv = [script, *arguments]
     with contextlib.redirect_stdout(io.StringIO()):
         runpy.run_path(str(benchmarks / script), run_name="__main__")

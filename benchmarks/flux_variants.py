@@ -104,19 +104,19 @@ def make_inputs(size: Size, device: str, dtype: torch.dtype) -> dict[str, Tensor
     return {name: value.to(device, dtype) for name, value in inputs.items()}
 
 
-def sharing(base: nn.Module) -> nn.Module:
+def sharing(base: FluxTransformer2DModel) -> FluxTransformer2DModel:
     """Copy the modules of a model, but not its weights."""
     return copy.deepcopy(base, {id(tensor): tensor for tensor in tensors_of(base)})
 
 
-def peft_lora(base: nn.Module, rank: int) -> nn.Module:
+def peft_lora(base: FluxTransformer2DModel, rank: int) -> FluxTransformer2DModel:
     model = sharing(base)
     config = LoraConfig(r=EXPERTS * rank, lora_alpha=EXPERTS * rank, target_modules=TARGETS)
     get_peft_model(model, config, autocast_adapter_dtype=False)
     return model
 
 
-def peft_adapters(base: nn.Module, rank: int) -> nn.Module:
+def peft_adapters(base: FluxTransformer2DModel, rank: int) -> FluxTransformer2DModel:
     model = sharing(base)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
     names = [f"expert_{index}" for index in range(EXPERTS)]
@@ -131,7 +131,7 @@ def peft_adapters(base: nn.Module, rank: int) -> nn.Module:
     return model
 
 
-def mixture(base: nn.Module, rank: int, **routing: Any) -> nn.Module:
+def mixture(base: FluxTransformer2DModel, rank: int, /, **routing: Any) -> FluxTransformer2DModel:
     model = sharing(base)
     config = MoELoraConfig(
         r=rank, lora_alpha=rank, num_experts=EXPERTS, target_modules=TARGETS, **routing
@@ -140,7 +140,7 @@ def mixture(base: nn.Module, rank: int, **routing: Any) -> nn.Module:
     return model
 
 
-def merged(base: nn.Module, rank: int) -> nn.Module:
+def merged(base: FluxTransformer2DModel, rank: int) -> FluxTransformer2DModel:
     model = mixture(copy.deepcopy(base), rank)
     moe_lora.merge(model, weights=[0.5, 0.3, 0.2])
     return model
@@ -148,7 +148,7 @@ def merged(base: nn.Module, rank: int) -> nn.Module:
 
 REFERENCE, BARE = "PEFT LoRA", "bare"
 ROUTED = {"router": "three_expert_removal"}
-VARIANTS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
+VARIANTS: dict[str, Callable[[FluxTransformer2DModel, int], FluxTransformer2DModel]] = {
     BARE: lambda base, rank: base,
     REFERENCE: peft_lora,
     "3 PEFT adapters": peft_adapters,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ from measuring import (
     saved_bytes,
     tensors_of,
 )
-from peft import ArrowConfig, LoraConfig, XLoraConfig, get_peft_model
+from peft import ArrowConfig, LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from peft.tuners.xlora.layer import XLoraLinearLayer
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class Case:
 
     def model(
         self, config: LoraConfig | MoELoraConfig, adapters: tuple[str, ...] = ()
-    ) -> nn.Module:
+    ) -> PeftModel:
         # All share the base's weight, whose place in memory would else make differences.
         own = nn.Linear(self.args.width, self.args.width, **self.place)
         own.weight, own.bias = self.base.weight, self.base.bias
@@ -76,7 +77,7 @@ class Case:
         self.models.append(model)
         return model
 
-    def lora(self, rank: int, count: int = 1) -> nn.Module:
+    def lora(self, rank: int, count: int = 1) -> PeftModel:
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
         return self.model(config, tuple(f"other_{i}" for i in range(1, count)))
 
@@ -106,12 +107,14 @@ class Case:
         model = self.model(
             MoELoraConfig(r=self.args.rank // count, num_experts=count, target_modules=["0"])
         )
+        if weights is None:
+            return model
 
         def forward(x: Tensor) -> Tensor:
             with moe_lora.route(model, weights, top_k=top_k):
                 return model(x)
 
-        return model if weights is None else forward
+        return forward
 
     def variants(self) -> dict[str, Forward]:
         args, rank = self.args, self.args.rank
@@ -165,7 +168,7 @@ def main() -> None:
             "seconds": times.seconds(name),
             "to bare": times.ratio(name, "bare layer"),
             "to PEFT LoRA": times.ratio(name, "PEFT LoRA"),
-            "saved MiB": saved_bytes(lambda name=name: forwards[name](case.x), own) / MIB,
+            "saved MiB": saved_bytes(partial(forwards[name], case.x), own) / MIB,
             "peak MiB": peak_bytes(steps[name], args.device) / MIB,
         }
         for name in steps

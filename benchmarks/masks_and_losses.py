@@ -135,7 +135,7 @@ class SignalStep(LossStep):
 
 def losses(vae: AutoencoderKL) -> dict[str, RemovalLoss]:
     decoder = LatentDecoder(vae, dtype=None)
-    off = dict.fromkeys(PIXEL_LOSSES)
+    off: dict[str, Any] = dict.fromkeys(PIXEL_LOSSES)
     found = {BASE: RemovalLoss(**off)}
     for name in PIXEL_LOSSES:
         found[f"base and {name}"] = RemovalLoss(**{**off, name: 0.3}, decoder=decoder)

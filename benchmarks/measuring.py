@@ -112,7 +112,7 @@ def peak_bytes(step: Step, device: str = "cpu") -> int:
     changes = [
         (event.start_ns(), event.nbytes())
         for event in profile.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+        if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU
     ]
     used = peak = 0
     for _, change in sorted(changes, key=lambda entry: entry[0]):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from flux_variants import (
     BARE,
     EXPERTS,
@@ -46,7 +47,7 @@ from torch import Tensor, nn
 MODES = ["plain", "checkpointing", "compiled", "compiled checkpointing"]
 
 
-def prepare(model: nn.Module, mode: str) -> nn.Module:
+def prepare(model: FluxTransformer2DModel, mode: str) -> FluxTransformer2DModel:
     if "checkpointing" in mode:
         model.enable_gradient_checkpointing()
     if "compiled" in mode:
@@ -65,7 +66,7 @@ def ratio(times: Times, name: str, reference: str) -> str:
 
 
 def training_rows(
-    base: nn.Module, inputs: dict[str, Tensor], mode: str, args: argparse.Namespace
+    base: FluxTransformer2DModel, inputs: dict[str, Tensor], mode: str, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     steps = {
         name: Training(prepare(VARIANTS[name](base, args.rank), mode), inputs)
@@ -93,7 +94,7 @@ def training_rows(
 
 
 def denoising_rows(
-    base: nn.Module, inputs: dict[str, Tensor], mode: str, args: argparse.Namespace
+    base: FluxTransformer2DModel, inputs: dict[str, Tensor], mode: str, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     models = {name: VARIANTS[name](base, args.rank).eval() for name in args.variants}
     if BARE in models and "compiled" in mode:

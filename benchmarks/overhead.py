@@ -60,7 +60,7 @@ class MeanRouter(moe_lora.Router):
         return means
 
 
-def adapted(name: str, args: argparse.Namespace) -> nn.Module:
+def adapted(name: str, args: argparse.Namespace) -> Tower:
     model, targets = Tower(args.layers, args.width, args.block), r".*blocks\.\d+\.\d+"
     if name == REFERENCE:
         rank = EXPERTS * args.rank
@@ -73,7 +73,7 @@ def adapted(name: str, args: argparse.Namespace) -> nn.Module:
     return model
 
 
-def step(model: nn.Module, x: Tensor, weights: Tensor | None, kind: str) -> Step:
+def step(model: Tower, x: Tensor, weights: Tensor | None, kind: str) -> Step:
     def run() -> None:
         model.checkpointed = kind == "checkpointed"
         with (

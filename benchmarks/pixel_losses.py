@@ -72,7 +72,8 @@ class PixelStep:
 
     def windows(self) -> list[Window]:
         margin = 0 if self.margin is None else self.margin
-        return latent_windows(self.mask, self.latents.shape[2:], margin)
+        height, width = self.latents.shape[2:]
+        return latent_windows(self.mask, (height, width), margin)
 
     def picture(self, latents: Tensor) -> Tensor:
         if self.margin is None:
@@ -83,7 +84,8 @@ class PixelStep:
         terms = (boundary_loss, consistency_loss, detail_loss)
         weights = (0.3, 0.5, 0.2)
         pairs = zip(weights, terms, strict=True)
-        return sum(weight * term(picture, self.image, self.mask) for weight, term in pairs)
+        found = [weight * term(picture, self.image, self.mask) for weight, term in pairs]
+        return torch.stack(found).sum()
 
     def forward(self) -> Tensor:
         return self.loss(self.picture(self.latents.clone().requires_grad_()))
@@ -104,6 +106,7 @@ class PixelStep:
                 window.times(picture.shape[2] // latents.shape[2]).of(counted[index]).fill_(1)
             picture = torch.where(counted > 0, picture, picture.detach())
         self.loss(picture).backward()
+        assert latents.grad is not None
         return picture.detach(), latents.grad
 
 
@@ -147,10 +150,10 @@ def nearness(args: argparse.Namespace) -> dict[int, dict[str, float]]:
         expected, here = (
             step.gradient(windows) for step, windows in ((whole, [window]), (part, None))
         )
-        gradients = (window.of(gradient).flatten() for _, gradient in (expected, here))
+        reference, own = (window.of(gradient).flatten() for _, gradient in (expected, here))
         found[margin] = {
             "off by": (expected[0] - here[0]).abs().max().item(),
-            "cosine": F.cosine_similarity(*gradients, dim=0).item(),
+            "cosine": F.cosine_similarity(reference, own, dim=0).item(),
         }
     return found
 

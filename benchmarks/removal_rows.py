@@ -129,7 +129,7 @@ def read_base(config: Path, changes: list[str], steps: int | None) -> dict[str, 
 
 def options_of(row: Row, losses: bool, seed: int, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of one run, as a YAML file of `train.py` holds them."""
-    entries = dict(base) | row.flags | {"seed": seed}
+    entries = {**base, **row.flags, "seed": seed}
     for name in SPECIALIZED:
         entries[f"enable_{name}_loss"] = losses
         if not losses:

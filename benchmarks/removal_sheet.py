@@ -41,13 +41,13 @@ def draw_sheet(data: Path, predictions: Mapping[str, Path], path: Path) -> None:
         path: of the PNG file.
     """
     stems = chosen_scenes(data)
-    rows = {
+    rows: dict[str, list[Image.Image]] = {
         "source": [Image.open(data / "src" / f"{stem}.png") for stem in stems],
         "mask": [
             masked(data / "src" / f"{stem}.png", data / "mask" / f"{stem}.png") for stem in stems
         ],
     }
-    for title, folder in (predictions | {"target": data / "result"}).items():
+    for title, folder in {**predictions, "target": data / "result"}.items():
         files = [folder / f"{stem}.png" for stem in stems]
         if all(file.is_file() for file in files):
             rows[title] = [Image.open(file) for file in files]

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scenes import MASK_KINDS, Array, Scene, random_scene
+from photographs import Array
+from scenes import MASK_KINDS, Scene, random_scene
 
 SEEDS = {"train": 11, "test": 12}
 STAMP = "complete.json"

@@ -5,7 +5,10 @@ Colors are `(S, S, 3)` and mattes `(S, S)`, float32 in [0, 1].
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage
 
 from photographs import Array, Rng, coin_boxes, jitter_colors, load_photograph, random_crop, resize
@@ -20,7 +23,7 @@ def grid(size: int, center: tuple[float, float]) -> tuple[Array, Array]:
     return ys - center[0], xs - center[1]
 
 
-def _step(distance: Array, softness: float = 1.0) -> Array:
+def _step(distance: NDArray[np.floating[Any]], softness: float = 1.0) -> Array:
     """Return an antialiased inside: 1 where `distance` (pixels) is negative, 0 where positive."""
     return (0.5 - distance / softness).clip(0, 1).astype(np.float32)
 

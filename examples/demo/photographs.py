@@ -79,7 +79,7 @@ def load_photograph(name: str) -> Array:
         side = photograph.width
         photograph = photograph.crop((side // 6, side // 6, side - side // 6, side - side // 6))
         photograph = photograph.resize((512, 512), Image.Resampling.LANCZOS)
-    array = np.asarray(photograph, dtype=np.float32) / 255
+    array = np.asarray(photograph, dtype=np.float32) / np.float32(255)
     array.setflags(write=False)
     return array
 
@@ -97,7 +97,7 @@ def resize(image: Array, height: int, width: int) -> Array:
     """Resize `(H, W, 3)` with antialiasing to `(height, width, 3)`, clipped to [0, 1]."""
     resized = Image.fromarray((image * 255 + 0.5).astype(np.uint8))
     resized = resized.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(resized, dtype=np.float32) / 255
+    return np.asarray(resized, dtype=np.float32) / np.float32(255)
 
 
 def random_crop(

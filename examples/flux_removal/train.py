@@ -56,6 +56,8 @@ from training_run.parts import (
 from training_run.plan import describe, plan_run
 from training_run.schedule import build_schedule
 
+__all__ = ["main", "parse_options", "train"]
+
 
 def training_step(
     batch: dict[str, Tensor], parts: Parts, loss: RemovalLoss, step: int = 0
@@ -147,6 +149,7 @@ def fit(run: Run) -> Path:
         while progress.step < reporter.total_steps:
             adapted = model if options.mixed else None
             mode = schedule.apply(adapted, run.loss, progress.step).mode
+            assert mode is not None  # every phase of `build_schedule` has one
             batch = optimizer_step(run)
             if batch is None:
                 continue
@@ -154,7 +157,7 @@ def fit(run: Run) -> Path:
             last = progress.step == reporter.total_steps
             if last or progress.step % options.logging_steps == 0:
                 curves = mask_curves(batch) if options.enable_mask_info else {}
-                curves["lr"] = run.scheduler.get_last_lr()[0]
+                curves["lr"] = float(run.scheduler.get_last_lr()[0])
                 bar.set_postfix_str(reporter.entry(progress.step, model, mode, curves, batch))
             stopping = interruption.agreed(accelerator)
             if last or stopping or progress.step % options.checkpointing_steps == 0:

@@ -124,9 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     transformer, optimizer, loader = accelerator.prepare(transformer, optimizer, loader)
 
     transformer.train()
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    endless = itertools.chain.from_iterable(itertools.repeat(loader))
     count = args.max_train_steps * args.gradient_accumulation_steps
-    batches = itertools.islice(batches, count)
+    batches = itertools.islice(endless, count)
     progress = tqdm(batches, total=count, disable=not accelerator.is_main_process)
     for batch in progress:
         with accelerator.accumulate(transformer), accelerator.autocast():

@@ -30,6 +30,7 @@ class MaskConvolutionRouter(Router):
 
     def logits(self, inputs: RouterInputs) -> Tensor:
         """Return `(B, T, E)`."""
+        assert inputs.mask_info is not None  # needs_mask
         rows, columns = inputs.require_grid_size()
         covered = masks.to_tokens(inputs.mask_info.mask, (rows, columns))
         found = self.net(covered.unflatten(1, (1, rows, columns)).to(self.net[0].weight))

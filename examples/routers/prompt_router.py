@@ -28,7 +28,8 @@ class PromptRouter(Router):
     @classmethod
     def default_kwargs(cls, model: nn.Module, given: Collection[str] = ()) -> dict[str, Any]:
         """Read `text_dim` off the model."""
-        return {} if "text_dim" in given else {"text_dim": model.config.pooled_projection_dim}
+        config: Any = model.config
+        return {} if "text_dim" in given else {"text_dim": config.pooled_projection_dim}
 
     def logits(self, inputs: RouterInputs) -> Tensor:
         """Return `(B, E)`."""

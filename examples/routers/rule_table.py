@@ -34,5 +34,6 @@ class RuleTableRouter(Router):
     def logits(self, inputs: RouterInputs) -> Tensor:
         """Return log(weights), `(B, E)`; an expert of weight 0 is never used."""
         mask, tables = inputs.mask_info, inputs.hidden_states.new_tensor(self.tables)
+        assert mask is not None  # needs_mask
         row = torch.bucketize(mask.area_ratio, mask.area_ratio.new_tensor(self.areas), right=True)
         return tables.log()[(mask.edge_complexity >= RAGGED_FROM).long(), row]

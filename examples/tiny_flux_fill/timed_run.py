@@ -60,7 +60,7 @@ class TimedRun:
             cosine = 0.5 + 0.5 * math.cos(math.pi * self.progress)
             group["lr"] = self.lr * min(1.0, (self.steps + 1) / self.warmup) * max(cosine, 1e-3)
         results = list(self._threads.map(self._gradients, losses))
-        parameters = list(self.model.parameters())
+        parameters: list[Tensor] = list(self.model.parameters())
         for p, *parts in zip(parameters, *(gradients for _, gradients in results), strict=True):
             p.grad = torch.stack(parts).mean(0)
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import FluxFillPipeline
-from torch import Tensor, nn
+from diffusers import AutoencoderKL, FluxFillPipeline
+from torch import Tensor
 
 from flux_fill.models import Conditioner, guidance_for
 from flux_fill.surroundings import apply_surroundings
@@ -104,7 +104,7 @@ def run_pipeline(
 
 
 def apply_to_all(
-    vae: nn.Module, found: Results, dataset: RemovalDataset, **surroundings: Any
+    vae: AutoencoderKL, found: Results, dataset: RemovalDataset, **surroundings: Any
 ) -> Results:
     """Put the predictions of a data set into their surroundings, as `remove.py` does.
 

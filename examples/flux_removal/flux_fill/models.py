@@ -70,7 +70,7 @@ def load_pipeline(
     return pipe
 
 
-def named_parts(config: dict[str, Any]) -> list[tuple[str, list[str | None]]]:
+def named_parts(config: dict[str, Any]) -> list[tuple[str, Sequence[str | None]]]:
     """Return the components of a model_index.json: names, and library and class of each."""
     return [(name, value) for name, value in config.items() if isinstance(value, list | tuple)]
 

@@ -6,7 +6,8 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from diffusers import AutoencoderKL
+from torch import Tensor
 
 from image_io.padding import MULTIPLE
 from moe_lora.masks import composite, correct_seam, keep_source
@@ -69,7 +70,7 @@ def check_surroundings(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def apply_surroundings(
-    vae: nn.Module,
+    vae: AutoencoderKL,
     prediction: Tensor,
     source: Tensor,
     mask: Tensor,
@@ -101,7 +102,7 @@ def apply_surroundings(
     return correct_seam(image, prediction, mask, strength=seam)
 
 
-def reconstruct(vae: nn.Module, images: Tensor) -> Tensor:
+def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Encode and decode images `(B, 3, H, W)` in [0, 1] of any size, without noise."""
     height, width = images.shape[2:]
     padding = (0, -width % MULTIPLE, 0, -height % MULTIPLE)

@@ -32,12 +32,25 @@ def build_transform(
         profiles.append(opened)
         modes.append(MODES[space])
     transform = ImageCms.buildTransform(
-        *profiles,
-        *modes,
+        profiles[0],
+        profiles[1],
+        modes[0],
+        modes[1],
         renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
         flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )
     return transform, modes[0], modes[1]
+
+
+def apply_transform(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    """Return an image in the other profile.
+
+    Raises:
+        ImageCms.PyCMSError: for an image of another mode than the transform's.
+    """
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None  # only in place is nothing returned
+    return converted
 
 
 def in_mode_of(image: Image.Image, mode: str) -> Image.Image:
@@ -72,7 +85,7 @@ def to_srgb(
         try:
             transform, mode, _ = build_transform(profile, None)
             stored = in_mode_of(image, mode)
-            return ImageCms.applyTransform(stored, transform), stored
+            return apply_transform(stored, transform), stored
         except (ImageCms.PyCMSError, ValueError, OSError) as error:
             warnings.warn(f"The color profile of {name} is ignored: {error}.", stacklevel=2)
     if image.mode == "LAB":
@@ -87,4 +100,4 @@ def from_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     Raises:
         ImageCms.PyCMSError, ValueError: when the profile cannot be used for that.
     """
-    return ImageCms.applyTransform(image, build_transform(None, profile)[0])
+    return apply_transform(image, build_transform(None, profile)[0])

@@ -129,7 +129,7 @@ def from_colors(image: Image.Image, *, lossy: bool) -> Array:
             f"it has colors ({count}), where black (keep) and white (remove) are expected. For a "
             "map of labels, save it with a palette or as gray values, and pass --mask_label"
         )
-    return values.any(2).astype(np.uint8)
+    return np.asarray(values.any(2), dtype=np.uint8)
 
 
 def from_palette(image: Image.Image) -> Array:

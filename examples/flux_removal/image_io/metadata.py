@@ -37,7 +37,9 @@ def read_exif(path: Path) -> bytes | None:
             return None  # a TIFF file that Pillow does not know
         with opened:
             exif = opened.getexif()
-            blocks = {block: exif.get_ifd(block) for block in (IFD.Exif, IFD.GPSInfo)}
+            blocks: dict[int, dict[int, Any]] = {
+                block: exif.get_ifd(block) for block in (IFD.Exif, IFD.GPSInfo)
+            }
             told = {t: v for t, v in exif.items() if t not in (*blocks, *OFFSETS)}
             if opened.format == "TIFF":
                 told = {tag: value for tag, value in told.items() if tag in DESCRIPTIVE}

@@ -116,6 +116,7 @@ class Reporter:
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.window, self.collapsed = LossWindow(), False
         self.figures: RoutingFigures | None = None
+        assert options.logging_dir is not None  # TrainOptions fills it in
         self.folder = Path(options.logging_dir)
         self.logger = logging.getLogger(RUN_NAME)
         self.logger.setLevel(logging.INFO)

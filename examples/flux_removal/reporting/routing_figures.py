@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,21 @@ LATEST = 1000
 """Samples that are drawn: the router changes, and its early choices would blur the late ones."""
 
 
+@dataclass(frozen=True)
+class TokenSample:
+    """Hold one sample that was routed token by token.
+
+    Attributes:
+        weights: `(rows, columns, E)`, routing weights.
+        image: `(3, H, W)`, in [0, 1].
+        mask: `(1, H, W)`, in [0, 1]; 1 = remove.
+    """
+
+    weights: Tensor
+    image: Tensor
+    mask: Tensor
+
+
 class RoutingFigures:
     """Draw in TensorBoard how samples were routed.
 
@@ -37,7 +53,7 @@ class RoutingFigures:
     def __init__(self, writer: SummaryWriter, expert_names: tuple[str, ...]) -> None:
         self.writer, self.expert_names = writer, expert_names
         self.entries, self.noted = 0, defaultdict[str, list[Tensor]](list)
-        self.tokens: dict[str, Tensor] = {}
+        self.sample: TokenSample | None = None
 
     @property
     def due(self) -> bool:
@@ -63,11 +79,9 @@ class RoutingFigures:
         self.noted["edge"].append(info.edge_complexity.cpu())
         rows, columns = (side // PIXELS_PER_TOKEN for side in batch["mask"].shape[-2:])
         if weights.ndim == 3 and weights.shape[1] == rows * columns:
-            self.tokens = {
-                "weights": weights[0].view(rows, columns, -1),
-                "image": batch["src"][0],
-                "mask": batch["mask"][0],
-            }
+            self.sample = TokenSample(
+                weights[0].view(rows, columns, -1), batch["src"][0], batch["mask"][0]
+            )
 
     def draw(self, step: int) -> None:
         """Draw what was noted of the latest samples."""
@@ -81,8 +95,10 @@ class RoutingFigures:
             figures["edge_complexity"] = plots.weights_by_edge_complexity(
                 found["edge"], found["weights"], names
             )
-        if self.tokens:
-            figures["tokens"] = plots.token_weights(expert_names=names, **self.tokens)
+        if self.sample is not None:
+            figures["tokens"] = plots.token_weights(
+                self.sample.weights, names, image=self.sample.image, mask=self.sample.mask
+            )
         for name, figure in figures.items():
             self.writer.add_figure(f"routing/{name}", figure, step)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from moe_lora.schedules import Annealing, Phase, Schedule
 from options.train_options import TrainOptions
 from training_run.losses import enabled_losses
@@ -9,9 +11,12 @@ from training_run.losses import enabled_losses
 
 def build_schedule(options: TrainOptions) -> Schedule:
     """Return what changes in the course of the run: phases, warm-up and temperature."""
-    enabled, mode = enabled_losses(options), "routed" if options.routed else "uniform"
+    enabled = enabled_losses(options)
+    mode: Literal["routed", "uniform"] = "routed" if options.routed else "uniform"
     warmup = options.specialized_warmup_steps
-    temperature = options.routing_temperature if options.final_temperature else None
+    temperature: float | Annealing | None = None
+    if options.final_temperature is not None:
+        temperature = options.routing_temperature
     phases = []
     if options.uniform_steps:
         foundation = {"base": enabled["base"]}
@@ -27,7 +32,8 @@ def build_schedule(options: TrainOptions) -> Schedule:
         )
         phases.append(part)
         warmup = 0
-    if options.final_temperature:
+    if options.final_temperature is not None:
+        assert options.temperature_steps is not None  # `check_course` wants both
         temperature = Annealing(
             options.routing_temperature,
             options.final_temperature,

@@ -95,6 +95,11 @@ def test_a_frozen_part_is_saved_as_it_was(
     assert any(still in name for name in moved)
 
 
+def test_a_final_temperature_of_zero_is_not_ignored() -> None:
+    with pytest.raises(ValueError, match="Expected `end` to be finite and > 0, but got 0"):
+        schedule(*LOSSES, "--final_temperature", "0", "--temperature_steps", "2")
+
+
 def test_the_temperature_is_logged_and_saved_as_it_moves(
     arguments: Callable[..., list[str]], all_losses: dict[str, Any], tmp_path: Path
 ) -> None:
