@@ -38,6 +38,7 @@ class ModelOptions:
     flux_redux_id: str | None = option(
         None, "Folder or hub id of a Flux Redux pipeline, which encodes batch['ref'] as the prompt."
     )
+    redux_scale: float = option(1.0, "Multiplies the embeddings of Redux.")
     prompt: str | None = option(
         None, "Text for the pipeline's text encoders ('' by default); zeros where it has none."
     )
@@ -179,6 +180,10 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
         check_course(self)
         self.check_pixels()
         self.check_reading()
+        if self.flux_redux_id is None:
+            for name, off in (("redux_scale", 1.0), ("redux_image", "ref")):
+                if getattr(self, name) != off:
+                    raise ValueError(f"Expected --flux_redux_id together with `{name}`.")
         for name in ("logging_steps", "checkpointing_steps", "batch_size", "num_train_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected `{name}` to be >= 1, but got {getattr(self, name)}.")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from options.parsing import parse_options
 from safetensors.torch import load_file
 from torch import Tensor
 
 import train
+from options.parsing import parse_options
 from training_run import checkpoints
 
 Arguments = Callable[..., list[str]]
