@@ -1,5 +1,8 @@
 """Write removal triplets made of real photographs as image files.
 
+python make_data.py --output_dir data                                    bundled photographs
+python make_data.py --output_dir data --photographs DIR --objects DIR    your own
+
 The layout is OUT/{train,test}/{src,mask,result,ref}/NNNN.png, beside a metadata.jsonl for each
 split. Train and test use different photographs. The same seeds give the same files.
 """
@@ -17,6 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mask_shapes import OWN_MASK_KINDS
+from own_scenes import OwnScenes
 from photographs import Array
 from scenes import MASK_KINDS, Scene, random_scene
 
@@ -44,24 +49,40 @@ def describe(scene: Scene, stem: str) -> dict[str, str | float]:
     }
 
 
-def write_scene(folder: Path, split: str, size: int, index: int) -> str:
+def write_scene(
+    folder: Path, split: str, size: int, kinds: Sequence[str], own: OwnScenes | None, index: int
+) -> str:
     """Write the files of one scene, which depends on nothing but its index; return its metadata."""
     rng = np.random.default_rng((SEEDS[split], index))
-    scene = random_scene(rng, split, size, mask_kind=MASK_KINDS[index % len(MASK_KINDS)])
+    kind = kinds[index % len(kinds)]
+    scene = (
+        own.draw(rng, split, size, kind) if own else random_scene(rng, split, size, mask_kind=kind)
+    )
     stem = f"{index:04d}"
     for name in FOLDERS:
         save_image(folder / name / f"{stem}.png", getattr(scene, name))
     return json.dumps(describe(scene, stem))
 
 
-def write_split(folder: Path, split: str, count: int, size: int, *, before: int) -> None:
+def write_split(
+    folder: Path,
+    split: str,
+    count: int,
+    size: int,
+    *,
+    before: int,
+    kinds: Sequence[str] = MASK_KINDS,
+    own: OwnScenes | None = None,
+) -> None:
     """Write `count` scenes of a split, which had `before`; the mask kinds take turns."""
     for name in FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(count, before):
             (folder / name / f"{index:04d}.png").unlink(missing_ok=True)
     with ThreadPoolExecutor() as threads:
-        lines = list(threads.map(partial(write_scene, folder, split, size), range(count)))
+        lines = list(
+            threads.map(partial(write_scene, folder, split, size, kinds, own), range(count))
+        )
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -89,14 +110,37 @@ def read_stamp(output: Path) -> dict[str, Any] | None:
 
 
 def make_data(
-    output: Path, *, train_count: int = 480, test_count: int = 48, size: int = 128
+    output: Path,
+    *,
+    train_count: int = 480,
+    test_count: int = 48,
+    size: int = 128,
+    own: OwnScenes | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> None:
     """Write both splits, unless the folder already holds exactly them.
+
+    Args:
+        output: receives `train` and `test`.
+        train_count: scenes for training.
+        test_count: scenes for testing.
+        size: side of the images in pixels.
+        own: photographs and objects to compose; the bundled ones by default.
+        kinds: of masks; those of `OWN_MASK_KINDS` with `own`, those of `MASK_KINDS` without.
 
     Raises:
         FileExistsError: when the folder holds anything that was not written here.
     """
-    wanted = {"train": train_count, "test": test_count, "size": size, "seeds": SEEDS}
+    wanted: dict[str, Any] = {"train": train_count, "test": test_count, "size": size}
+    wanted["seeds"] = SEEDS
+    if own is not None:
+        wanted["files"] = own.stamp()
+    if kinds is not None:
+        wanted["masks"] = list(kinds)
+    settings: dict[str, Any] = {
+        "own": own,
+        "kinds": kinds or (OWN_MASK_KINDS if own else MASK_KINDS),
+    }
     found = read_stamp(output) or {"train": 0, "test": 0}
     if found == wanted:
         return
@@ -104,8 +148,8 @@ def make_data(
     # Until all is written, the stamp tells whose folder it is, and all files that may be there.
     most = {split: max(wanted[split], found[split]) for split in ("train", "test")}
     (output / STAMP).write_text(json.dumps(wanted | most | {"complete": False}))
-    write_split(output / "train", "train", train_count, size, before=found["train"])
-    write_split(output / "test", "test", test_count, size, before=found["test"])
+    write_split(output / "train", "train", train_count, size, before=found["train"], **settings)
+    write_split(output / "test", "test", test_count, size, before=found["test"], **settings)
     (output / STAMP).write_text(json.dumps(wanted))
 
 
@@ -116,14 +160,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train_count", type=int, default=480)
     parser.add_argument("--test_count", type=int, default=48)
     parser.add_argument("--size", type=int, default=128, help="side in pixels, a multiple of 16")
+    parser.add_argument("--photographs", type=Path, help="a folder of your own, without objects")
+    parser.add_argument(
+        "--objects", type=Path, help="a folder of cut-outs with transparency, to put into them"
+    )
+    parser.add_argument(
+        "--mask_kinds",
+        nargs="+",
+        choices=sorted({*OWN_MASK_KINDS, *MASK_KINDS}),
+        help=f"{', '.join(OWN_MASK_KINDS)} by default; these take turns",
+    )
     args = parser.parse_args(arguments)
+    if (args.photographs is None) != (args.objects is None):
+        parser.error("--photographs and --objects need each other")
+    if args.mask_kinds and args.photographs is None:
+        parser.error("--mask_kinds needs --photographs and --objects")
     if args.size < 32 or args.size % 16:
         parser.error(f"Expected --size to be a multiple of 16 from 32 up, but got {args.size}.")
+    own = OwnScenes(args.photographs, args.objects) if args.photographs else None
     make_data(
         args.output_dir,
         train_count=args.train_count,
         test_count=args.test_count,
         size=args.size,
+        own=own,
+        kinds=args.mask_kinds,
     )
 
 

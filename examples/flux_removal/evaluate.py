@@ -41,7 +41,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def run_models(args: argparse.Namespace, dataset: RemovalDataset) -> dict[str, Results]:
     """Run the base model, the checkpoint, or both with the same noise, in the stock pipeline."""
     pipe = load_pipeline(args.flux_fill_id, dtype=DTYPES[args.dtype], device=args.device)
-    conditioner = Conditioner(pipe, prompt=args.prompt, redux_id=args.flux_redux_id)
+    conditioner = Conditioner(
+        pipe, prompt=args.prompt, redux_id=args.flux_redux_id, redux_scale=args.redux_scale
+    )
     settings = {
         "steps": args.steps,
         "seed": args.seed,
@@ -93,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rows", type=int, default=8, help="samples on the contact sheet")
     add("--flux_fill_id", default=str(BUNDLED_MODEL), help="the base model")
     add("--flux_redux_id", help="as in training")
+    add("--redux_scale", type=float, default=1.0, help="as in training")
     add("--prompt", help="as in training")
     add("--guidance_scale", type=float, help="30 where the model reads one")
     add("--steps", type=int, default=20, help="denoising steps")
@@ -111,6 +114,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.checkpoint is None and (args.base_model or args.ablate_experts):
         parser.error("--base_model and --ablate_experts need --checkpoint")
+    if args.flux_redux_id is None and (args.redux_scale != 1 or args.redux_image != "ref"):
+        parser.error("--redux_scale and --redux_image need --flux_redux_id")
     for name in ("steps", "batch_size", "rows"):
         if getattr(args, name) < 1:
             parser.error(f"expected --{name} to be >= 1, but got {getattr(args, name)}")
@@ -126,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run as a program."""
     args = parse(arguments)
     output: Path = args.output_dir
-    dataset = RemovalDataset(args.data_dir, reading=args.reading)
-    found = run_models(args, dataset)
+    samples = RemovalDataset(args.data_dir, reading=args.reading)
+    found, dataset = run_models(args, samples), samples.singles()
     means = {name: measure(results.images, dataset) for name, results in found.items()}
     names = ("steps", "seed", "outside", "seam", "feather")
     entries: dict[str, Any] = {name: getattr(args, name) for name in names} | {"psnr": means}
@@ -142,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.ablate_experts:
         given = ["--train_data_dir", str(args.data_dir), "--flux_fill_id", args.flux_fill_id]
         options = parse_options([*args.ablate_experts, *given])
-        rises = measure_specialization(options, args.checkpoint, dataset, steps=args.steps)
+        rises = measure_specialization(options, args.checkpoint, samples, steps=args.steps)
         entries["specialization"] = rises.as_dict()
         print(f"\n{rises}")
     (output / "metrics.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")

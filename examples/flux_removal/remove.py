@@ -34,6 +34,7 @@ from image_io.padding import MULTIPLE, pad_to_multiple
 from image_io.reading import LoadedImage, read_image
 from image_io.writing import check_output, default_suffix, write_image
 from options.train_options import BUNDLED_MODEL
+from removal_data.references import REFERENCES
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -48,6 +49,8 @@ def remove_object(
     seed: int = 0,
     guidance_scale: float | None = None,
     ref: Image.Image | None = None,
+    redux_image: str = "masked_source",
+    diptych: bool = False,
 ) -> Image.Image:
     """Return the image with what the mask covers, and its shadow, removed.
 
@@ -62,12 +65,21 @@ def remove_object(
         steps: of denoising.
         seed: of the noise.
         guidance_scale: for models with guidance embeddings; 30 when `None`.
-        ref: the reference for Redux; the image itself when `None`.
+        ref: the reference; `None` for one made of the image without the object.
+        redux_image: the one that is made, see `removal_data.references`.
+        diptych: lay `ref`, scaled to the image's size, left of the image during inference.
     """
     guidance = guidance_for(pipe.transformer, guidance_scale, 1)
     padded, padded_mask = pad_to_multiple(image, mask)
-    pixels = torch.from_numpy(np.array(ref or image)).permute(2, 0, 1)[None] / 255
-    prompt_embeds, pooled_embeds = conditioner(pixels)
+    if ref is None:
+        reference = REFERENCES[redux_image](*(to_tensor(part) for part in (image, mask)))
+    else:
+        reference = to_tensor(ref)
+    prompt_embeds, pooled_embeds = conditioner(reference[None])
+    left = 0
+    if diptych and ref is not None:
+        padded, padded_mask = lay_beside(ref, padded, padded_mask)
+        left = padded.width // 2
     result: Image.Image = pipe(
         image=padded,
         mask_image=padded_mask,
@@ -79,7 +91,24 @@ def remove_object(
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(seed),
     ).images[0]
-    return result.crop((0, 0, image.width, image.height))
+    return result.crop((left, 0, left + image.width, image.height))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """Turn an image into `(C, H, W)`, in [0, 1]."""
+    return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1) / 255
+
+
+def lay_beside(
+    ref: Image.Image, image: Image.Image, mask: Image.Image
+) -> tuple[Image.Image, Image.Image]:
+    """Return image and mask with the reference left of them, in which nothing is removed."""
+    size = (2 * image.width, image.height)
+    both, wide = Image.new("RGB", size), Image.new("L", size)
+    both.paste(ref.resize(image.size, Image.Resampling.LANCZOS))
+    both.paste(image, (image.width, 0))
+    wide.paste(mask, (image.width, 0))
+    return both, wide
 
 
 def surround(
@@ -134,7 +163,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--flux_fill_id", default=str(BUNDLED_MODEL), help="the base model")
     parser.add_argument("--flux_redux_id", help="as in training")
-    parser.add_argument("--ref", type=Path, help="reference for Redux; the image by default")
+    parser.add_argument("--redux_scale", type=float, default=1.0, help="as in training")
+    parser.add_argument("--ref", type=Path, help="the reference for Redux and --diptych")
+    parser.add_argument(
+        "--redux_image",
+        choices=REFERENCES,
+        default="masked_source",
+        help="what Redux encodes without --ref; the object is in neither",
+    )
+    parser.add_argument(
+        "--diptych", action="store_true", help="lay --ref beside the image, as in training"
+    )
     parser.add_argument("--prompt", help="as in training")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -152,8 +191,14 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ReadingO
     """Read the command line; what cannot be honored ends the program with a message."""
     parser = build_parser()
     args = parser.parse_args(arguments)
-    if args.ref is not None and args.flux_redux_id is None:
-        parser.error("--ref needs --flux_redux_id, which is what reads it")
+    if args.diptych and args.ref is None:
+        parser.error("--diptych needs --ref")
+    if args.ref is not None and args.flux_redux_id is None and not args.diptych:
+        parser.error("--ref needs --flux_redux_id or --diptych, which read it")
+    if args.redux_image != "masked_source" and (args.ref or not args.flux_redux_id):
+        parser.error("--redux_image needs --flux_redux_id, and no --ref")
+    if args.redux_scale != 1 and args.flux_redux_id is None:
+        parser.error("--redux_scale needs --flux_redux_id")
     if args.steps < 1:
         parser.error(f"expected --steps to be >= 1, but got {args.steps}")
     for name in ("mask_label", "resize_mask", "threshold_mask"):
@@ -207,7 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ref = read_image(args.ref, options.background or "white").rgb if args.ref else None
     pipe = load_pipeline(args.flux_fill_id, dtype=DTYPES[args.dtype], device=args.device)
     load_checkpoint(pipe, args.checkpoint)
-    conditioner = Conditioner(pipe, prompt=args.prompt, redux_id=args.flux_redux_id)
+    conditioner = Conditioner(
+        pipe, prompt=args.prompt, redux_id=args.flux_redux_id, redux_scale=args.redux_scale
+    )
     if image.width % MULTIPLE or image.height % MULTIPLE:
         print(
             f"Padding {image.width}x{image.height} to multiples of {MULTIPLE}, cropped afterwards."
@@ -221,6 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=args.seed,
         guidance_scale=args.guidance_scale,
         ref=ref,
+        redux_image=args.redux_image,
+        diptych=args.diptych,
     )
     result = surround(
         pipe, result, image, mask, outside=args.outside, seam=args.seam, feather=args.feather

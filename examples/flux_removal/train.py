@@ -118,7 +118,7 @@ def optimizer_step(run: Run) -> dict[str, Tensor] | None:
     seed = seed_at(options.seed, progress.position, accelerator.process_index)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    batch = augment_masks(batch, options.mask_augmentation, generator)
+    batch = augment_masks(batch, options.mask_augmentation, generator, diptych=options.diptych)
     with accelerator.accumulate(model):
         total, output, sigma = training_step(batch, parts, run.loss, progress.step)
         accelerator.backward(total)
@@ -186,7 +186,11 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     dtype = DTYPES[options.mixed_precision]
     pipe = load_pipeline(options.flux_fill_id, dtype=dtype, device=accelerator.device)
     conditioner = Conditioner(
-        pipe, prompt=options.prompt, redux_id=options.flux_redux_id, captions=dataset.captions
+        pipe,
+        prompt=options.prompt,
+        redux_id=options.flux_redux_id,
+        redux_scale=options.redux_scale,
+        captions=dataset.captions,
     )
     model, encoder = build_model(pipe, options), LatentEncoder(pipe)
     loss = build_loss(options, pipe.vae)

@@ -96,6 +96,8 @@ def run_pipeline(
             guidance_scale=guidance_scale,
             callback_on_step_end=note,
         )
+        if dataset.reading.diptych:
+            filled = filled.tensor_split(2, dim=-1)[1]
         images |= dict(zip(indices, filled.float().cpu(), strict=True))
         if seen:
             mean = torch.stack(seen).mean(0).cpu()

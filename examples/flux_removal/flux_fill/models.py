@@ -174,6 +174,7 @@ class Conditioner:
         pipe: the Fill pipeline.
         prompt: a text; "" where there are text encoders and none is given.
         redux_id: a folder or hub id; the reference images then are the prompt.
+        redux_scale: multiplies the embeddings of Redux.
         captions: further texts, which samples have instead of the prompt; the embeddings of all are
             kept on the CPU.
 
@@ -187,6 +188,7 @@ class Conditioner:
         *,
         prompt: str | None = None,
         redux_id: str | None = None,
+        redux_scale: float = 1.0,
         captions: Sequence[str] = (),
     ) -> None:
         if prompt is not None and (redux_id is not None or pipe.text_encoder is None):
@@ -195,6 +197,7 @@ class Conditioner:
         transformer = pipe.transformer
         self.device, self.dtype = transformer.device, transformer.dtype
         self.texts: list[Tensor] = []
+        self.redux_scale = float(redux_scale)
         self.redux = None if redux_id is None else load_redux(redux_id, self.dtype, self.device)
         if pipe.text_encoder is not None and redux_id is None:
             pipe.text_encoder.to(self.device)
@@ -225,7 +228,8 @@ class Conditioner:
         if self.redux is None:
             return self.texts if self.by_sample else []
         parts = (self.redux.image_encoder, self.redux.image_embedder)
-        return [value for part in parts for value in part.state_dict().values()]
+        values = [value for part in parts for value in part.state_dict().values()]
+        return [torch.tensor(self.redux_scale), *values]
 
     def of_batch(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the embeddings that a batch already has, or make them."""
@@ -250,6 +254,11 @@ class Conditioner:
             embeds, pooled = self.embeds.expand(batch, -1, -1), self.pooled.expand(batch, -1)
         else:
             # Redux sums the embeddings of the images of one call, hence a call for each.
-            found = [self.redux(image, return_dict=False) for image in to_pil_images(ref)]
+            scales = {
+                "prompt_embeds_scale": self.redux_scale,
+                "pooled_prompt_embeds_scale": self.redux_scale,
+            }
+            images = to_pil_images(ref)
+            found = [self.redux(image, **scales, return_dict=False) for image in images]
             embeds, pooled = (torch.cat(parts) for parts in zip(*found, strict=True))
         return embeds.to(self.dtype), pooled.to(self.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from PIL import ImageColor
 
@@ -49,11 +49,14 @@ def add_reading_flags(
     parser: argparse.ArgumentParser, options: type[ReadingOptions] = ReadingOptions
 ) -> None:
     """Add a flag for each of the options."""
-    types = {"str": str, "int": int, "float": float}
+    hints = get_type_hints(options)
     for field in fields(options):
-        kind: dict[str, Any] = {"action": "store_true"}
-        if field.type != "bool":
-            kind = {"default": field.default, "type": types[str(field.type).partition(" ")[0]]}
+        hint, default = hints[field.name], field.default
+        kind: dict[str, Any] = {"default": default, "type": (get_args(hint) or (hint,))[0]}
+        if hint is bool:
+            kind = {"action": "store_true"}
+        elif get_origin(hint) is Literal:
+            kind = {"default": default, "choices": get_args(hint)}
         parser.add_argument(f"--{field.name}", help=field.metadata["help"], **kind)
 
 

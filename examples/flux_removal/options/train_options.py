@@ -40,6 +40,7 @@ class ModelOptions:
         None,
         "Folder or Hub id of a FLUX Redux pipeline, which encodes the reference images as prompts.",
     )
+    redux_scale: float = option(1.0, "Multiplies the embeddings of Redux.")
     prompt: str | None = option(
         None,
         "Prompt for the text encoders, '' by default; zeros for pipelines without text encoders.",
@@ -208,6 +209,10 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
         if self.plan and not self.mixed:
             raise ValueError("Expected a mixture with `plan`, but the run trains none.")
         self.check_reading()
+        if self.flux_redux_id is None:
+            for name, off in (("redux_scale", 1.0), ("redux_image", "ref")):
+                if getattr(self, name) != off:
+                    raise ValueError(f"Expected --flux_redux_id together with `{name}`.")
         for name in ("logging_steps", "checkpointing_steps", "batch_size", "num_train_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected `{name}` to be >= 1, but got {getattr(self, name)}.")

@@ -19,7 +19,8 @@ from removal_data.dataset import RemovalDataset, source_size
 
 def image_sizes(dataset: RemovalDataset) -> list[tuple[int, int]]:
     """Return the width and height of every item: its bucket, or that of its source."""
-    return dataset.buckets or [source_size(sample) for sample in dataset.samples]
+    sizes = dataset.buckets or [source_size(sample) for sample in dataset.samples]
+    return [(2 * width, height) for width, height in sizes] if dataset.reading.diptych else sizes
 
 
 class BucketBatches(Sampler[list[int]]):
@@ -195,7 +196,11 @@ def seed_at(seed: int, position: int, process: int = 0) -> int:
 
 
 def augment_masks(
-    batch: dict[str, Tensor], share: float, generator: torch.Generator
+    batch: dict[str, Tensor],
+    share: float,
+    generator: torch.Generator,
+    *,
+    diptych: bool = False,
 ) -> dict[str, Tensor]:
     """Draw a share of a batch's masks anew.
 
@@ -205,11 +210,15 @@ def augment_masks(
         batch: with `mask` `(B, 1, H, W)` in [0, 1].
         share: in [0, 1].
         generator: of the draw, on the CPU.
+        diptych: whether the left half is a reference, in which no mask may be.
     """
     if not share:
         return batch
     probabilities = dict.fromkeys(AUGMENTATIONS, share / len(AUGMENTATIONS))
-    return batch | {"mask": masks.augment(batch["mask"], generator, probabilities=probabilities)}
+    width = batch["mask"].shape[-1]
+    left, right = batch["mask"].tensor_split([width // 2 if diptych else 0], dim=-1)
+    drawn = masks.augment(right, generator, probabilities=probabilities)
+    return batch | {"mask": torch.cat([left, drawn], dim=-1)}
 
 
 def batch_stream(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from removal_data.buckets import assign_buckets
 from removal_data.cropping import crop_window, mask_box, scale_image, scale_mask
 from removal_data.layouts import find_samples
 from removal_data.options import DataOptions
+from removal_data.references import REFERENCES
 from removal_data.samples import Sample, raise_first
 
 
@@ -26,7 +29,7 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
     """Read removal triplets from a folder, a manifest or a Hugging Face data set.
 
     Files are of any kind that `image_io` reads; images are turned upright and converted to sRGB.
-    Without a `ref` the source stands in for the reference. All images of a sample have the same
+    Without a `ref` the masked source is the reference. All images of a sample have the same
     size, and its sides are multiples of 16; with `reading.resolution`, the size of a bucket.
 
     Args:
@@ -44,7 +47,7 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
 
     An item is a dict of float tensors in [0, 1]: `src`, `result`, `ref` `(3, H, W)` and
     `mask` `(1, H, W)`, 0 and 1 only, 1 = remove. Where samples have captions, `caption` is the
-    index in `captions`, -1 for none.
+    index in `captions`, -1 for none. With `reading.diptych`, all but `ref` are `(..., H, 2 W)`.
     """
 
     def __init__(
@@ -89,7 +92,12 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
             images, mask = self._fit(images, mask, self.buckets[index])
         item = {part: to_tensor(image) for part, image in images.items()}
         item["mask"] = torch.from_numpy(mask).float()[None]
-        item.setdefault("ref", item["src"].clone())
+        ref, how = item.get("ref"), self.reading.redux_image
+        if ref is None or how != "ref":
+            how = "masked_source" if how == "ref" else how
+            item["ref"] = REFERENCES[how](item["src"], item["mask"])
+        if self.reading.diptych:
+            item |= self._diptych(sample, item, ref)
         if self.captions:
             item["caption"] = torch.tensor(self.caption_indices[sample.caption])
         return item
@@ -127,6 +135,21 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
                 f"{sample.files['src']} is {height}x{width} (height x width). Pass --resolution "
                 "to scale and crop."
             )
+
+    def _diptych(
+        self, sample: Sample, item: dict[str, Tensor], ref: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Lay the reference left of source and target, with nothing to remove in it."""
+        if ref is None:
+            raise ValueError(f"Expected a `ref` of sample {sample.name!r} with --diptych.")
+        left = {"src": ref, "result": ref, "mask": torch.zeros_like(item["mask"])}
+        return {part: torch.cat([image, item[part]], dim=-1) for part, image in left.items()}
+
+    def singles(self) -> RemovalDataset:
+        """Return the same samples without references beside them."""
+        copied = copy.copy(self)
+        copied.reading = dataclasses.replace(self.reading, diptych=False)
+        return copied
 
     def _fit(
         self, images: dict[str, Image.Image], mask: NDArray[np.bool_], bucket: tuple[int, int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from image_io.options import ReadingOptions
 from options.routing_options import option
@@ -22,6 +23,15 @@ class DataOptions(ReadingOptions):
         None,
         "Crop around the mask before scaling: its box and so many times its sides around it; "
         "without it as much of the image as fits.",
+    )
+
+    diptych: bool = option(
+        False, "Lay ref and src side by side, h x 2w, of which the right half is filled."
+    )
+    redux_image: Literal["ref", "masked_source", "cutout"] = option(
+        "ref",
+        "What Redux encodes: ref, or the masked source without it; the source with its mask gray; "
+        "or its largest part beside the mask.",
     )
 
     def check_reading(self) -> None:

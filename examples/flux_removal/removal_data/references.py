@@ -1,4 +1,4 @@
-"""References for Redux that do not show the object: the masked source, or a cut-out."""
+"""References for Redux without the object: the masked source, or a part beside the mask."""
 
 from __future__ import annotations
 

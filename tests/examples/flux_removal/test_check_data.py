@@ -181,6 +181,16 @@ def test_warnings(sound: Path, fault: Callable[[Path], None], part: str, told: s
     assert run(sound, "--headers_only") == 0
 
 
+def test_a_reference_with_the_object_is_a_warning(sound: Path) -> None:
+    (sound / "ref").mkdir()
+    for index in range(3):
+        part = "src" if index == 1 else "result"
+        Image.open(sound / part / f"{index}.png").save(sound / "ref" / f"{index}.png")
+    (finding,) = report_of(sound).findings
+    assert (finding.sample, finding.part) == ("1", "ref")
+    assert "shows the object" in finding.text
+
+
 def test_shadows_are_no_finding(sound: Path) -> None:
     def darken(image: np.ndarray) -> np.ndarray:
         image[120:150, 60:200] //= 2

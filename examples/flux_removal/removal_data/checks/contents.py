@@ -48,6 +48,7 @@ class Content:
         src: `(H, W, 3)`, in [0, 1].
         result: `(H, W, 3)`, in [0, 1].
         mask: `(H, W)`, bool.
+        ref: `(H, W, 3)`; None where the sample has none of the source's size.
         area: share of the mask, before the reduction.
         scale: pixels of the file per pixel of the reduced image.
     """
@@ -55,6 +56,7 @@ class Content:
     src: Array
     result: Array
     mask: NDArray[np.bool_]
+    ref: Array | None
     area: float
     scale: float
 
@@ -91,7 +93,9 @@ def read_content(
     if findings:
         return None, findings
     scale = max(1.0, max(size) / side)
-    return Content(found["src"], found["result"], found["mask"] > 0, area, scale), []
+    ref = found.get("ref")
+    ref = None if ref is None or ref.shape != found["src"].shape else ref
+    return Content(found["src"], found["result"], found["mask"] > 0, ref, area, scale), []
 
 
 def check_mask(content: Content, change: Array) -> str | None:
@@ -169,6 +173,11 @@ def check_content(sample: Sample, content: Content) -> list[Finding]:
         return warn("mask", "mask", text)
     if float(change[content.mask].mean()) < SAME:
         return warn("result", "pair", "The target equals the source inside the mask.")
+    if content.ref is not None:
+        shown = float(np.abs(content.src - content.ref)[content.mask].mean())
+        if shown < SAME:
+            text = "The reference shows the object: it equals the source inside the mask."
+            return warn("ref", "pair", text)
     if text := check_alignment(content, change) or check_effect(content):
         return warn("result", "pair", text)
     return []

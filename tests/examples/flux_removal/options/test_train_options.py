@@ -146,6 +146,8 @@ def test_specialized_losses_need_mask_info(name: str) -> None:
         (["--window_margin", "0"], "detail loss with `window_margin`"),
         (["--specialized_every", "2"], "detail loss with `specialized_every`"),
         (["--mask_augmentation", "1.5"], r"`mask_augmentation` to be in \[0, 1\], but got 1.5"),
+        (["--redux_scale", "0.5"], "--flux_redux_id together with `redux_scale`"),
+        (["--redux_image", "cutout"], "--flux_redux_id together with `redux_image`"),
         (["--cache_dir", "cache"], "--cache_latents together with `cache_dir`"),
         (["--mask_augmentation", "0.5", "--cache_latents"], "no `cache_latents`"),
     ],

@@ -93,13 +93,17 @@ def test_gray_color_and_transparent_files_are_converted(folder: Path) -> None:
     torch.testing.assert_close(item["mask"], torch.ones(1, *SIZE))
 
 
-def test_source_stands_in_for_an_absent_ref_folder(folder: Path) -> None:
+def test_the_masked_source_stands_in_for_an_absent_ref_folder(folder: Path) -> None:
     for path in (folder / "ref").iterdir():
         path.unlink()
     (folder / "ref").rmdir()
+    mask = np.zeros(SIZE, dtype=np.uint8)
+    mask[4:9, 20:30] = 255
+    Image.fromarray(mask).save(folder / "mask" / "a.png")
     item = RemovalDataset(folder)[0]
-    torch.testing.assert_close(item["ref"], item["src"])
-    assert item["ref"].data_ptr() != item["src"].data_ptr()
+    inside = item["mask"][0] > 0
+    assert (item["ref"][:, inside] == 0.5).all()
+    assert torch.equal(item["ref"][:, ~inside], item["src"][:, ~inside])
 
 
 @pytest.mark.parametrize("part", ["src", "mask", "result", "ref"])
