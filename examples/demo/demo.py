@@ -160,8 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clock = Clock()
 
     clock.begin("data", f"writing triplets of real photographs to {output / 'data'}")
-    counts = {"train_count": 24, "test_count": 6} if args.quick else {}
-    make_data(output / "data", **counts)
+    if args.quick:
+        make_data(output / "data", train_count=24, test_count=6)
+    else:
+        make_data(output / "data")
 
     flags = [str(args.config), "--train_data_dir", str(output / "data" / "train")]
     flags += ["--output_dir", str(output / "training"), "--logging_dir", str(output / "logs")]

@@ -177,8 +177,18 @@ def compose_own(
         shadowed = shadowed * (1 - strength[..., None]) + mirrored * strength[..., None]
     src = alpha[..., None] * rgb + (1 - alpha[..., None]) * shadowed
     mask = cover_as(rng, alpha, mask_kind)
-    images = [image.astype(np.float32) for image in (src, mask, background, ref, shadowed)]
-    return Scene(*images, shadow, alpha, mask_kind, "", "")
+    return Scene(
+        src=src.astype(np.float32),
+        mask=mask.astype(np.float32),
+        result=background.astype(np.float32),
+        ref=ref.astype(np.float32),
+        shadowed=shadowed.astype(np.float32),
+        shadow=shadow,
+        alpha=alpha,
+        mask_kind=mask_kind,
+        object_kind="",
+        photograph="",
+    )
 
 
 class OwnScenes:

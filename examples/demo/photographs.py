@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib.resources
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 Rng = np.random.Generator
 
 # The split is by photograph: no part of a test photograph is ever seen in training.

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from flux_fill.models import Conditioner, guidance_for, load_pipeline
 from moe_lora import RemovalLoss, flow
@@ -200,7 +201,7 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     data = order_of_data(options, accelerator, len(dataset))
     progress, note = read_progress(resumed, data) if resumed else (Progress(data=data), None)
     batches.start = progress.position
-    source = dataset
+    source: Dataset[dict[str, Tensor]] = dataset
     if options.cache_latents:
         folder = Path(options.cache_dir or output_dir / "cache")
         source = fill_cache(CachedDataset(dataset, encoder, conditioner, folder), accelerator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from removal_data.options import DataOptions
 
@@ -56,10 +57,7 @@ def assign_buckets(sizes: Sequence[Size], options: DataOptions, *, batch_size: i
     """
     assert options.resolution is not None  # without it there are no buckets
     known = bucket_sizes(options.resolution, options.bucket_step)
-    nearest = {
-        size: min(known, key=lambda bucket, size=size: distance(size, bucket))
-        for size in set(sizes)
-    }
+    nearest = {size: min(known, key=partial(distance, size)) for size in set(sizes)}
     found = [nearest[size] for size in sizes]
     settled: set[Size] = set()
     while True:
@@ -73,6 +71,6 @@ def assign_buckets(sizes: Sequence[Size], options: DataOptions, *, batch_size: i
         settled.add(bucket)
         others = sorted(other for other in members if other != bucket)
         for index in members[bucket] if others else []:
-            similar = min(others, key=lambda other, index=index: distance(sizes[index], other))
+            similar = min(others, key=partial(distance, sizes[index]))
             if distance(sizes[index], similar) <= math.log(MOST_CROPPED):
                 found[index] = similar

@@ -33,7 +33,9 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """Return a hash of the values of tensors."""
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return found.hexdigest()
 
 
@@ -97,7 +99,7 @@ class LatentCache:
     def __getitem__(self, key: str) -> dict[str, Tensor]:
         path = self.shards[key]
         if self.opened.get(path) is None:
-            self.opened[path] = safe_open(path, "pt").__enter__()
+            self.opened[path] = safe_open(path, "pt").__enter__()  # type: ignore[no-untyped-call]
         return {part: self.opened[path].get_tensor(f"{key}/{part}") for part in self.names[key]}
 
     def add(self, key: str, entry: dict[str, Tensor]) -> None:

@@ -26,7 +26,8 @@ def check_row(row: Any, place: str) -> dict[str, Any]:
             f"Expected {place} to have src, mask and result, and of {', '.join(('ref', *FURTHER))} "
             f"any, but got {sorted(row)}."
         )
-    for key, kind in ({**dict.fromkeys(PARTS, str), **FURTHER}).items():
+    kinds: dict[str, Any] = {**dict.fromkeys(PARTS, str), **FURTHER}
+    for key, kind in kinds.items():
         if key in row and (not isinstance(row[key], kind) or isinstance(row[key], bool)):
             raise ValueError(f"Expected `{key}` of another type in {place}, but got {row[key]!r}.")
     if row.get("repeats", 1) < 1 or not 0 < row.get("weight", 1) < float("inf"):

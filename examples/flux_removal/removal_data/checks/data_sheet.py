@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from image_io.options import ReadingOptions
-from removal_data.checks.contents import Array, read_content
+from removal_data.checks.alignment import Array
+from removal_data.checks.contents import read_content
 from removal_data.checks.report import Report
 from reporting.contact_sheet import contact_sheet, show_mask
 
