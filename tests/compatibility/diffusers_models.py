@@ -89,7 +89,7 @@ def delete_adapters(stage: Stage) -> None:
         stage.check(model, {name: 1.0 for name in ALL if name != gone})
         assert not any(f".{gone}." in name for name in model.state_dict())
         if gone == "mix":
-            assert not any(layer.places for layer in layers(model))
+            assert not any(layer.layer_index for layer in layers(model))
         load_again = config_of(gone)
         model.add_adapter(load_again, adapter_name=gone)
         stage.put(model, gone)

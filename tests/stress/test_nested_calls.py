@@ -198,7 +198,7 @@ def test_contexts_around_replicas_raise_in_their_threads():
         moe_lora.router_inputs(toy.model, timestep_range=(0.0, 1.0)),
     )
     for context in contexts:
-        with context, pytest.raises(RuntimeError, match="outside of DataParallel"):
+        with context, pytest.raises(RuntimeError, match="around DataParallel"):
             in_threads(*(lambda r=r: r(x) for r in replicas(toy.model, 2)))
     assert_close(
         in_threads(*(lambda r=r: r(x) for r in replicas(toy.model, 1)))[0], toy.expected(x)
