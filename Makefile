@@ -10,14 +10,14 @@ demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
 
 # One process a core, each with one thread. Each gets a run of whole files, so that tests share
-# set-ups, and takes over from the others at the end. PYTEST_ARGS are further flags of pytest.
+# set-ups, and takes over from the others at the end. PYTEST_ARGS are further flags of pytest,
+# QUICK_ARGS those of the quick tests alone.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-test: $(READY)
-	$(PYTEST) $(PYTEST_ARGS)
+test: test-quick test-slow
 
 test-quick: $(READY)
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS) $(QUICK_ARGS)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow $(PYTEST_ARGS)

@@ -221,7 +221,8 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     elif options.resume_from_checkpoint:
         reporter.say(f"No checkpoint in {output_dir} yet: starting at step 0.")
     if options.mixed:
-        reporter.say(f"Plan of the run:\n{describe(plan_run(options, 0, 0, steps=False))}")
+        for line in describe(plan_run(options, 0, 0, steps=False)).splitlines():
+            reporter.say(f"Plan: {line}")
     for text in notes:
         reporter.say(text)
     if dataset.captions and not conditioner.texts:
