@@ -29,6 +29,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
+import check_data
 import evaluate
 import moe_lora
 import remove
@@ -225,6 +226,8 @@ def test_commands_are_understood(
         assert isinstance(options.train_data_dir, str)
     elif script == "remove.py":
         remove.build_parser().parse_args(arguments)
+    elif script == "check_data.py":
+        check_data.parse(arguments)
     elif script == "evaluate.py":
         evaluate.parse(arguments)
     else:
