@@ -182,7 +182,7 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     output_dir.mkdir(parents=True, exist_ok=True)
     resumed = find_checkpoint(output_dir, options.resume_from_checkpoint)
 
-    dataset = open_checked(options, accelerator)
+    dataset = None if options.streamed else open_checked(options, accelerator)
 
     dtype = DTYPES[options.mixed_precision]
     pipe = load_pipeline(options.flux_fill_id, dtype=dtype, device=accelerator.device)
@@ -191,23 +191,26 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
         prompt=options.prompt,
         redux_id=options.flux_redux_id,
         redux_scale=options.redux_scale,
-        captions=dataset.captions,
+        captions=dataset.captions if dataset else (),
     )
     model, encoder = build_model(pipe, options), LatentEncoder(pipe)
     loss = build_loss(options, pipe.vae)
     notes = load_model(model, resumed) if resumed else []
 
     batches = build_batches(dataset, options, accelerator)
-    data = order_of_data(options, accelerator, len(dataset))
+    data = order_of_data(options, accelerator, len(dataset or batches.shards))
     progress, note = read_progress(resumed, data) if resumed else (Progress(data=data), None)
     batches.start = progress.position
     source: Dataset[dict[str, Tensor]] = dataset
     if options.cache_latents:
         folder = Path(options.cache_dir or output_dir / "cache")
         source = fill_cache(CachedDataset(dataset, encoder, conditioner, folder), accelerator)
-    stream = batch_stream(source, batches, workers=options.dataloader_num_workers)
-    steps_per_epoch = math.ceil(batches.batches_per_epoch / options.gradient_accumulation_steps)
-    total_steps = options.max_train_steps or options.num_train_epochs * steps_per_epoch
+    stream = batch_stream(source or batches, batches, workers=options.dataloader_num_workers)
+    if options.streamed:
+        steps_per_epoch = total_steps = options.max_train_steps
+    else:
+        steps_per_epoch = math.ceil(batches.batches_per_epoch / options.gradient_accumulation_steps)
+        total_steps = options.max_train_steps or options.num_train_epochs * steps_per_epoch
 
     optimizer, scheduler = build_optimizer(model, options, progress.step, total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -225,7 +228,7 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
             reporter.say(f"Plan: {line}")
     for text in notes:
         reporter.say(text)
-    if dataset.captions and not conditioner.texts:
+    if dataset and dataset.captions and not conditioner.texts:
         reader = "Redux is the prompt" if options.flux_redux_id else "the model reads no texts"
         reporter.say(f"The captions of the data are not used: {reader}.", logging.WARNING)
     if note:

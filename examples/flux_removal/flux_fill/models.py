@@ -224,9 +224,10 @@ class Conditioner:
         return self.redux is not None or (len(self.texts) > 0 and len(self.texts[0]) > 1)
 
     def weights(self) -> list[Tensor]:
-        """Return the tensors that decide the embeddings of a sample."""
+        """Return tensors that change with whatever changes the embeddings of a sample."""
         if self.redux is None:
-            return self.texts if self.by_sample else []
+            # The embeddings of the prompt say which encoders there are; captions are told apart.
+            return [self.embeds, self.pooled] if self.by_sample else []
         parts = (self.redux.image_encoder, self.redux.image_embedder)
         values = [value for part in parts for value in part.state_dict().values()]
         return [torch.tensor(self.redux_scale), *values]

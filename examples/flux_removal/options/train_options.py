@@ -145,7 +145,7 @@ class RunOptions(DataOptions):
     """Say on what, how long and how fast to train, and what to leave behind."""
 
     train_data_dir: str = field(
-        metadata={"help": "A folder with triplets, a manifest, or datasets:NAME."}
+        metadata={"help": "A folder with triplets, a manifest, datasets:NAME, or shards:PATH."}
     )
     check_data: Literal["all", "headers"] = option(
         "all", "Check headers and pixels of all files before the model is loaded; or headers only."
@@ -209,6 +209,11 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
         if self.plan and not self.mixed:
             raise ValueError("Expected a mixture with `plan`, but the run trains none.")
         self.check_reading()
+        if self.streamed and (self.max_train_steps is None or self.cache_latents):
+            raise ValueError(
+                "Expected `max_train_steps`, and no `cache_latents`, with data in shards, whose "
+                "number of samples is not known."
+            )
         if self.flux_redux_id is None:
             for name, off in (("redux_scale", 1.0), ("redux_image", "ref")):
                 if getattr(self, name) != off:
@@ -221,6 +226,11 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
                 "Expected `lr_scheduler` constant_with_warmup with `lr_warmup_steps` "
                 f"{self.lr_warmup_steps}, but got constant, which has no warm-up."
             )
+
+    @property
+    def streamed(self) -> bool:
+        """Tell whether the data are shards that are read one after another."""
+        return self.train_data_dir.startswith("shards:")
 
     @property
     def specialized(self) -> bool:

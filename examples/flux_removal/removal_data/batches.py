@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from diffusers import FluxFillPipeline
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from moe_lora import flow, masks
 from moe_lora.masks.augmentation import AUGMENTATIONS
@@ -222,9 +222,17 @@ def augment_masks(
 
 
 def batch_stream(
-    dataset: Dataset[dict[str, Tensor]], batches: BucketBatches, *, workers: int = 0
+    dataset: Dataset[dict[str, Tensor]],
+    batches: BucketBatches | IterableDataset[dict[str, Tensor]],
+    *,
+    workers: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
     """Return the batches of a data set, without end and without use of the global generator."""
+    if isinstance(batches, IterableDataset):
+        whole = DataLoader(
+            batches, batch_size=None, num_workers=workers, generator=torch.Generator()
+        )
+        return iter(whole)
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, generator=torch.Generator()
     )

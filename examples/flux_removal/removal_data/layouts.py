@@ -132,6 +132,10 @@ def find_samples(source: str | Path) -> tuple[list[Sample], list[Finding]]:
     """
     if str(source).startswith(SCHEME):
         return read_hugging_face(str(source).removeprefix(SCHEME)), []
+    if str(source).startswith("shards:"):
+        raise ValueError(
+            f"Expected samples that can be listed, but got {source}: only train.py reads shards."
+        )
     folder = Path(source)
     if folder.is_file():
         return read_manifest(folder)

@@ -21,6 +21,7 @@ from moe_lora import RemovalLoss
 from options.train_options import TrainOptions
 from removal_data.batches import BucketBatches, LatentEncoder, image_sizes
 from removal_data.dataset import RemovalDataset
+from removal_data.shards import ShardBatches
 from reporting.reporter import Reporter
 from training_run.checkpoints import Progress
 
@@ -115,9 +116,20 @@ def build_optimizer(
 
 
 def build_batches(
-    dataset: RemovalDataset, options: TrainOptions, accelerator: Accelerator
-) -> BucketBatches:
-    """Return the batches of this process, from the start."""
+    dataset: RemovalDataset | None, options: TrainOptions, accelerator: Accelerator
+) -> BucketBatches | ShardBatches:
+    """Return the batches of this process, from the start; without a data set those of shards."""
+    if dataset is None:
+        return ShardBatches(
+            options.train_data_dir,
+            options,
+            options.batch_size,
+            seed=options.seed,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            workers=options.dataloader_num_workers,
+            skip_broken=options.skip_broken,
+        )
     return BucketBatches(
         image_sizes(dataset),
         options.batch_size,

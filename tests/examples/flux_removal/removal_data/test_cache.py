@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from torch import nn
 from torch.utils.data import DataLoader
 
 import train
@@ -176,3 +178,37 @@ def test_two_processes_fill_one_cache_and_train(
     assert len({name.partition("/")[0] for name in stored(tmp_path / "cache")}) == 5
     log = (tmp_path / "logs" / "training.log").read_text()
     assert len(re.findall(r"Step \d/2", log)) == 2
+
+
+def test_embeddings_of_captions_are_cached_and_a_new_caption_leaves_the_others(
+    random_flux_fill: Path, triplets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode_prompt(text: str, **given: Any) -> tuple[torch.Tensor, ...]:
+        length = float(len(text))
+        return torch.full((1, 5, 8), length), torch.full((1, 8), -length), torch.zeros(5, 3)
+
+    def fill(captions: list[str]) -> tuple[CachedDataset, int]:
+        rows = [
+            {part: str(triplets / part / f"{index:03d}.png") for part in ("src", "mask", "result")}
+            | {"caption": caption}
+            for index, caption in enumerate(captions)
+        ]
+        (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        pipe = load_pipeline(str(random_flux_fill))
+        pipe.register_modules(text_encoder=nn.Linear(1, 1), text_encoder_2=nn.Linear(1, 1))
+        monkeypatch.setattr(pipe, "encode_prompt", encode_prompt)
+        dataset = RemovalDataset(tmp_path)
+        conditioner = Conditioner(pipe, captions=dataset.captions)
+        data = CachedDataset(dataset, LatentEncoder(pipe), conditioner, tmp_path / "cache")
+        count = data.fill()
+        data.refresh()
+        return data, count
+
+    data, count = fill(["a", "bcd"])
+    assert count == 2
+    assert data[1]["prompt_embeds"].unique().tolist() == [3.0]
+    assert data[0]["pooled_prompt_embeds"].unique().tolist() == [-1.0]
+    data, count = fill(["a", "bcdef", "gh"])
+    assert count == 2
+    found = [data[index]["prompt_embeds"].unique().tolist() for index in range(3)]
+    assert found == [[1.0], [5.0], [2.0]]
