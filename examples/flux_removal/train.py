@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from flux_fill.models import Conditioner, guidance_for, load_pipeline
 from moe_lora import RemovalLoss, flow
@@ -25,13 +24,10 @@ from options.train_options import TrainOptions
 from removal_data.batches import (
     LatentEncoder,
     augment_masks,
-    batch_stream,
     image_sizes,
     seed_at,
     to_device,
 )
-from removal_data.cache import CachedDataset, fill_cache
-from removal_data.checks.before_training import open_checked
 from removal_data.dataset import RemovalDataset
 from reporting.reporter import Reporter, mask_curves
 from training_run.checkpoints import (
@@ -42,6 +38,7 @@ from training_run.checkpoints import (
     read_progress,
     save_checkpoint,
 )
+from training_run.data import open_data
 from training_run.interrupts import Interruption
 from training_run.losses import assign_signals, auxiliary_loss, build_loss, draw_sigma
 from training_run.parts import (
@@ -49,10 +46,8 @@ from training_run.parts import (
     Parts,
     Run,
     build_accelerator,
-    build_batches,
     build_model,
     build_optimizer,
-    order_of_data,
 )
 from training_run.plan import describe, plan_run
 from training_run.schedule import build_schedule
@@ -182,7 +177,7 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     output_dir.mkdir(parents=True, exist_ok=True)
     resumed = find_checkpoint(output_dir, options.resume_from_checkpoint)
 
-    dataset = None if options.streamed else open_checked(options, accelerator)
+    data = open_data(options, accelerator)
 
     dtype = DTYPES[options.mixed_precision]
     pipe = load_pipeline(options.flux_fill_id, dtype=dtype, device=accelerator.device)
@@ -191,32 +186,24 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
         prompt=options.prompt,
         redux_id=options.flux_redux_id,
         redux_scale=options.redux_scale,
-        captions=dataset.captions if dataset else (),
+        captions=data.captions,
     )
     model, encoder = build_model(pipe, options), LatentEncoder(pipe)
     loss = build_loss(options, pipe.vae)
     notes = load_model(model, resumed) if resumed else []
 
-    batches = build_batches(dataset, options, accelerator)
-    data = order_of_data(options, accelerator, len(dataset or batches.shards))
-    progress, note = read_progress(resumed, data) if resumed else (Progress(data=data), None)
-    batches.start = progress.position
-    source: Dataset[dict[str, Tensor]] = dataset
-    if options.cache_latents:
-        folder = Path(options.cache_dir or output_dir / "cache")
-        source = fill_cache(CachedDataset(dataset, encoder, conditioner, folder), accelerator)
-    stream = batch_stream(source or batches, batches, workers=options.dataloader_num_workers)
-    if options.streamed:
-        steps_per_epoch = total_steps = options.max_train_steps
-    else:
-        steps_per_epoch = math.ceil(batches.batches_per_epoch / options.gradient_accumulation_steps)
-        total_steps = options.max_train_steps or options.num_train_epochs * steps_per_epoch
+    start = Progress(data=data.order)
+    progress, note = read_progress(resumed, data.order) if resumed else (start, None)
+    stream = data.stream(progress.position, encoder, conditioner)
 
-    optimizer, scheduler = build_optimizer(model, options, progress.step, total_steps)
+    optimizer, scheduler = build_optimizer(model, options, progress.step, data.total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     set_seed(options.seed, device_specific=True)
     reporter = Reporter(
-        accelerator, options, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+        accelerator,
+        options,
+        total_steps=data.total_steps,
+        steps_per_epoch=data.steps_per_epoch,
     )
     if resumed:
         load_training_state(accelerator, model, optimizer, resumed)
@@ -228,7 +215,7 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
             reporter.say(f"Plan: {line}")
     for text in notes:
         reporter.say(text)
-    if dataset and dataset.captions and not conditioner.texts:
+    if data.captions and not conditioner.texts:
         reader = "Redux is the prompt" if options.flux_redux_id else "the model reads no texts"
         reporter.say(f"The captions of the data are not used: {reader}.", logging.WARNING)
     if note:

@@ -51,7 +51,8 @@ def list_shards(source: str) -> list[fsspec.core.OpenFile]:
 
 def read_shard(shard: fsspec.core.OpenFile) -> Iterator[EncodedSample]:
     """Read the samples of a shard: consecutive files `NAME.PART.SUFFIX`, no other parts."""
-    name, files = None, {}
+    name: tuple[str, str] | None = None
+    files: dict[str, bytes] = {}
     with shard as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
         for member in tar:
             folder, _, base = member.name.rpartition("/")

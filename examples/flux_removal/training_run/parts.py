@@ -1,4 +1,4 @@
-"""The models, the optimizer and the data of a run."""
+"""The models and the optimizer of a run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ import moe_lora
 from flux_fill.models import Conditioner, add_experts, router_parameters
 from moe_lora import RemovalLoss
 from options.train_options import TrainOptions
-from removal_data.batches import BucketBatches, LatentEncoder, image_sizes
-from removal_data.dataset import RemovalDataset
-from removal_data.shards import ShardBatches
+from removal_data.batches import LatentEncoder
 from reporting.reporter import Reporter
 from training_run.checkpoints import Progress
 
@@ -113,39 +111,3 @@ def build_optimizer(
         last_epoch=step - 1,
     )
     return optimizer, scheduler
-
-
-def build_batches(
-    dataset: RemovalDataset | None, options: TrainOptions, accelerator: Accelerator
-) -> BucketBatches | ShardBatches:
-    """Return the batches of this process, from the start; without a data set those of shards."""
-    if dataset is None:
-        return ShardBatches(
-            options.train_data_dir,
-            options,
-            options.batch_size,
-            seed=options.seed,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-            workers=options.dataloader_num_workers,
-            skip_broken=options.skip_broken,
-        )
-    return BucketBatches(
-        image_sizes(dataset),
-        options.batch_size,
-        seed=options.seed,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-        shares=[sample.share for sample in dataset.samples],
-        fill=True,
-    )
-
-
-def order_of_data(options: TrainOptions, accelerator: Accelerator, samples: int) -> dict[str, int]:
-    """Return what decides the order of the data; a run can go on only where it stays the same."""
-    return {
-        "seed": options.seed,
-        "batch_size": options.batch_size,
-        "processes": accelerator.num_processes,
-        "samples": samples,
-    }

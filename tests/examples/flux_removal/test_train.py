@@ -17,6 +17,7 @@ import train
 from moe_lora.losses import ExpertSignals
 from options.parsing import parse_options
 from removal_data.cache import CachedDataset
+from training_run import data
 
 pytestmark = pytest.mark.slow
 
@@ -263,7 +264,7 @@ def test_cached_latents_change_no_result(
 ) -> None:
     built = []
     monkeypatch.setattr(
-        train, "CachedDataset", lambda *given: built.append(given) or CachedDataset(*given)
+        data, "CachedDataset", lambda *given: built.append(given) or CachedDataset(*given)
     )
     plain = adapter(run(arguments(**all_losses, output_dir=tmp_path / "plain")))
     assert not built

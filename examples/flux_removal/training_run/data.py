@@ -1,0 +1,123 @@
+"""The data of a run: a checked data set or streamed shards, and the order of their batches."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flux_fill.models import Conditioner
+from options.train_options import TrainOptions
+from removal_data.batches import BucketBatches, LatentEncoder, batch_stream, image_sizes
+from removal_data.cache import CachedDataset, fill_cache
+from removal_data.checks.before_training import open_checked
+from removal_data.shards import ShardBatches
+
+
+class TrainingData:
+    """Data of a run.
+
+    Attributes:
+        captions: prompts of the samples.
+        order: everything that the order of the data depends on; a run resumes it only unchanged.
+        steps_per_epoch: optimizer steps of one pass over the data.
+        total_steps: optimizer steps of the run.
+    """
+
+    captions: Sequence[str] = ()
+    order: dict[str, int]
+    steps_per_epoch: int
+    total_steps: int
+
+    @abstractmethod
+    def stream(
+        self, position: int, encoder: LatentEncoder, conditioner: Conditioner
+    ) -> Iterator[dict[str, Tensor]]:
+        """Return the batches of this process without end.
+
+        Args:
+            position: number of batches that the run has used.
+            encoder: fills the cache of latents.
+            conditioner: fills the cache of embeddings.
+        """
+
+
+def open_data(options: TrainOptions, accelerator: Accelerator) -> TrainingData:
+    """Check and open the data of a run; called before any model is loaded."""
+    kind = StreamedData if options.streamed else CheckedData
+    return kind(options, accelerator)
+
+
+class CheckedData(TrainingData):
+    """A data set whose samples are known and were checked."""
+
+    def __init__(self, options: TrainOptions, accelerator: Accelerator) -> None:
+        self.options, self.accelerator = options, accelerator
+        self.dataset = open_checked(options, accelerator)
+        self.captions = self.dataset.captions
+        self.batches = BucketBatches(
+            image_sizes(self.dataset),
+            options.batch_size,
+            seed=options.seed,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            shares=[sample.share for sample in self.dataset.samples],
+            fill=True,
+        )
+        self.order = _order(options, accelerator, len(self.dataset))
+        batches = self.batches.batches_per_epoch
+        self.steps_per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
+        epochs = options.num_train_epochs * self.steps_per_epoch
+        self.total_steps = options.max_train_steps or epochs
+
+    def stream(
+        self, position: int, encoder: LatentEncoder, conditioner: Conditioner
+    ) -> Iterator[dict[str, Tensor]]:
+        options = self.options
+        source: Dataset[dict[str, Tensor]] = self.dataset
+        if options.cache_latents:
+            folder = Path(options.cache_dir or Path(options.output_dir) / "cache")
+            cached = CachedDataset(self.dataset, encoder, conditioner, folder)
+            source = fill_cache(cached, self.accelerator)
+        self.batches.start = position
+        return batch_stream(source, self.batches, workers=options.dataloader_num_workers)
+
+
+class StreamedData(TrainingData):
+    """Shards, which have no epochs, captions or cache and are checked sample by sample."""
+
+    def __init__(self, options: TrainOptions, accelerator: Accelerator) -> None:
+        assert options.max_train_steps is not None  # checked with the options
+        self.workers = options.dataloader_num_workers
+        self.batches = ShardBatches(
+            options.train_data_dir,
+            options,
+            options.batch_size,
+            seed=options.seed,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            workers=self.workers,
+            skip_broken=options.skip_broken,
+        )
+        self.order = _order(options, accelerator, len(self.batches.shards))
+        self.steps_per_epoch = self.total_steps = options.max_train_steps
+
+    def stream(
+        self, position: int, encoder: LatentEncoder, conditioner: Conditioner
+    ) -> Iterator[dict[str, Tensor]]:
+        self.batches.start = position
+        return batch_stream(self.batches, self.batches, workers=self.workers)
+
+
+def _order(options: TrainOptions, accelerator: Accelerator, samples: int) -> dict[str, int]:
+    return {
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "processes": accelerator.num_processes,
+        "samples": samples,
+    }
