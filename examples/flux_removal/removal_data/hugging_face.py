@@ -54,7 +54,7 @@ def read_hugging_face(name: str) -> list[Sample]:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"{SCHEME}{name} needs the package datasets: pip install datasets"
+            f'{SCHEME}{name} needs the package datasets: pip install "moe-lora[data]"'
         ) from error
     table = datasets.load_dataset(name, split="train")
     parts = [part for part in PARTS if part in table.column_names]
