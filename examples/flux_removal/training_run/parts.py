@@ -21,7 +21,7 @@ from moe_lora import RemovalLoss
 from options.train_options import TrainOptions
 from removal_data.batches import BucketBatches, LatentEncoder, image_sizes
 from removal_data.dataset import RemovalDataset
-from removal_data.shards import ShardBatches
+from removal_data.sources.shards import ShardBatches
 from reporting.reporter import Reporter
 from training_run.checkpoints import Progress
 

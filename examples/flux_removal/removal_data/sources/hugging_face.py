@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from removal_data.manifests import build_sample, check_row
-from removal_data.samples import PARTS, Sample
+from removal_data.sources.manifests import build_sample, check_row
+from removal_data.sources.samples import PARTS, Sample
 
 SCHEME = "datasets:"
 
