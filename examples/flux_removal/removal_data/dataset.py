@@ -19,10 +19,10 @@ from image_io.mask_reading import read_mask
 from image_io.reading import read_image
 from removal_data.buckets import assign_buckets
 from removal_data.cropping import crop_window, mask_box, scale_image, scale_mask
-from removal_data.layouts import find_samples
 from removal_data.options import DataOptions
 from removal_data.references import REFERENCES
-from removal_data.samples import Sample, raise_first
+from removal_data.sources.layouts import find_samples
+from removal_data.sources.samples import Sample, raise_first
 
 
 class RemovalDataset(Dataset[dict[str, Tensor]]):

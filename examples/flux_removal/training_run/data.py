@@ -16,7 +16,7 @@ from options.train_options import TrainOptions
 from removal_data.batches import BucketBatches, LatentEncoder, batch_stream, image_sizes
 from removal_data.cache import CachedDataset, fill_cache
 from removal_data.checks.before_training import open_checked
-from removal_data.shards import ShardBatches
+from removal_data.sources.shards import ShardBatches
 
 
 class TrainingData:

@@ -16,7 +16,7 @@ from image_io.reading import read_image
 from moe_lora import metrics
 from removal_data.checks.alignment import Array, estimate_shift, overlap
 from removal_data.cropping import crop_window, mask_box, share_outside
-from removal_data.samples import Finding, Kind, Sample
+from removal_data.sources.samples import Finding, Kind, Sample
 
 SIDE = 512
 """Images are compared at this longest side in pixels."""

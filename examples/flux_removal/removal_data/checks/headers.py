@@ -9,7 +9,7 @@ import numpy as np
 
 from image_io.image_files import named, read_size
 from removal_data.options import DataOptions
-from removal_data.samples import Finding, Sample
+from removal_data.sources.samples import Finding, Sample
 
 Size = tuple[int, int]
 

@@ -14,9 +14,9 @@ import numpy as np
 from removal_data.buckets import assign_buckets
 from removal_data.checks.contents import check_content, check_crop, read_content
 from removal_data.checks.headers import Size, check_headers
-from removal_data.layouts import find_samples
 from removal_data.options import DataOptions
-from removal_data.samples import Finding, Sample
+from removal_data.sources.layouts import find_samples
+from removal_data.sources.samples import Finding, Sample
 
 ADVICE = "Run check_data.py for the whole report, or pass --skip_broken to leave these out."
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from removal_data.manifests import build_sample, check_row
-from removal_data.samples import PARTS, Sample
+from removal_data.sources.manifests import build_sample, check_row
+from removal_data.sources.samples import PARTS, Sample
 
 SCHEME = "datasets:"
 
@@ -54,7 +54,7 @@ def read_hugging_face(name: str) -> list[Sample]:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"{SCHEME}{name} needs the package datasets: pip install datasets"
+            f'{SCHEME}{name} needs the package datasets: pip install "moe-lora[data]"'
         ) from error
     table = datasets.load_dataset(name, split="train")
     parts = [part for part in PARTS if part in table.column_names]

@@ -22,7 +22,7 @@ from options.parsing import parse_options
 from removal_data.batches import batch_stream
 from removal_data.dataset import RemovalDataset
 from removal_data.options import DataOptions
-from removal_data.shards import ShardBatches, list_shards, read_shard
+from removal_data.sources.shards import ShardBatches, list_shards, read_shard
 
 SIZES = ((32, 32), (32, 32), (48, 32))
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from removal_data.samples import PARTS, Finding, Sample
+from removal_data.sources.samples import PARTS, Finding, Sample
 
 FURTHER = {"name": str, "caption": str, "repeats": int, "weight": (int, float)}
 

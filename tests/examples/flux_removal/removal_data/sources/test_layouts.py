@@ -18,8 +18,8 @@ import train
 from options.parsing import parse_options
 from removal_data.batches import BucketBatches
 from removal_data.dataset import RemovalDataset
-from removal_data.layouts import find_samples
-from removal_data.samples import raise_first
+from removal_data.sources.layouts import find_samples
+from removal_data.sources.samples import raise_first
 
 COLORS = {"src": (200, 0, 0), "mask": 255, "result": (0, 200, 0), "ref": (0, 0, 200)}
 

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from removal_data.batches import image_sizes
 from removal_data.dataset import RemovalDataset
 from removal_data.options import DataOptions
-from removal_data.samples import PARTS
+from removal_data.sources.samples import PARTS
 
 SCHEME = "shards:"
 

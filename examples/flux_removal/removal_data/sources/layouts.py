@@ -8,9 +8,9 @@ from pathlib import Path
 
 from image_io.image_files import IMAGE_SUFFIXES
 from image_io.mask_reading import MASK_SUFFIXES
-from removal_data.hugging_face import SCHEME, read_hugging_face
-from removal_data.manifests import read_manifest
-from removal_data.samples import PARTS, Finding, Sample
+from removal_data.sources.hugging_face import SCHEME, read_hugging_face
+from removal_data.sources.manifests import read_manifest
+from removal_data.sources.samples import PARTS, Finding, Sample
 
 MANIFEST = "manifest.jsonl"
 
