@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_models import tiny_vae
 from torch import Tensor
 
 import moe_lora
@@ -54,22 +55,6 @@ def measured(device: str, dtype: torch.dtype) -> Found:
     image, mask = (value.to(device, dtype) for value in picture_and_mask())
     found = metrics.measure(image.flip(0), image, mask, image.flip(-1))
     return {name: value.values for name, value in found.items()}
-
-
-def tiny_vae() -> torch.nn.Module:
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        latent_channels=16,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        norm_num_groups=4,
-        layers_per_block=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
 
 
 def losses(device: str, dtype: torch.dtype, **options: int) -> Found:

@@ -19,13 +19,8 @@ import torch
 from diffusers import AutoencoderKL, FluxFillPipeline, FluxTransformer2DModel
 from doc_pages.blocks import PAGES, ROOT, Block, blocks_of, commands_in, name_of
 from doc_pages.shell import Shell
-from doc_pages.stand_ins import (
-    HUB_ID,
-    TEXT_PARTS,
-    save_tiny_pipeline,
-    training_batches,
-    write_images,
-)
+from doc_pages.stand_ins import HUB_ID, training_batches, write_images
+from tiny_models import TEXT_PARTS, tiny_flux_fill
 from torch import Tensor
 
 import moe_lora
@@ -36,7 +31,7 @@ EXAMPLE = Path("examples") / "flux_removal"
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("tiny_flux_fill")
-    save_tiny_pipeline(folder)
+    tiny_flux_fill().save_pretrained(folder)
     return folder
 
 

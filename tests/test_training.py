@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import tiny_vae
 
 import moe_lora
 from moe_lora import MoELoraConfig, RemovalLoss
@@ -15,20 +16,7 @@ OFF = {"base": 0.0, "boundary": 0.0, "consistency": 0.0, "detail": 0.0}
 
 @pytest.fixture(scope="module")
 def vae():
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        latent_channels=16,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        norm_num_groups=4,
-        layers_per_block=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
+    return tiny_vae(mid_block_add_attention=False)
 
 
 @pytest.mark.parametrize("name", ["base", "boundary", "consistency", "detail"])

@@ -5,26 +5,18 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-import diffusers
 import peft
 import torch
 from compatibility.case import ALL, case
 from compatibility.stage import Stage, config_of
+from tiny_models import tiny_flux_fill
 
 import moe_lora
 
 
 def pipeline(stage: Stage, without: str | None = None, *, hotswap: bool = False) -> Any:
     """Return a pipeline whose adapters were loaded in the stage's order, LoRAs by its loader."""
-    pipe = diffusers.FluxFillPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=stage.build(),
-    )
+    pipe = tiny_flux_fill(transformer=stage.build(), vae=None)
     if hotswap:
         pipe.enable_lora_hotswap(target_rank=8)
     added = [name for name in stage.order if name != without]

@@ -16,6 +16,7 @@ from compatibility.situations import SITUATIONS
 from compatibility.stage import ORDERS, Stage
 from compatibility.table import CASES
 from peft.tuners.tuners_utils import BaseTuner
+from tiny_models import flux_inputs, tiny_flux
 
 
 def orders() -> Iterator[Any]:
@@ -26,8 +27,6 @@ def orders() -> Iterator[Any]:
 
 @pytest.fixture(scope="module", params=orders())
 def stage(request) -> Stage:
-    from conftest import flux_inputs, tiny_flux
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Stage(tiny_flux, flux_inputs(), request.param)

@@ -9,56 +9,21 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
     FluxFillPipeline,
     FluxPriorReduxPipeline,
-    FluxTransformer2DModel,
 )
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
+from tiny_models import tiny_flux, tiny_flux_fill, tiny_vae
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 
 def build_random_pipeline(*, guidance_embeds: bool = False) -> FluxFillPipeline:
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=16,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        sample_size=64,
-        scaling_factor=0.5,
-        shift_factor=0.1,
-    )
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=384,
-        out_channels=64,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        guidance_embeds=guidance_embeds,
-        axes_dims_rope=(4, 6, 6),
-    )
-    return FluxFillPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
+    return tiny_flux_fill(
+        vae=tiny_vae(mid_block_add_attention=False, sample_size=64),
+        transformer=tiny_flux(
+            guidance=guidance_embeds, joint_attention_dim=8, pooled_projection_dim=8
+        ),
     )
 
 

@@ -15,13 +15,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     FluxFillPipeline,
-    FluxTransformer2DModel,
     RePaintPipeline,
     RePaintScheduler,
     StableDiffusionInpaintPipeline,
@@ -31,6 +28,7 @@ from diffusers import (
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import tiny_flux_fill, tiny_vae
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -112,40 +110,14 @@ def t5() -> tuple[T5EncoderModel, T5Tokenizer]:
     return T5EncoderModel(config), tokenizer
 
 
-def vae(channels: int, **config: Any) -> AutoencoderKL:
-    return AutoencoderKL(
-        latent_channels=channels,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        **config,
-    )
-
-
 def flux_fill() -> FluxFillPipeline:
     (text_encoder, tokenizer), (text_encoder_2, tokenizer_2) = clip(), t5()
-    transformer = FluxTransformer2DModel(
-        in_channels=384,
-        out_channels=64,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 6, 6),
-        guidance_embeds=True,
-    )
-    return FluxFillPipeline(
-        FlowMatchEulerDiscreteScheduler(),
-        vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1),
-        text_encoder,
-        tokenizer,
-        text_encoder_2,
-        tokenizer_2,
-        transformer,
+    return tiny_flux_fill(
+        vae=tiny_vae(mid_block_add_attention=False),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
     )
 
 
@@ -164,7 +136,7 @@ def inpainting_unet() -> StableDiffusionInpaintPipeline:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
     return StableDiffusionInpaintPipeline(
-        vae(4),
+        tiny_vae(4, mid_block_add_attention=False),
         text_encoder,
         tokenizer,
         unet,

@@ -13,6 +13,7 @@ import torch
 from diffusers import FluxFillPipeline
 from peft import PeftModel, get_peft_model
 from PIL import Image, ImageDraw
+from tiny_models import TEXT_PARTS
 from torch import Tensor, nn
 
 import moe_lora
@@ -25,7 +26,6 @@ FILES = {
     "mask_convolution": "mask_convolution",
     "rule_table": "rule_table",
 }
-TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 @pytest.fixture(autouse=True)

@@ -9,17 +9,14 @@ import pytest
 import torch
 from diffusers import (
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxFillPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from peft import get_peft_model
+from tiny_models import tiny_flux_fill
 from torch import Tensor, nn
 
 from moe_lora import MoELoraConfig
-
-FLUX_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
 
 
 @pytest.fixture
@@ -53,11 +50,7 @@ def load_flux(make_flux) -> Callable[..., nn.Module]:
     """Load a LoRA with the stock pipeline and return its transformer."""
 
     def load(path: Any, **kwargs: Any) -> nn.Module:
-        pipe = FluxFillPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-            transformer=make_flux(**kwargs).eval(),
-            **dict.fromkeys(FLUX_PARTS),
-        )
+        pipe = tiny_flux_fill(transformer=make_flux(**kwargs).eval(), vae=None)
         pipe.load_lora_weights(path)
         return pipe.transformer
 

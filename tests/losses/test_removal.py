@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from tiny_models import two_block_vae
 from torch import Tensor
 
 from moe_lora.flow import interpolate, pack_latents, unpack_latents, velocity_to_x0
@@ -27,19 +27,6 @@ def upsampled(latents: Tensor) -> Tensor:
 
 def never(latents: Tensor) -> Tensor:
     raise AssertionError("decoded")
-
-
-def tiny_vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        latent_channels=4,
-        scaling_factor=0.36,
-        shift_factor=0.12,
-    )
 
 
 def inputs(
@@ -128,7 +115,7 @@ def test_each_specialized_loss_alone_moves_every_sample_through_the_vae(
     if packed:
         given |= {n: pack_latents(given[n]) for n in ("velocity", "target_velocity", "x_t")}
     given["velocity"].requires_grad_()
-    loss = RemovalLoss(**only(name), decoder=LatentDecoder(tiny_vae(), checkpoint=checkpoint))
+    loss = RemovalLoss(**only(name), decoder=LatentDecoder(two_block_vae(), checkpoint=checkpoint))
     total, _ = loss(**given, height=4, width=6)
     total.backward()
     gradient = given["velocity"].grad
@@ -262,7 +249,7 @@ def test_a_window_margin_keeps_the_values_and_limits_the_gradient(
     if packed:
         given |= {n: pack_latents(given[n]) for n in ("velocity", "target_velocity", "x_t")}
     given["velocity"].requires_grad_()
-    decoder = LatentDecoder(tiny_vae(), checkpoint=checkpoint)
+    decoder = LatentDecoder(two_block_vae(), checkpoint=checkpoint)
     whole = RemovalLoss(base=0, decoder=decoder)(**given, height=8, width=12)
     part = RemovalLoss(base=0, decoder=decoder, window_margin=1)(**given, height=8, width=12)
     for name, value in whole.components.items():
@@ -280,7 +267,7 @@ def test_masks_that_are_empty_give_a_graph_in_windows_too() -> None:
     given = inputs(dtype=torch.float32)
     given["mask"][:] = 0
     given["velocity"].requires_grad_()
-    total, _ = RemovalLoss(base=0, decoder=LatentDecoder(tiny_vae()), window_margin=1)(**given)
+    total, _ = RemovalLoss(base=0, decoder=LatentDecoder(two_block_vae()), window_margin=1)(**given)
     total.backward()
     assert torch.equal(given["velocity"].grad, torch.zeros_like(given["velocity"]))
 

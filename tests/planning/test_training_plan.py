@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from tiny_models import tiny_flux
 from torch import nn
 
 from moe_lora import MoELoraConfig
@@ -23,19 +24,7 @@ ATTENTION_AND_FEED_FORWARD = [
 
 
 def tiny() -> FluxTransformer2DModel:
-    model = FluxTransformer2DModel(
-        in_channels=384,
-        out_channels=64,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=8,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    )
-    return model
+    return tiny_flux(guidance=True, joint_attention_dim=24, pooled_projection_dim=8)
 
 
 def test_flux_fill_with_experts_of_rank_256_needs_69_gib_before_activations() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from tiny_models import OneLinear
 from torch import Tensor, nn
 
 import moe_lora
@@ -36,15 +37,6 @@ class Preferring(Router):
         return self.head(inputs.hidden_states.mean(1))
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.linear(hidden_states)
-
-
 def batch(change: Tensor) -> tuple[Tensor, Tensor]:
     """Return inputs and by how much the output of the base layer is wrong there."""
     x = torch.randn(24, 4, 8) + 0.5 * torch.randn(24, 1, 8)
@@ -65,7 +57,7 @@ def train(
     """Train by SGD; return what the router decides in the end, and the experts' overlap."""
     torch.manual_seed(seed)
     settings = {"r": 4, "lora_alpha": 4, "target_modules": ["linear"]} | config
-    model = get_peft_model(Net(), MoELoraConfig(**settings))
+    model = get_peft_model(OneLinear(8), MoELoraConfig(**settings))
     moe_lora.attach_router(model, Preferring())
     base, change = model.get_base_model().linear.base_layer, torch.randn(8, 8) / 8**0.5
     router = [p for m in model.modules() if isinstance(m, Router) for p in m.parameters()]

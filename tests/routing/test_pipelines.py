@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tiny_models import TEXT_PARTS, tiny_flux, tiny_vae
 
 import moe_lora
 from moe_lora import MoELoraConfig
@@ -49,45 +50,16 @@ def masks(count):
     return mask
 
 
-def vae(channels):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        latent_channels=channels,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        use_quant_conv=channels == 4,
-        use_post_quant_conv=channels == 4,
-        shift_factor=0.1,
-        scaling_factor=0.5,
-    ).eval()
-
-
 def flux(kind, router, **kwargs):
     import diffusers
 
-    torch.manual_seed(0)
     cls = {"plain": "FluxPipeline", "fill": "FluxFillPipeline", "kontext": "FluxKontextPipeline"}
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=384 if kind == "fill" else 64,
-        out_channels=64,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 6, 6),
-    )
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    transformer = tiny_flux(384 if kind == "fill" else 64)
     pipe = getattr(diffusers, cls[kind])(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=vae(16),
+        vae=tiny_vae(),
         transformer=adapt(transformer, router, **kwargs),
-        **parts,
+        **dict.fromkeys(TEXT_PARTS),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -114,7 +86,7 @@ def sd3(router, **kwargs):
     parts = dict.fromkeys(f"{name}{end}" for name in names for end in ("", "_2", "_3"))
     pipe = diffusers.StableDiffusion3Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=vae(16),
+        vae=tiny_vae(),
         transformer=adapt(transformer, router, **kwargs),
         **parts,
     )
@@ -138,7 +110,7 @@ def stable_diffusion(channels, router, **kwargs):
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
     pipe = diffusers.StableDiffusionInpaintPipeline(
-        vae=vae(4),
+        vae=tiny_vae(4),
         unet=adapt(unet, router, **kwargs),
         scheduler=diffusers.DDIMScheduler(),
         safety_checker=None,

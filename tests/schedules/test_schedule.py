@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from tiny_models import OneLinear
 from torch import Tensor, nn
 
 import moe_lora
@@ -24,19 +25,10 @@ class Head(Router):
         return self.head(inputs.hidden_states.mean(1))
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.linear(hidden_states)
-
-
 def adapted(router: str | None = "scheduled_in_a_test") -> PeftModel:
     torch.manual_seed(0)
     config = MoELoraConfig(r=2, target_modules=["linear"], router=router, init_lora_weights=False)
-    return get_peft_model(Net(), config)
+    return get_peft_model(OneLinear(), config)
 
 
 def whole() -> Schedule:
@@ -147,7 +139,7 @@ def test_the_current_temperature_is_saved(tmp_path):
     model = adapted()
     whole().apply(model, None, 6)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(Net(), tmp_path)
+    loaded = PeftModel.from_pretrained(OneLinear(), tmp_path)
     router = next(m for m in loaded.modules() if isinstance(m, Router))
     assert router.temperature == 1.75
 
@@ -207,4 +199,4 @@ def test_a_model_without_what_is_needed_raises():
         with pytest.raises(ValueError, match="Expected a router"):
             Schedule([phase]).apply(bare, None, 0)
     with pytest.raises(ValueError, match="moe_lora adapter"):
-        Schedule([Phase()]).apply(Net(), None, 0)
+        Schedule([Phase()]).apply(OneLinear(), None, 0)

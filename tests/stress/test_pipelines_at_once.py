@@ -9,6 +9,7 @@ import pytest
 import torch
 from stress.reference import Reference, mixture_of
 from stress.toys import assert_close, in_threads, meet, rows
+from tiny_models import tiny_flux_fill, tiny_vae
 from torch import Tensor, nn
 
 import moe_lora
@@ -94,16 +95,7 @@ class Pipeline:
     """A `FluxFillPipeline` that shares everything but its scheduler, with a mask of its own."""
 
     def __init__(self, transformer: nn.Module, vae: nn.Module, share: float, seed: int) -> None:
-        import diffusers
-
-        parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-        self.pipe = diffusers.FluxFillPipeline(
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-            vae=vae,
-            transformer=transformer,
-            **parts,
-        )
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = tiny_flux_fill(transformer=transformer, vae=vae)
         self.share, self.seed = share, seed
 
     def alone(self) -> Tensor:
@@ -135,20 +127,7 @@ class Pipeline:
 @pytest.fixture
 def pipelines(flux):
     """Return three pipelines on one model and one VAE."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        latent_channels=16,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.1,
-        scaling_factor=0.5,
-    ).eval()
+    vae = tiny_vae().eval()
     shares = (0.1, 0.5, 1.0)
     return [Pipeline(flux[0], vae, share, seed) for seed, share in enumerate(shares)]
 

@@ -5,23 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
+from tiny_models import two_block_vae
 from torch import Tensor, nn
 
 from moe_lora.losses import LatentDecoder, RemovalLoss
-
-
-def tiny_vae(shift_factor: float | None = 0.12, seed: int = 0) -> AutoencoderKL:
-    torch.manual_seed(seed)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        latent_channels=4,
-        scaling_factor=0.36,
-        shift_factor=shift_factor,
-    )
 
 
 def latents(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -30,7 +18,7 @@ def latents(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.mark.parametrize("shift_factor", [0.12, None])
 def test_images_are_those_of_the_vae_in_zero_to_one(shift_factor: float | None) -> None:
-    vae = tiny_vae(shift_factor)
+    vae = two_block_vae(shift_factor=shift_factor)
     z = latents(2, 4, 4, 6)
     with torch.no_grad():
         expected = (vae.decode(z / 0.36 + (shift_factor or 0.0)).sample + 1) / 2
@@ -40,7 +28,7 @@ def test_images_are_those_of_the_vae_in_zero_to_one(shift_factor: float | None) 
 
 
 def test_gradient_reaches_the_latents_and_not_the_frozen_vae() -> None:
-    vae = tiny_vae().train()
+    vae = two_block_vae().train()
     z = latents(2, 4, 4, 6).requires_grad_()
     LatentDecoder(vae)(z).square().mean().backward()
     assert bool((z.grad != 0).any(dim=(1, 2, 3)).all())
@@ -49,7 +37,7 @@ def test_gradient_reaches_the_latents_and_not_the_frozen_vae() -> None:
 
 
 def test_gradcheck() -> None:
-    decoder = LatentDecoder(tiny_vae(), dtype=torch.float64)
+    decoder = LatentDecoder(two_block_vae(), dtype=torch.float64)
     z = latents(1, 4, 2, 2, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(decoder, z)
 
@@ -75,7 +63,7 @@ def test_every_kind_of_decode_output_is_read(wrap: object) -> None:
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_a_bfloat16_vae_decodes_in_float32_and_stays_as_it_is(checkpoint: bool) -> None:
-    vae = tiny_vae().bfloat16()
+    vae = two_block_vae().bfloat16()
     wide = LatentDecoder(copy.deepcopy(vae).float())
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     z, z_wide = (latents(2, 4, 4, 6).requires_grad_() for _ in range(2))
@@ -92,7 +80,7 @@ def test_a_bfloat16_vae_decodes_in_float32_and_stays_as_it_is(checkpoint: bool) 
 
 
 def test_without_a_dtype_the_vae_decodes_in_its_own() -> None:
-    images = LatentDecoder(tiny_vae().bfloat16(), dtype=None)(latents(1, 4, 4, 4))
+    images = LatentDecoder(two_block_vae().bfloat16(), dtype=None)(latents(1, 4, 4, 4))
     assert images.dtype == torch.bfloat16
     assert bool(images.isfinite().all())
 
@@ -113,7 +101,7 @@ def gradient(decoder: LatentDecoder, z: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def test_checkpointing_changes_memory_and_nothing_else() -> None:
-    vae = tiny_vae()
+    vae = two_block_vae()
     z = latents(3, 4, 4, 6)
     images, grad, held = gradient(LatentDecoder(vae), z)
     images_again, grad_again, held_again = gradient(LatentDecoder(vae, checkpoint=True), z)
@@ -123,7 +111,7 @@ def test_checkpointing_changes_memory_and_nothing_else() -> None:
 
 
 def test_checkpointing_computes_one_sample_at_a_time() -> None:
-    vae = tiny_vae()
+    vae = two_block_vae()
     sizes: list[int] = []
     vae.decoder.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[0]))
     LatentDecoder(vae, checkpoint=True)(latents(3, 4, 4, 4).requires_grad_()).sum().backward()
@@ -131,7 +119,7 @@ def test_checkpointing_computes_one_sample_at_a_time() -> None:
 
 
 def test_the_vaes_own_checkpointing_works_where_nothing_is_converted() -> None:
-    vae = tiny_vae()
+    vae = two_block_vae()
     z = latents(2, 4, 4, 6)
     _, grad, _ = gradient(LatentDecoder(vae), z)
     vae.enable_gradient_checkpointing()
@@ -142,14 +130,14 @@ def test_the_vaes_own_checkpointing_works_where_nothing_is_converted() -> None:
 
 
 def test_the_vaes_own_checkpointing_with_conversion_is_refused() -> None:
-    vae = tiny_vae().bfloat16()
+    vae = two_block_vae().bfloat16()
     vae.enable_gradient_checkpointing()
     with pytest.raises(ValueError, match="gradient checkpointing of the VAE to be disabled"):
         LatentDecoder(vae)(latents(1, 4, 4, 4))
 
 
 def test_the_vae_is_in_nobodys_state() -> None:
-    loss = RemovalLoss(decoder=LatentDecoder(tiny_vae()))
+    loss = RemovalLoss(decoder=LatentDecoder(two_block_vae()))
     assert loss.state_dict() == {}
     assert list(loss.parameters()) == []
 
@@ -216,4 +204,4 @@ def test_a_vae_with_another_normalization_is_refused(config: SimpleNamespace, me
 
 def test_packed_latents_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(B, C, h, w\), but got \(1, 4, 16\)"):
-        LatentDecoder(tiny_vae())(torch.zeros(1, 4, 16))
+        LatentDecoder(two_block_vae())(torch.zeros(1, 4, 16))

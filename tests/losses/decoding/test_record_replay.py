@@ -12,28 +12,15 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor
 from skimage import data
+from tiny_models import two_block_vae
 from torch import Tensor, nn
 
 from moe_lora.losses import LatentDecoder, boundary_loss, consistency_loss, detail_loss
 from moe_lora.losses.decoding.windows import Window
 
-TRAINED = Path(__file__).parents[2] / "examples" / "tiny_flux_fill" / "model" / "vae"
+TRAINED = Path(__file__).parents[3] / "examples" / "tiny_flux_fill" / "model" / "vae"
 WINDOW = Window(1, 2, 5, 6)
 WINDOWS = [WINDOW, Window(0, 0, 4, 3), Window(5, 6, 10, 8), Window(4, 4, 5, 5)]
-
-
-def tiny_vae(attention: bool = True) -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        latent_channels=4,
-        scaling_factor=0.36,
-        shift_factor=0.12,
-        mid_block_add_attention=attention,
-    )
 
 
 def taesd() -> AutoencoderTiny:
@@ -67,7 +54,11 @@ def held(decode: object, z: Tensor) -> int:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("vae", [tiny_vae(), tiny_vae(False), taesd()], ids=["kl", "plain", "tiny"])
+@pytest.mark.parametrize(
+    "vae",
+    [two_block_vae(), two_block_vae(mid_block_add_attention=False), taesd()],
+    ids=["kl", "plain", "tiny"],
+)
 def test_values_are_those_of_the_whole_image(vae: nn.Module, window: Window) -> None:
     decoder = LatentDecoder(vae, dtype=torch.float64)
     z = latents(dtype=torch.float64)
@@ -83,7 +74,7 @@ def test_values_are_those_of_the_whole_image(vae: nn.Module, window: Window) -> 
 
 def test_only_pixels_of_the_window_give_gradients() -> None:
     z = latents().requires_grad_()
-    images = LatentDecoder(tiny_vae()).in_windows(z, [WINDOW], context=2)
+    images = LatentDecoder(two_block_vae()).in_windows(z, [WINDOW], context=2)
     outside = torch.ones_like(images)
     WINDOW.times(2).of(outside).zero_()
     (gradient,) = torch.autograd.grad((images * outside).sum(), z, retain_graph=True)
@@ -95,7 +86,7 @@ def test_only_pixels_of_the_window_give_gradients() -> None:
 def test_the_surroundings_count() -> None:
     """The window alone is another picture, so that the values above are no accident."""
     z = latents()
-    for vae in (tiny_vae(), taesd()):
+    for vae in (two_block_vae(), taesd()):
         decoder = LatentDecoder(vae)
         whole = decoder(z)
         alone = decoder(WINDOW.of(z))
@@ -104,7 +95,7 @@ def test_the_surroundings_count() -> None:
 
 
 def test_each_sample_has_its_window() -> None:
-    decoder = LatentDecoder(tiny_vae())
+    decoder = LatentDecoder(two_block_vae())
     z = latents(3)
     places = [WINDOW, Window(0, 0, 0, 0), Window(0, 0, 10, 8)]
     together = z.clone().requires_grad_()
@@ -213,14 +204,14 @@ def test_the_gradient_is_near_that_of_the_whole_image() -> None:
 
 
 def test_less_is_held_than_the_share_of_the_window() -> None:
-    decoder = LatentDecoder(tiny_vae(False))
+    decoder = LatentDecoder(two_block_vae(mid_block_add_attention=False))
     z = torch.randn(1, 4, 32, 32)
     window = Window(4, 4, 28, 28)
     whole, part = held(decoder, z), held(lambda z: decoder.in_windows(z, [window]), z)
     assert part < 0.75 * 24**2 / 32**2 * whole
 
 
-@pytest.mark.parametrize("vae", [tiny_vae(), taesd()], ids=["kl", "tiny"])
+@pytest.mark.parametrize("vae", [two_block_vae(), taesd()], ids=["kl", "tiny"])
 def test_checkpointing_changes_no_gradient_and_holds_less(vae: nn.Module) -> None:
     z, found = latents(2), []
     places = [WINDOW, Window(0, 0, 4, 3)]
@@ -238,7 +229,7 @@ def test_checkpointing_changes_no_gradient_and_holds_less(vae: nn.Module) -> Non
     assert checkpointed < 0.2 * plain
 
 
-@pytest.mark.parametrize("vae", [tiny_vae(), taesd()], ids=["kl", "tiny"])
+@pytest.mark.parametrize("vae", [two_block_vae(), taesd()], ids=["kl", "tiny"])
 def test_a_bfloat16_vae_decodes_windows_in_float32(vae: nn.Module) -> None:
     narrow = copy.deepcopy(vae).bfloat16()
     wide = copy.deepcopy(narrow).float()
@@ -255,7 +246,7 @@ def test_a_bfloat16_vae_decodes_windows_in_float32(vae: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("vae", [tiny_vae(), taesd()], ids=["kl", "tiny"])
+@pytest.mark.parametrize("vae", [two_block_vae(), taesd()], ids=["kl", "tiny"])
 def test_windows_in_the_vaes_own_precision(vae: nn.Module, autocast: bool) -> None:
     own = copy.deepcopy(vae) if autocast else copy.deepcopy(vae).bfloat16()
     z = latents().requires_grad_()
@@ -269,7 +260,7 @@ def test_windows_in_the_vaes_own_precision(vae: nn.Module, autocast: bool) -> No
 
 
 def test_without_gradient_all_is_decoded_once() -> None:
-    vae = tiny_vae()
+    vae = two_block_vae()
     calls: list[int] = []
     vae.decoder.register_forward_pre_hook(lambda module, args: calls.append(1))
     decoder, z = LatentDecoder(vae), latents()
@@ -281,7 +272,7 @@ def test_without_gradient_all_is_decoded_once() -> None:
 
 def test_an_empty_window_is_zero_with_a_graph() -> None:
     z = latents().requires_grad_()
-    images = LatentDecoder(tiny_vae()).in_windows(z, [(0, 0, 0, 0)])
+    images = LatentDecoder(two_block_vae()).in_windows(z, [(0, 0, 0, 0)])
     images.sum().backward()
     assert torch.equal(z.grad, torch.zeros_like(z))
 
@@ -319,7 +310,7 @@ def test_unsupported_layers_are_refused(between: nn.Module, message: str) -> Non
 
 
 def test_attention_without_the_torch_function_is_refused() -> None:
-    vae = tiny_vae()
+    vae = two_block_vae()
     attention = vae.decoder.mid_block.attentions[0]
     attention.set_processor(AttnProcessor())
     with torch.no_grad():
@@ -341,7 +332,7 @@ def test_different_layers_for_a_window_are_refused(
 
 
 def test_tiling_and_the_vaes_own_checkpointing_are_refused() -> None:
-    vae = tiny_vae()
+    vae = two_block_vae()
     vae.enable_gradient_checkpointing()
     with pytest.raises(ValueError, match="to be disabled for windows"):
         LatentDecoder(vae).in_windows(latents().requires_grad_(), [WINDOW])
@@ -353,7 +344,7 @@ def test_tiling_and_the_vaes_own_checkpointing_are_refused() -> None:
 
 
 def test_arguments_out_of_range_raise() -> None:
-    decoder = LatentDecoder(tiny_vae())
+    decoder = LatentDecoder(two_block_vae())
     with pytest.raises(ValueError, match="Expected `context` to be an integer >= 0"):
         decoder.in_windows(latents(), [WINDOW], context=-1)
     with pytest.raises(ValueError, match="within 10 columns and 8 rows"):
@@ -362,7 +353,7 @@ def test_arguments_out_of_range_raise() -> None:
 
 def test_packed_latents_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(B, C, h, w\), but got \(1, 4, 16\)"):
-        LatentDecoder(tiny_vae()).in_windows(torch.zeros(1, 4, 16), [WINDOW])
+        LatentDecoder(two_block_vae()).in_windows(torch.zeros(1, 4, 16), [WINDOW])
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from peft import get_peft_model
+from tiny_models import OneLinear
 from torch import Tensor, nn
 
 import moe_lora
@@ -24,19 +25,10 @@ class Head(Router):
         return self.head(hidden if self.by_token else hidden.mean(1))
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.linear(hidden_states)
-
-
 def adapted(p: float, *, by_token: bool = False, **config) -> nn.Module:
     torch.manual_seed(0)
     model = get_peft_model(
-        Net(),
+        OneLinear(),
         MoELoraConfig(
             r=2,
             target_modules=["linear"],
