@@ -58,7 +58,7 @@ def run_models(args: argparse.Namespace, dataset: RemovalDataset) -> dict[str, R
         found[TRAINED] = run_pipeline(pipe, conditioner, dataset, **settings)
     surroundings = {name: getattr(args, name) for name in ("outside", "seam", "feather")}
     return {
-        name: apply_to_all(pipe.vae, results, dataset, **surroundings)
+        name: apply_to_all(pipe.vae, results, dataset.singles(), **surroundings)
         for name, results in found.items()
     }
 

@@ -53,7 +53,7 @@ class Shell:
             shutil.copytree(ROOT / folder, root / folder, ignore=without)
         for name in ("Makefile", "constraints.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, root)
-        self.folder = root
+        self.root = self.folder = root.resolve()
         self.parsed: list[list[str]] = []
         """Commands that were parsed, not run."""
         self._bin, self._notes = root / ".bin", root / ".notes"
@@ -111,11 +111,13 @@ class Shell:
 
     def _run_script(self, script: Path, words: list[str], *, alone: bool = True) -> None:
         # Modules beside the script come last, so that those of the repository are not shadowed.
+        searched = list(sys.path)
         sys.path.append(str(script.resolve().parent))
         try:
             namespace = runpy.run_path(str(script), run_name="__page__")
         finally:
-            sys.path.pop()
+            sys.path[:] = searched
+            self._forget_modules()
         long = any(part in LONG for part in script.resolve().parts)
         if long or not alone or any(word.startswith(HUB) for word in words):
             parse(namespace, words)
@@ -124,6 +126,13 @@ class Shell:
         shorten(namespace)
         assert namespace["main"](words) in (None, 0)
         AcceleratorState._reset_state(reset_partial_state=True)
+
+    def _forget_modules(self) -> None:
+        """Forget modules of the copy, which the scripts of later pages would find."""
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if file is not None and self.root in Path(file).resolve().parents:
+                del sys.modules[name]
 
 
 def parse(namespace: dict[str, Any], words: list[str]) -> None:

@@ -159,7 +159,8 @@ def test_a_diptych_is_trained_evaluated_and_cropped_after_removal(
     monkeypatch.setattr(remove, "load_pipeline", lambda *a, **k: Pipe(load(*a, **k)))
     files = {name: str(tmp_path / f"{name}.png") for name in ("image", "mask", "output")}
     files["ref"] = str(triplets / "ref" / "001.png")
-    remove.main([*model, *(word for name, path in files.items() for word in (f"--{name}", path))])
+    flags = [word for name, path in files.items() for word in (f"--{name}", path)]
+    remove.main([*model, *flags, "--outside", "prediction"])
     given = seen[0]
     assert given["image"].size == given["mask_image"].size == (128, 64)
     assert (given["width"], given["height"]) == (128, 64)
