@@ -253,6 +253,7 @@ class TestDiffusers:
         assert torch.equal(model(**inputs)[0], expected)
 
 
+@pytest.mark.slow
 class TestSaving:
     def test_saving_twice_leaves_only_the_second_and_what_else_was_there(
         self, make_mlp, checkpoint

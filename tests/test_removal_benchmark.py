@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 
 from train import parse_options
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {
     "lora_r": 2,
     "lora_alpha": 2,

@@ -89,6 +89,7 @@ def edit(folder, **entries):
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
 
 
+@pytest.mark.slow
 class TestAtOnce:
     def test_threads_that_save_into_one_folder_leave_one_whole_checkpoint(self, make_mlp, tmp_path):
         models = [mixture(make_mlp, float(i), r=i, lora_alpha=i) for i in range(1, 5)]

@@ -14,6 +14,8 @@ from hatchling.builders.wheel import WheelBuilder
 
 from moe_lora.cli import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "flux_removal"
 

@@ -130,6 +130,7 @@ class TestMerge:
         torch.testing.assert_close(got, mixed(model, inputs, [0.5, 0.3, 0.2]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 class TestExitCodes:
     @pytest.mark.parametrize(
         ("words", "message"),

@@ -10,6 +10,8 @@ from peft import get_layer_status, inject_adapter_in_model
 
 import moe_lora
 
+pytestmark = pytest.mark.slow
+
 
 def add(name, **kwargs):
     return lambda m, c, k: m.add_adapter(k.config(c.targets, **kwargs), adapter_name=name)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft import get_layer_status, get_model_status, get_peft_model
 
+pytestmark = pytest.mark.slow
+
 
 def nested(inner):
     def run(model, case, method):

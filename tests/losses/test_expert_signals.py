@@ -6,6 +6,8 @@ import torch
 from moe_lora import RemovalLoss
 from moe_lora.losses.expert_signals import ExpertSignals
 
+pytestmark = pytest.mark.slow
+
 B, MAX_SIGMA = 6, 0.7
 
 

@@ -13,6 +13,8 @@ import moe_lora
 from moe_lora import MoELoraConfig
 from moe_lora.planning import step_memory
 
+pytestmark = pytest.mark.slow
+
 
 def flux() -> tuple[nn.Module, dict[str, Any]]:
     model = FluxTransformer2DModel(

@@ -13,6 +13,8 @@ from moe_lora import MoELoraConfig
 from moe_lora.cli import main
 from moe_lora.planning import OPTIMIZERS, example_call, model_on_meta, plan_training
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 # The layers that the example adapts by default.
 ATTENTION_AND_FEED_FORWARD = [

@@ -15,6 +15,8 @@ from torch import nn
 import moe_lora
 from moe_lora import MoELoraConfig
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 E = 3
 

@@ -11,6 +11,8 @@ from tiny_models import TEXT_PARTS, tiny_flux, tiny_vae
 import moe_lora
 from moe_lora import MoELoraConfig
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ["to_q", "to_v", "to_out.0", "add_q_proj", "norm1.linear", "ff.net.2"]
 SIZE = {"height": 32, "width": 48}
 

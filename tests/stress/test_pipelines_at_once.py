@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import moe_lora
 from moe_lora import MoELoraConfig
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"height": 32, "width": 48}
 
 

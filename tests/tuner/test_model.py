@@ -393,6 +393,7 @@ class TestOffloading:
             assert torch.equal(model(**inputs)[0], expected)
 
 
+@pytest.mark.slow
 class TestCompile:
     @pytest.mark.parametrize("mode", ["routed", "uniform"])
     def test_a_compiled_model_computes_and_learns_the_same(self, make_flux, make_flux_inputs, mode):

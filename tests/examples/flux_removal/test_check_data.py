@@ -24,6 +24,8 @@ from removal_data.checks.alignment import estimate_shift
 from removal_data.checks.report import Report, add_contents, start_report
 from removal_data.options import DataOptions
 
+pytestmark = pytest.mark.slow
+
 SIZE = (192, 256)
 
 

@@ -12,6 +12,8 @@ import evaluate
 import train
 from options.parsing import parse_options
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint(

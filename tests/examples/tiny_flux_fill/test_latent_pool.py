@@ -11,6 +11,8 @@ from tiny_models import tiny_vae
 import latent_pool
 from make_tiny_flux_fill import build_base, build_pipeline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:

@@ -27,6 +27,8 @@ from removal_data.cache import CachedDataset
 from removal_data.dataset import RemovalDataset
 from removal_data.options import DataOptions
 
+pytestmark = pytest.mark.slow
+
 
 def build(
     model: Path, data: Path, folder: Path, *, redux: Path | None = None, **options: Any

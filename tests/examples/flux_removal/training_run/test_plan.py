@@ -11,6 +11,8 @@ import train
 from options.parsing import parse_options
 from training_run.plan import describe, plan_run
 
+pytestmark = pytest.mark.slow
+
 Arguments = Callable[..., list[str]]
 
 

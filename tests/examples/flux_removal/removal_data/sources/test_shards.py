@@ -24,6 +24,8 @@ from removal_data.dataset import RemovalDataset
 from removal_data.options import DataOptions
 from removal_data.sources.shards import ShardBatches, list_shards, read_shard
 
+pytestmark = pytest.mark.slow
+
 SIZES = ((32, 32), (32, 32), (48, 32))
 
 
