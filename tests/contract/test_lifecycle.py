@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import moe_lora
 
+pytestmark = pytest.mark.slow
+
 
 def adapted(case, method, name="default", **kwargs):
     model = get_peft_model(case.make(), method.config(case.targets, **kwargs), adapter_name=name)

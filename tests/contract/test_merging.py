@@ -8,6 +8,8 @@ from peft import get_peft_model
 
 import moe_lora
 
+pytestmark = pytest.mark.slow
+
 
 def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

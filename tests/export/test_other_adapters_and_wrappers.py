@@ -15,6 +15,8 @@ import moe_lora
 from moe_lora import MoELoraConfig, export_lora, from_loras
 from moe_lora.export.expert_table import table_of_model
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2])
 PLAIN = ["to_q", "proj_out", "x_embedder", "norm1.linear", "to_k"]
 

@@ -20,6 +20,8 @@ from image_io.padding import pad_to_multiple
 from options.parsing import parse_options
 from options.train_options import BUNDLED_MODEL
 
+pytestmark = pytest.mark.slow
+
 Arguments = Callable[..., list[str]]
 
 

@@ -27,6 +27,8 @@ import moe_lora
 from moe_lora import MoELoraConfig, export_lora, load_adapter, save_adapter, save_experts
 from moe_lora.tuner.state_dict.adapter_tensors import adapter_tensors
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter_model.safetensors"
 TARGETS = ["to_q", "ff.net.2"]
 
