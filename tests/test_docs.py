@@ -60,14 +60,9 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
     return shell
 
 
-def with_marks(page: Path) -> Any:
-    commands = [block.text for block in blocks_of(page) if block.language == "shell"]
-    trains = any(script in text for text in commands for script in ("train.py", "train_moe.sh"))
-    return pytest.param(page, marks=pytest.mark.slow if trains else (), id=name_of(page))
-
-
+@pytest.mark.slow
 @pytest.mark.usefixtures("_offline")
-@pytest.mark.parametrize("page", [with_marks(page) for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_runs(page: Path, shell: Shell) -> None:
     blocks = blocks_of(page)
     if any("import torchao" in b.text or "from torchao" in b.text for b in blocks):

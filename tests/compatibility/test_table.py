@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import peft.functional
@@ -19,19 +17,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from tiny_models import flux_inputs, tiny_flux
 
 
-def orders() -> Iterator[Any]:
-    for order in ORDERS:
-        marks = () if order == ORDERS[0] else pytest.mark.slow
-        yield pytest.param(order, id="-".join(order), marks=marks)
-
-
-@pytest.fixture(scope="module", params=orders())
+@pytest.fixture(scope="module", params=ORDERS, ids="-".join)
 def stage(request) -> Stage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Stage(tiny_flux, flux_inputs(), request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.library} {case.switch}")
 def test_switch(stage, case):
