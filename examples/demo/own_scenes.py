@@ -145,7 +145,7 @@ def reflect(rng: Rng, rgb: Array, alpha: Array, foot: int) -> tuple[Array, Array
 def compose_own(
     rng: Rng, background: Array, ref: Array, cutout: tuple[Array, Array], mask_kind: str
 ) -> Scene:
-    """Put an object with light, shadow and, at times, a reflection on a background.
+    """Compose an object with light, shadow and an occasional reflection on a background.
 
         result = background
         shadowed = (1 - reflection) · (1 - shadow · (1 - strength)) · background

@@ -38,7 +38,7 @@ TEST_PHOTOGRAPHS: dict[str, tuple[str, str]] = {
     "chelsea": ("skimage.data", "chelsea.png"),
     "china": ("sklearn.datasets.images", "china.jpg"),
 }
-# How often a training crop comes from a photograph; what is natural and colorful comes more often.
+# Relative frequency of each photograph in training crops; natural, colorful ones are more frequent.
 TRAIN_WEIGHTS: dict[str, float] = {
     "astronaut": 4.0,
     "motorcycle": 4.0,

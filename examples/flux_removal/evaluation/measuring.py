@@ -108,7 +108,7 @@ def run_pipeline(
 def apply_to_all(
     vae: AutoencoderKL, found: Results, dataset: RemovalDataset, **surroundings: Any
 ) -> Results:
-    """Put the predictions of a data set into their surroundings, as `remove.py` does.
+    """Apply the options `--outside` and `--seam` to all predictions of a data set.
 
     Args:
         vae: of the pipeline that made them.

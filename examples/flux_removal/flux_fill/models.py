@@ -220,13 +220,13 @@ class Conditioner:
 
     @property
     def by_sample(self) -> bool:
-        """Tell whether samples have embeddings of their own: by their reference or caption."""
+        """Return whether embeddings differ between samples, by reference or caption."""
         return self.redux is not None or (len(self.texts) > 0 and len(self.texts[0]) > 1)
 
     def weights(self) -> list[Tensor]:
         """Return tensors that change with whatever changes the embeddings of a sample."""
         if self.redux is None:
-            # The embeddings of the prompt say which encoders there are; captions are told apart.
+            # The prompt embeddings identify the encoders; captions have keys of their own.
             return [self.embeds, self.pooled] if self.by_sample else []
         parts = (self.redux.image_encoder, self.redux.image_embedder)
         values = [value for part in parts for value in part.state_dict().values()]

@@ -79,7 +79,7 @@ def apply_surroundings(
     seam: float = SEAM,
     feather: int = 0,
 ) -> Tensor:
-    """Put a prediction into its surroundings.
+    """Combine a prediction with the source outside the mask.
 
     Args:
         vae: of the pipeline that made the prediction; `keep` asks what it alone changes.

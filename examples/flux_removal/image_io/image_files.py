@@ -1,4 +1,4 @@
-"""Open image files; whatever is wrong with one is told with its name."""
+"""Readers of image files, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def named(path: Path, kind: str = "an image") -> Iterator[None]:
         raise FileNotFoundError(f"Expected a file {path} with {kind}, but there is none.")
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # decoders raise any type for a damaged file
         raise ValueError(
             f"Expected {path} to be {kind}, but {path.name} cannot be read: {explain(error, path)}"
         ) from error
@@ -98,12 +98,12 @@ def load(path: Path) -> ImageFile:
 
 
 def misread(tags: dict[int, Any]) -> bool:
-    """Tell whether Pillow would take a TIFF file for another: planes of more than 8 bits."""
+    """Return whether a TIFF file has planes of more than 8 bits, which Pillow misreads."""
     return tags.get(PLANAR_CONFIGURATION) == 2 and max(tags.get(BITS_PER_SAMPLE, (8,))) > 8
 
 
 def late_metadata(path: Path) -> bool:
-    """Tell whether a PNG file has metadata after its pixels, all of which Pillow then decodes."""
+    """Return whether a PNG file has metadata after its pixels; Pillow decodes all to read it."""
     after_pixels = False
     with path.open("rb") as file:
         file.seek(8)

@@ -82,7 +82,7 @@ def read_mask(
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it cannot be read, when what it means cannot be told, or when its size is
+        ValueError: when it cannot be read, when its meaning is ambiguous, or when its size is
             not the image's. The message says why.
     """
     with named(path, "a mask"):

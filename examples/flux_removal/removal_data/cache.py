@@ -99,7 +99,7 @@ class LatentCache:
     def __getitem__(self, key: str) -> dict[str, Tensor]:
         path = self.shards[key]
         if self.opened.get(path) is None:
-            self.opened[path] = safe_open(path, "pt").__enter__()  # type: ignore[no-untyped-call]
+            self.opened[path] = safe_open(path, "pt")
         return {part: self.opened[path].get_tensor(f"{key}/{part}") for part in self.names[key]}
 
     def add(self, key: str, entry: dict[str, Tensor]) -> None:

@@ -231,6 +231,15 @@ def _expected_shapes(config: MoELoraConfig, shapes: Shapes) -> dict[str, tuple[i
     }
 
 
+class _BareBase(nn.Module):
+    """A base model of which the input width alone is known, for routers that depend on it."""
+
+    def __init__(self, in_channels: int | None) -> None:
+        super().__init__()
+        if in_channels is not None:
+            self.config = SimpleNamespace(in_channels=in_channels)
+
+
 def _router_shapes(
     config: MoELoraConfig, shapes: Shapes, num_layers: int
 ) -> dict[str, tuple[int, ...]]:
@@ -240,9 +249,7 @@ def _router_shapes(
         return {}
     if config.router not in router_names():
         return stored
-    model = nn.Module()
-    if config.base_in_channels is not None:
-        model.config = SimpleNamespace(in_channels=config.base_in_channels)  # type: ignore[assignment]
+    model = _BareBase(config.base_in_channels)
     by_layer = needs_num_layers(config.router, config.router_kwargs)
     with torch.random.fork_rng(devices=[]):  # its parameters are drawn in vain
         router = build_router(config, model, False, num_layers if by_layer else None)

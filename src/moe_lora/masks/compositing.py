@@ -1,4 +1,4 @@
-"""Put a prediction into its source, of which everything outside the mask is kept."""
+"""Compositing of a prediction with the source outside the mask."""
 
 from __future__ import annotations
 

@@ -43,15 +43,19 @@ def model_on_meta(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> nn.
     diffusers: Any = import_module("diffusers")
     known = None if Path(name_or_path).is_dir() else KNOWN_CONFIGS.get(Path(name_or_path).name)
     config = known or _config(name_or_path)
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    cls: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if not _is_model_class(cls):
         raise ValueError(
             f"Expected the configuration of a model of diffusers in {name_or_path!r}, but it is "
             f"one of {config.get('_class_name')!r}."
         )
     with torch.device("meta"):
-        model: nn.Module = cls.from_config(dict(config))  # type: ignore[attr-defined]
+        model: nn.Module = cls.from_config(dict(config))
     return model.to(dtype).requires_grad_(False)
+
+
+def _is_model_class(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, nn.Module)
 
 
 def _config(name_or_path: str) -> dict[str, Any]:

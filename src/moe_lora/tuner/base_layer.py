@@ -106,7 +106,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             r: rank of each expert in this layer.
             lora_alpha: numerator of the scaling in this layer.
         """
-        with self.get_base_layer().weight.device:  # type: ignore[union-attr]
+        with cast(Tensor, self.get_base_layer().weight).device:
             experts = self.experts_class(self.in_shape, self.out_features, r, lora_alpha, config)
         self.moe_lora_experts[adapter_name] = experts.train(self.base_layer.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -199,7 +199,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         """
         try:
             merged, factors = self._merged_weight(safe_merge, adapter_names, weights)
-        except Exception:
+        except Exception:  # of any kind: the caller scaled the layer just before
             self._undo_scale()
             raise
         if merged is None:

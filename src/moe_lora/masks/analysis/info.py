@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,11 +113,11 @@ class MaskInfo:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MaskInfo:
         """Apply a function that preserves values to every tensor."""
-        changed: dict[str, Tensor | None] = {}
+        changed: dict[str, Any] = {}
         for field in fields(self):
             value: Tensor | None = getattr(self, field.name)
             changed[field.name] = None if value is None else function(value)
-        info = MaskInfo(**changed)  # type: ignore[arg-type]
+        info = MaskInfo(**changed)
         if is_checked(self.mask):
             mark_checked(info.mask)
         return info
