@@ -148,7 +148,8 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
     def fill(self, *, process: int = 0, processes: int = 1, batch_size: int = 16) -> int:
         """Encode this process's share of what the cache lacks; it may be interrupted at any time.
 
-        Afterwards all processes have to wait for each other, and call `refresh`.
+        The shares do not depend on what the cache holds, which another process may have filled
+        already. Afterwards all processes have to wait for each other, and call `refresh`.
 
         Args:
             process: the index of this process.
@@ -158,8 +159,8 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         Returns:
             How many samples were encoded.
         """
-        absent = [index for index, key in enumerate(self.keys) if key not in self.cache]
-        mine = absent[process::processes]
+        share = range(process, len(self.keys), processes)
+        mine = [index for index in share if self.keys[index] not in self.cache]
         sizes = image_sizes(self.dataset)
         deal = BucketBatches([sizes[i] for i in mine], batch_size, seed=0) if mine else None
         batches = deal.epoch(0) if deal else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 from skimage import data as photographs
+from two_processes import run_in_two_processes
 
 import check_data
 import train
@@ -311,18 +311,6 @@ def test_what_one_process_finds_all_leave_out(
     arguments: Callable[..., list[str]], sound: Path
 ) -> None:
     damage("result", keep=9000)(sound)  # sample 1, which process 1 of 2 reads
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = int(one.getsockname()[1])
     flags = arguments(train_data_dir=sound, skip_broken=True, batch_size=1, max_train_steps=3)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    ended = subprocess.run(
-        [sys.executable, *launch, train.__file__, *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.count("Left out 1 samples") == 1
+    printed = run_in_two_processes(train.__file__, *flags)
+    assert printed.count("Left out 1 samples") == 1

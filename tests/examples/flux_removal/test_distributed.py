@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from two_processes import run_in_two_processes
 
 import train
 from flux_fill.models import load_checkpoint, load_pipeline
@@ -21,12 +18,6 @@ from training_run.parts import build_model
 pytestmark = pytest.mark.slow
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def test_two_processes_train_both_phases_and_save_plain_files(
     arguments: Callable[..., list[str]],
     all_losses: dict[str, Any],
@@ -34,17 +25,7 @@ def test_two_processes_train_both_phases_and_save_plain_files(
     tmp_path: Path,
 ) -> None:
     flags = arguments(**all_losses, uniform_steps=1, max_train_steps=3, batch_size=1)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_port", str(free_port())]
-    ended = subprocess.run(
-        [sys.executable, *launch, train.__file__, *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_in_two_processes(train.__file__, *flags)
     folder = tmp_path / "out" / "checkpoint-3"
     for file in folder.rglob("*.safetensors"):
         tensors = load_file(file)

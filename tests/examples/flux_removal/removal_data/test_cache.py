@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader
+from two_processes import run_in_two_processes
 
 import train
 from flux_fill.models import Conditioner, load_pipeline
@@ -159,23 +157,23 @@ def test_what_changed_is_encoded_again(
     assert filled(tmp_path / "other", data, folder)[1] == 5
 
 
+def test_the_shares_of_processes_do_not_depend_on_who_comes_first(
+    random_flux_fill: Path, triplets: Path, tmp_path: Path
+) -> None:
+    first = build(random_flux_fill, triplets, tmp_path / "cache")
+    assert first.fill(process=0, processes=2, batch_size=2) == 3
+    second = build(random_flux_fill, triplets, tmp_path / "cache")
+    assert second.fill(process=1, processes=2, batch_size=2) == 2
+    for data in (first, second):
+        data.refresh()
+        assert all(key in data.cache for key in data.keys)
+
+
 def test_two_processes_fill_one_cache_and_train(
     arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = int(one.getsockname()[1])
     flags = arguments(cache_latents=True, cache_dir=tmp_path / "cache", batch_size=1)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    ended = subprocess.run(
-        [sys.executable, *launch, train.__file__, *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_in_two_processes(train.__file__, *flags)
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
     assert len({name.partition("/")[0] for name in stored(tmp_path / "cache")}) == 5
     log = (tmp_path / "logs" / "training.log").read_text()
