@@ -4,10 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-quick test-slow docs clean
+.PHONY: demo gpu test test-quick test-slow docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
+
+# GPU_ARGS=--small runs every part at its smallest, also without a GPU.
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
 
 # One process a core, each with one thread. Each gets a run of whole files, so that tests share
 # set-ups, and takes over from the others at the end. PYTEST_ARGS are further flags of pytest,

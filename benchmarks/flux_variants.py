@@ -47,6 +47,8 @@ SIZES = {
     "tiny": Size(1, 1, 2, 16, 16, 16, grid=4, text=4, batch=2),
     "small": Size(2, 4, 8, 64, 512, 128, grid=16, text=64, batch=2),
     "middle": Size(2, 4, 8, 128, 1024, 256, grid=24, text=128, batch=1),
+    "flux-quarter": Size(5, 10, 24, 128, 4096, 768, grid=64, text=512, batch=1),
+    "flux-half": Size(10, 19, 24, 128, 4096, 768, grid=64, text=512, batch=1),
     "flux": Size(19, 38, 24, 128, 4096, 768, grid=64, text=512, batch=1),
 }
 
