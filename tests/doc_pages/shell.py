@@ -111,13 +111,13 @@ class Shell:
 
     def _run_script(self, script: Path, words: list[str], *, alone: bool = True) -> None:
         # Modules beside the script come last, so that those of the repository are not shadowed.
-        searched = list(sys.path)
+        searched, known = list(sys.path), set(sys.modules)
         sys.path.append(str(script.resolve().parent))
         try:
             namespace = runpy.run_path(str(script), run_name="__page__")
         finally:
             sys.path[:] = searched
-            self._forget_modules()
+            self._forget_modules(set(sys.modules) - known)
         long = any(part in LONG for part in script.resolve().parts)
         if long or not alone or any(word.startswith(HUB) for word in words):
             parse(namespace, words)
@@ -127,10 +127,10 @@ class Shell:
         assert namespace["main"](words) in (None, 0)
         AcceleratorState._reset_state(reset_partial_state=True)
 
-    def _forget_modules(self) -> None:
+    def _forget_modules(self, names: set[str]) -> None:
         """Forget modules of the copy, which the scripts of later pages would find."""
-        for name, module in list(sys.modules.items()):
-            file = getattr(module, "__file__", None)
+        for name in names:
+            file = getattr(sys.modules[name], "__file__", None)
             if file is not None and self.root in Path(file).resolve().parents:
                 del sys.modules[name]
 
