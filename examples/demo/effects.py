@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from objects import blob, grid
+from objects import blob, grid, inside
 from photographs import Array, Rng
+from scenes import smooth_noise
 
 LAMPS = ("globe", "shade", "candle")
 """The kinds of lamps."""
@@ -24,17 +25,6 @@ FLAME = np.array([1, 0.74, 0.42], np.float32)
 
 FONTS = ("DejaVuSans-Bold", "DejaVuSans", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
 WORDS = ("SAMPLE", "PREVIEW", "DRAFT", "PROOF", "Copyright", "Studio", "Archive", "Photo")
-
-
-def inside(distance: Array, softness: float = 1.0) -> Array:
-    """Return 1 where a distance in pixels is negative and 0 where it is positive, antialiased."""
-    return (0.5 - distance / softness).clip(0, 1).astype(np.float32)
-
-
-def smooth(rng: Rng, size: int, sigma: float) -> Array:
-    """Return Gaussian noise of `(size, size)`, blurred by `sigma` pixels, of unit variance."""
-    noise = ndimage.gaussian_filter(rng.standard_normal((size, size)), sigma, mode="wrap")
-    return (noise / max(float(noise.std()), 1e-6)).astype(np.float32)
 
 
 def lamp_color(rng: Rng) -> Array:
@@ -213,5 +203,5 @@ def draw_stain(rng: Rng, size: int, center: tuple[float, float], radius: float) 
     pool = ndimage.map_coordinates(pool, places, order=1, mode="constant")
     depth = ndimage.distance_transform_edt(pool > 0.5)
     rim = np.exp(-depth / max(0.02 * size, 1.0)) * (pool > 0.1)
-    uneven = 0.8 + 0.07 * smooth(rng, size, 0.03 * size) + 0.2 * rim
+    uneven = 0.8 + 0.07 * smooth_noise(rng, size, 0.03 * size) + 0.2 * rim
     return (pool * uneven).clip(0, 1).astype(np.float32)

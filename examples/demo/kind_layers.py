@@ -16,12 +16,11 @@ from effects import (
     draw_plate,
     draw_stain,
     draw_text,
-    inside,
     lamp_color,
     light_field,
     mirror,
 )
-from objects import OBJECT_KINDS, cast_shadow, draw_object, grid
+from objects import OBJECT_KINDS, cast_shadow, draw_object, grid, inside
 from photographs import Array, Rng
 
 

@@ -17,7 +17,7 @@ from kind_layers import COMPOSERS, Thing, with_glow, with_reflection, with_stain
 from scenes import MASK_KINDS, Scene
 
 SIZE = 96
-COUNT = 12
+COUNT = 6
 
 
 def rng(seed: int = 0) -> np.random.Generator:
