@@ -47,12 +47,12 @@ def kind_table(means: Means, base: Means | None = None) -> str:
 
     Example:
         >>> print(kind_table({"glow": {"whole": 20.5, "shadow": None}}, {"glow": {"whole": 20.0}}))
-        PSNR, dB           whole        effect
-        glow       20.50 (+0.50)             -
+        PSNR, dB             whole          effect
+        glow         20.50 (+0.50)               -
     """
     regions = list(next(iter(means.values())))
     titles = ["effect" if region == "shadow" else region for region in regions]
-    wide = 14 if base else 10
+    wide = 16 if base else 10
     lines = ["PSNR, dB  " + "".join(f"{title:>{wide}}" for title in titles)]
     for kind, values in means.items():
         cells = []

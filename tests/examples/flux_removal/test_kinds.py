@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,7 +139,10 @@ def test_evaluation_by_kind_routes_by_kind(
         expected_mean = sum(samples[stem]["psnr/inside"] for stem in stems) / 2
         assert means[kind]["inside"] == pytest.approx(expected_mean, abs=1e-3)
     told = capsys.readouterr().out
-    assert f"shadow    {means['shadow']['whole']:8.2f}"[:9] in told
+    base = found["hinted"]["psnr_by_kind"]["base"]["shadow"]["whole"]
+    gain = means["shadow"]["whole"] - base
+    cell = re.escape(f"{means['shadow']['whole']:.2f} ({gain:+.2f})")
+    assert re.search(rf"^shadow +{cell} ", told, re.MULTILINE)
     assert "effect" in told
 
 
