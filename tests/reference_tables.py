@@ -89,7 +89,9 @@ def _shown_default(field: dataclasses.Field[Any]) -> str:
         return described[field.name]
     if isinstance(field.default, bool):
         return "on" if field.default else "off"
-    return "" if field.default is None else f"`{field.default}`"
+    if field.default is None or field.default_factory is list:
+        return ""
+    return f"`{field.default}`"
 
 
 def _escaped(text: str) -> str:

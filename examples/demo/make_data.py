@@ -2,9 +2,11 @@
 
 python make_data.py --output_dir data                                    bundled photographs
 python make_data.py --output_dir data --photographs DIR --objects DIR    your own
+python make_data.py --output_dir data --kinds shadow glow                several kinds of removal
 
 The layout is OUT/{train,test}/{src,mask,result,ref}/NNNN.png, beside a metadata.jsonl for each
-split. Train and test use different photographs. The same seeds give the same files.
+split and, with --kinds, a manifest.jsonl with the kind of each scene. Train and test use different
+photographs. The same seeds give the same files.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kinds import KINDS, random_kind_scene
 from mask_shapes import OWN_MASK_KINDS
 from own_scenes import OwnScenes
-from photographs import Array
+from photographs import Array, Rng
 from scenes import MASK_KINDS, Scene, random_scene
 
 SEEDS = {"train": 11, "test": 12}
@@ -30,6 +33,8 @@ STAMP = "complete.json"
 """The file that says what a folder holds; only folders with it are changed."""
 
 FOLDERS = ("src", "mask", "result", "ref")
+
+MANIFEST = "manifest.jsonl"
 
 
 def save_image(path: Path, array: Array) -> None:
@@ -49,19 +54,41 @@ def describe(scene: Scene, stem: str) -> dict[str, str | float]:
     }
 
 
+def draw_scene(
+    rng: Rng, split: str, size: int, own: OwnScenes | None, mask_kind: str, kind: str | None
+) -> Scene:
+    """Draw a scene of a kind, or one as the demonstration has it."""
+    if own:
+        return own.draw(rng, split, size, mask_kind, kind)
+    if kind:
+        return random_kind_scene(rng, split, size, kind=kind, mask_kind=mask_kind)
+    return random_scene(rng, split, size, mask_kind=mask_kind)
+
+
 def write_scene(
-    folder: Path, split: str, size: int, kinds: Sequence[str], own: OwnScenes | None, index: int
-) -> str:
+    folder: Path,
+    split: str,
+    size: int,
+    mask_kinds: Sequence[str],
+    kinds: Sequence[str | None],
+    own: OwnScenes | None,
+    index: int,
+) -> dict[str, str | float]:
     """Write the files of one scene, which depends on nothing but its index; return its metadata."""
     rng = np.random.default_rng((SEEDS[split], index))
     kind = kinds[index % len(kinds)]
-    scene = (
-        own.draw(rng, split, size, kind) if own else random_scene(rng, split, size, mask_kind=kind)
-    )
+    mask_kind = mask_kinds[index // len(kinds) % len(mask_kinds)]
+    scene = draw_scene(rng, split, size, own, mask_kind, kind)
     stem = f"{index:04d}"
     for name in FOLDERS:
         save_image(folder / name / f"{stem}.png", getattr(scene, name))
-    return json.dumps(describe(scene, stem))
+    return describe(scene, stem) | ({"kind": kind} if kind else {})
+
+
+def manifest_line(entry: dict[str, str | float]) -> dict[str, str | float]:
+    """Return the line of a scene in the manifest."""
+    files = {name: f"{name}/{entry['stem']}.png" for name in FOLDERS}
+    return {"name": entry["stem"], **files, "kind": entry["kind"]}
 
 
 def write_split(
@@ -71,19 +98,30 @@ def write_split(
     size: int,
     *,
     before: int,
-    kinds: Sequence[str] = MASK_KINDS,
+    mask_kinds: Sequence[str] = MASK_KINDS,
+    kinds: Sequence[str] | None = None,
     own: OwnScenes | None = None,
 ) -> None:
-    """Write `count` scenes of a split, which had `before`; the mask kinds take turns."""
+    """Write `count` scenes of a split, which had `before`.
+
+    The kinds of removal take turns, and after each turn of these those of masks.
+    """
+    (folder / MANIFEST).unlink(missing_ok=True)
     for name in FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(count, before):
             (folder / name / f"{index:04d}.png").unlink(missing_ok=True)
+    write = partial(write_scene, folder, split, size, mask_kinds, kinds or [None], own)
     with ThreadPoolExecutor() as threads:
-        lines = list(
-            threads.map(partial(write_scene, folder, split, size, kinds, own), range(count))
-        )
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        entries = list(threads.map(write, range(count)))
+    write_lines(folder / "metadata.jsonl", entries)
+    if kinds:
+        write_lines(folder / MANIFEST, [manifest_line(entry) for entry in entries])
+
+
+def write_lines(path: Path, entries: Sequence[dict[str, str | float]]) -> None:
+    """Write a JSON object a line."""
+    path.write_text("\n".join(json.dumps(entry) for entry in entries) + "\n")
 
 
 def read_stamp(output: Path) -> dict[str, Any] | None:
@@ -116,6 +154,7 @@ def make_data(
     test_count: int = 48,
     size: int = 128,
     own: OwnScenes | None = None,
+    mask_kinds: Sequence[str] | None = None,
     kinds: Sequence[str] | None = None,
 ) -> None:
     """Write both splits, unless the folder already holds exactly them.
@@ -126,7 +165,8 @@ def make_data(
         test_count: scenes for testing.
         size: side of the images in pixels.
         own: photographs and objects to compose; the bundled ones by default.
-        kinds: of masks; those of `OWN_MASK_KINDS` with `own`, those of `MASK_KINDS` without.
+        mask_kinds: those of `OWN_MASK_KINDS` with `own`, those of `MASK_KINDS` without by default.
+        kinds: of removal, of `KINDS`; as many scenes of each, and a manifest that names them.
 
     Raises:
         FileExistsError: when the folder holds anything that was not written here.
@@ -135,11 +175,14 @@ def make_data(
     wanted["seeds"] = SEEDS
     if own is not None:
         wanted["files"] = own.stamp()
+    if mask_kinds is not None:
+        wanted["masks"] = list(mask_kinds)
     if kinds is not None:
-        wanted["masks"] = list(kinds)
+        wanted["kinds"] = list(kinds)
     settings: dict[str, Any] = {
         "own": own,
-        "kinds": kinds or (OWN_MASK_KINDS if own else MASK_KINDS),
+        "mask_kinds": mask_kinds or (OWN_MASK_KINDS if own else MASK_KINDS),
+        "kinds": kinds,
     }
     found = read_stamp(output) or {"train": 0, "test": 0}
     if found == wanted:
@@ -170,6 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=sorted({*OWN_MASK_KINDS, *MASK_KINDS}),
         help=f"{', '.join(OWN_MASK_KINDS)} by default; these take turns",
     )
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        help="kinds of removal, which take turns; a manifest names the kind of each scene",
+    )
     args = parser.parse_args(arguments)
     if (args.photographs is None) != (args.objects is None):
         parser.error("--photographs and --objects need each other")
@@ -184,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         test_count=args.test_count,
         size=args.size,
         own=own,
-        kinds=args.mask_kinds,
+        mask_kinds=args.mask_kinds,
+        kinds=args.kinds,
     )
 
 

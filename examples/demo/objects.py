@@ -23,7 +23,7 @@ def grid(size: int, center: tuple[float, float]) -> tuple[Array, Array]:
     return ys - center[0], xs - center[1]
 
 
-def _step(distance: NDArray[np.floating[Any]], softness: float = 1.0) -> Array:
+def inside(distance: NDArray[np.floating[Any]], softness: float = 1.0) -> Array:
     """Return an antialiased inside: 1 where `distance` (pixels) is negative, 0 where positive."""
     return (0.5 - distance / softness).clip(0, 1).astype(np.float32)
 
@@ -36,7 +36,7 @@ def blob(rng: Rng, size: int, center: tuple[float, float], radius: float) -> Arr
     for k in range(2, 6):
         amplitude, phase = rng.uniform(0, 0.28 / (k - 0.5)), rng.uniform(0, 2 * np.pi)
         contour += radius * amplitude * np.cos(k * angle + phase)
-    return _step(np.hypot(ys, xs) - contour, 1.5)
+    return inside(np.hypot(ys, xs) - contour, 1.5)
 
 
 def _shaded(rng: Rng, normal_y: Array, normal_x: Array, light: tuple[float, float]) -> Array:
@@ -56,11 +56,11 @@ def _drawn(
     light = (-0.7, light_x)
     if kind == "sphere":
         distance = np.hypot(ys, xs)
-        return _shaded(rng, ys / radius, xs / radius, light), _step(distance - radius)
+        return _shaded(rng, ys / radius, xs / radius, light), inside(distance - radius)
     if kind == "cone":
         half = ((ys + radius) / 2 * 0.8).clip(0.1, None)
         across = (xs / half).clip(-1, 1)
-        alpha = _step(np.maximum(np.abs(xs) - half, np.abs(ys) - radius))
+        alpha = inside(np.maximum(np.abs(xs) - half, np.abs(ys) - radius))
         return _shaded(rng, np.full_like(ys, -0.2), across * 0.9, light), alpha
     if kind == "capsule":
         tilt, length = rng.uniform(-1.2, 1.2), rng.uniform(0.8, 1.4) * radius
@@ -68,12 +68,12 @@ def _drawn(
         along = xs * np.sin(tilt) + ys * np.cos(tilt)
         off_y = ys - along.clip(-length, length) * np.cos(tilt)
         off_x = xs - along.clip(-length, length) * np.sin(tilt)
-        return _shaded(rng, off_y / thick, off_x / thick, light), _step(
+        return _shaded(rng, off_y / thick, off_x / thick, light), inside(
             np.hypot(off_y, off_x) - thick
         )
     wide, high, lid = radius * rng.uniform(0.6, 1.1), radius * rng.uniform(0.6, 1.0), radius * 0.3
-    front = _step(np.maximum(np.abs(xs) - wide, np.abs(ys) - high))
-    top = _step(
+    front = inside(np.maximum(np.abs(xs) - wide, np.abs(ys) - high))
+    top = inside(
         np.maximum(np.abs(xs + (ys + high) * 0.8) - wide, np.abs(ys + high + lid / 2) - lid / 2)
     )
     color = rng.uniform(0.15, 0.9, 3).astype(np.float32)
@@ -105,7 +105,7 @@ def draw_object(
         boxes = coin_boxes()
         piece = load_photograph("coins")[boxes[int(rng.integers(len(boxes)))]]
         piece, reach = jitter_colors(rng, piece), radius
-        alpha = _step(np.hypot(*grid(size, center)) - 0.94 * radius)
+        alpha = inside(np.hypot(*grid(size, center)) - 0.94 * radius)
     else:
         name = CUTOUT_PHOTOGRAPHS[int(rng.integers(len(CUTOUT_PHOTOGRAPHS)))]
         piece = jitter_colors(rng, random_crop(rng, load_photograph(name), 96, min_std=0.1))
@@ -149,5 +149,5 @@ def cast_shadow(
     low = alpha[max(0, int(foot - radius * 0.4)) :].max(0)
     middle = float((low * np.arange(len(low))).sum() / max(float(low.sum()), 1e-6))
     flat = np.hypot((ys - foot) / (0.22 * radius), (xs - middle) / (0.85 * radius))
-    contact = ndimage.gaussian_filter(_step(flat - 1, 0.5), 1.5 * blur)
+    contact = ndimage.gaussian_filter(inside(flat - 1, 0.5), 1.5 * blur)
     return np.maximum(soft, contact).clip(0, 1).astype(np.float32)

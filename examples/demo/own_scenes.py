@@ -9,8 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
+from effects import reflect
+from kind_layers import Thing
+from kinds import compose_kind
 from mask_shapes import cover_as
 from objects import cast_shadow
 from photographs import Array, Rng, random_crop, resize
@@ -128,18 +130,27 @@ def relight(rng: Rng, rgb: Array, alpha: Array, background: Array, light_x: floa
     return lit.clip(0, 1).astype(np.float32)
 
 
-def reflect(rng: Rng, rgb: Array, alpha: Array, foot: int) -> tuple[Array, Array]:
-    """Return the reflection of an object in a smooth floor below its foot: colors and strength."""
-    rows = 2 * foot - 1 - np.arange(alpha.shape[0])
-    seen = (rows >= 0) & (rows < foot)
-    rows = rows.clip(0, alpha.shape[0] - 1)
-    extent = max(1, foot - int(np.flatnonzero(alpha.max(1) > 0.5)[0]))
-    fade = (1 - (foot - rows) / (rng.uniform(0.5, 1) * extent)).clip(0, 1) * seen
-    strength = rng.uniform(0.15, 0.4) * alpha[rows] * fade[:, None]
-    blur = alpha.shape[0] / 128 * rng.uniform(0.3, 1)
-    blurred = ndimage.gaussian_filter(strength, blur)
-    blurred[:foot] = 0
-    return rgb[rows], blurred.astype(np.float32)
+def draw_own(rng: Rng, background: Array, cutout: tuple[Array, Array], name: str = "") -> Thing:
+    """Lay an object into a background, flipped at random, and light it.
+
+    Args:
+        background: `(S, S, 3)`, in [0, 1].
+        cutout: of `load_cutout`.
+        name: of the object.
+    """
+    size = background.shape[0]
+    if rng.random() < 0.5:
+        cutout = (cutout[0][:, ::-1], cutout[1][:, ::-1])
+    ratio = cutout[1].shape[1] / cutout[1].shape[0]
+    height = size * float(np.exp(rng.uniform(np.log(0.15), np.log(0.5)))) / max(1.0, ratio)
+    reach = ratio * height / 2
+    foot_row = round(rng.uniform(max(0.45 * size, height), 0.92 * size))
+    foot_column = round(rng.uniform(reach, max(size - reach, reach + 1)))
+    light_x = float(rng.choice((-1, 1)) * rng.uniform(0.4, 0.8))
+    rgb, alpha = place(cutout, size, (foot_row, foot_column), max(4, round(height)))
+    rgb = relight(rng, rgb, alpha, background, light_x)
+    middle = (foot_row - height / 2, float(foot_column))
+    return Thing(rgb, alpha, middle, height / 2, light_x, name)
 
 
 def compose_own(
@@ -159,21 +170,12 @@ def compose_own(
         mask_kind: one of `OWN_MASK_KINDS`; the mask leaves shadow and reflection.
     """
     size = background.shape[0]
-    if rng.random() < 0.5:
-        cutout = (cutout[0][:, ::-1], cutout[1][:, ::-1])
-    ratio = cutout[1].shape[1] / cutout[1].shape[0]
-    height = size * float(np.exp(rng.uniform(np.log(0.15), np.log(0.5)))) / max(1.0, ratio)
-    reach = ratio * height / 2
-    foot_row = round(rng.uniform(max(0.45 * size, height), 0.92 * size))
-    foot_column = round(rng.uniform(reach, max(size - reach, reach + 1)))
-    light_x = float(rng.choice((-1, 1)) * rng.uniform(0.4, 0.8))
-    rgb, alpha = place(cutout, size, (foot_row, foot_column), max(4, round(height)))
-    rgb = relight(rng, rgb, alpha, background, light_x)
-    middle = (foot_row - height / 2, float(foot_column))
-    shadow = cast_shadow(rng, alpha, middle, height / 2, light_x, blur=size / 128)
+    thing = draw_own(rng, background, cutout)
+    rgb, alpha = thing.rgb, thing.alpha
+    shadow = cast_shadow(rng, alpha, thing.middle, thing.radius, thing.light_x, blur=size / 128)
     shadowed = background * (1 - shadow * np.float32(rng.uniform(0.35, 0.65)))[..., None]
     if rng.random() < 0.3:
-        mirrored, strength = reflect(rng, rgb, alpha, foot_row)
+        mirrored, strength = reflect(rng, rgb, alpha, round(thing.middle[0] + thing.radius))
         shadowed = shadowed * (1 - strength[..., None]) + mirrored * strength[..., None]
     src = alpha[..., None] * rgb + (1 - alpha[..., None]) * shadowed
     mask = cover_as(rng, alpha, mask_kind)
@@ -218,11 +220,25 @@ class OwnScenes:
         states = [(str(path), path.stat().st_size) for path in self.photographs + self.objects]
         return hashlib.sha256(repr(states).encode()).hexdigest()
 
-    def draw(self, rng: Rng, split: str, size: int, mask_kind: str) -> Scene:
-        """Draw a scene of a split."""
+    def draw(
+        self, rng: Rng, split: str, size: int, mask_kind: str, kind: str | None = None
+    ) -> Scene:
+        """Draw a scene of a split; of a kind of `kinds.KINDS`, or with shadow and reflections."""
         files = [split_files(paths, split) for paths in (self.photographs, self.objects)]
         photograph, thing = (paths[int(rng.integers(len(paths)))] for paths in files)
         image = load_photograph(photograph)
         background, ref = (random_crop(rng, image, size) for _ in range(2))
-        scene = compose_own(rng, background, ref, load_cutout(thing), mask_kind)
-        return dataclasses.replace(scene, photograph=photograph.name, object_kind=thing.name)
+        cutout = load_cutout(thing)
+        if kind is None:
+            scene = compose_own(rng, background, ref, cutout, mask_kind)
+            return dataclasses.replace(scene, photograph=photograph.name, object_kind=thing.name)
+        return compose_kind(
+            rng,
+            kind,
+            background,
+            ref,
+            cover=lambda rng, alpha: cover_as(rng, alpha, mask_kind),
+            draw=lambda rng, background: draw_own(rng, background, cutout, thing.name),
+            mask_kind=mask_kind,
+            photograph=photograph.name,
+        )

@@ -40,6 +40,7 @@ class Scene:
     mask_kind: str
     object_kind: str
     photograph: str
+    kind: str = "shadow"
 
 
 def smooth_noise(rng: Rng, size: int, sigma: float) -> Array:

@@ -12,10 +12,11 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from evaluation.by_kind import kind_table, measure_by_kind
 from evaluation.comparison_sheet import draw_comparison
 from evaluation.measuring import (
     Results,
@@ -26,9 +27,11 @@ from evaluation.measuring import (
     table,
 )
 from evaluation.specialization import measure_specialization
+from flux_fill.kind_hints import KindHints
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline, to_pil_images
 from flux_fill.surroundings import add_surroundings_flags, check_surroundings
 from image_io.options import add_reading_flags, options_from
+from options.kind_options import HintForm
 from options.parsing import parse_options
 from options.train_options import BUNDLED_MODEL
 from removal_data.dataset import RemovalDataset
@@ -55,7 +58,10 @@ def run_models(args: argparse.Namespace, dataset: RemovalDataset) -> dict[str, R
         found[BASE] = run_pipeline(pipe, conditioner, dataset, **settings)
     if args.checkpoint is not None:
         load_checkpoint(pipe, args.checkpoint)
-        found[TRAINED] = run_pipeline(pipe, conditioner, dataset, **settings)
+        hints = None
+        if args.kind_experts:
+            hints = KindHints(dataset.kinds, args.kind_experts, args.kind_hint)
+        found[TRAINED] = run_pipeline(pipe, conditioner, dataset, hints=hints, **settings)
     surroundings = {name: getattr(args, name) for name in ("outside", "seam", "feather")}
     return {
         name: apply_to_all(pipe.vae, results, dataset.singles(), **surroundings)
@@ -91,6 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="measure losses and metrics without each expert, too; options of train.py as YAML "
         "files decide which losses, at which noise levels",
     )
+    add("--kind_experts", nargs="+", metavar="KIND=EXPERT", help="as in training")
+    add("--kind_hint", choices=get_args(HintForm), default="only", help="as in training")
     add("--output_dir", type=Path, default=Path("outputs") / "evaluation", help="where all goes")
     add("--rows", type=int, default=8, help="samples on the contact sheet")
     add("--flux_fill_id", default=str(BUNDLED_MODEL), help="the base model")
@@ -114,6 +122,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.checkpoint is None and (args.base_model or args.ablate_experts):
         parser.error("--base_model and --ablate_experts need --checkpoint")
+    if args.kind_experts and args.checkpoint is None:
+        parser.error("--kind_experts needs --checkpoint")
     if args.flux_redux_id is None and (args.redux_scale != 1 or args.redux_image != "ref"):
         parser.error("--redux_scale and --redux_image need --flux_redux_id")
     for name in ("steps", "batch_size", "rows"):
@@ -144,6 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images = {name: results.images for name, results in found.items()}
     draw_comparison(dataset, images, output / "contact_sheet.png", rows=args.rows)
     print(table(means))
+    if dataset.kinds:
+        by_kind = {name: measure_by_kind(each.images, dataset) for name, each in found.items()}
+        entries["psnr_by_kind"] = by_kind
+        print(f"\n{kind_table(list(by_kind.values())[-1], by_kind.get(BASE))}")
     if args.ablate_experts:
         given = ["--train_data_dir", str(args.data_dir), "--flux_fill_id", args.flux_fill_id]
         options = parse_options([*args.ablate_experts, *given])

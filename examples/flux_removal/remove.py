@@ -15,6 +15,7 @@ import torch
 from diffusers import FluxFillPipeline
 from PIL import Image
 
+from flux_fill.kind_hints import set_task_hint
 from flux_fill.models import (
     Conditioner,
     guidance_for,
@@ -175,6 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--diptych", action="store_true", help="lay --ref beside the image, as in training"
     )
     parser.add_argument("--prompt", help="as in training")
+    parser.add_argument("--task_hint", help="for the router, such as removal_focus or shadow_only")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--guidance_scale", type=float, help="30 where the model reads one")
@@ -252,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ref = read_image(args.ref, options.background or "white").rgb if args.ref else None
     pipe = load_pipeline(args.flux_fill_id, dtype=DTYPES[args.dtype], device=args.device)
     load_checkpoint(pipe, args.checkpoint)
+    set_task_hint(pipe.transformer, args.task_hint)
     conditioner = Conditioner(
         pipe, prompt=args.prompt, redux_id=args.flux_redux_id, redux_scale=args.redux_scale
     )

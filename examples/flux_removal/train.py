@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ from training_run.parts import (
     Parts,
     Run,
     build_accelerator,
+    build_hints,
     build_model,
     build_optimizer,
 )
@@ -115,7 +117,8 @@ def optimizer_step(run: Run) -> dict[str, Tensor] | None:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     batch = augment_masks(batch, options.mask_augmentation, generator, diptych=options.diptych)
-    with accelerator.accumulate(model):
+    hinted = parts.hints.given(model, batch, generator) if parts.hints else nullcontext()
+    with accelerator.accumulate(model), hinted:
         total, output, sigma = training_step(batch, parts, run.loss, progress.step)
         accelerator.backward(total)
         if accelerator.sync_gradients:
@@ -178,6 +181,7 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     resumed = find_checkpoint(output_dir, options.resume_from_checkpoint)
 
     data = open_data(options, accelerator)
+    hints = build_hints(options, data.kinds)
 
     dtype = DTYPES[options.mixed_precision]
     pipe = load_pipeline(options.flux_fill_id, dtype=dtype, device=accelerator.device)
@@ -220,7 +224,7 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
         reporter.say(f"The captions of the data are not used: {reader}.", logging.WARNING)
     if note:
         reporter.say(note, logging.WARNING)
-    parts = Parts(accelerator, pipe, model, encoder, conditioner, options)
+    parts = Parts(accelerator, pipe, model, encoder, conditioner, options, hints)
     return Run(parts, loss, stream, optimizer, scheduler, progress, reporter)
 
 

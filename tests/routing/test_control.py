@@ -172,6 +172,37 @@ def test_router_inputs_are_given_and_forgotten(model):
         moe_lora.set_router_inputs(model, image=torch.ones(1, 3, 8, 8))
 
 
+def test_every_sample_of_a_batch_follows_its_own_hint(model):
+    moe_lora.attach_router(model, ReadsMean())
+    x = torch.randn(4, 4, 6)
+    hints = ["completion_only", None, "removal_only", "background_focus"]
+    moe_lora.set_router_inputs(model, task_hint=hints)
+    hints[0] = "removal_only"  # copied
+    together, weights = model(x), moe_lora.current_routing(model).weights
+    for index, hint in enumerate(["completion_only", *hints[1:]]):
+        with moe_lora.router_inputs(model, task_hint=hint):
+            torch.testing.assert_close(model(x[index : index + 1])[0], together[index])
+            assert torch.equal(moe_lora.current_routing(model).weights[0], weights[index])
+    assert weights[0].tolist() == [0, 0, 1]
+    assert weights[2].tolist() == [1, 0, 0]
+    assert weights[1].gt(0).all()
+
+
+def test_hints_follow_a_batch_that_guidance_repeats(model):
+    moe_lora.attach_router(model, ReadsMean())
+    moe_lora.set_router_inputs(model, task_hint=["completion_only", "removal_only"])
+    x = torch.randn(2, 4, 6)
+    model(torch.cat([x, x]))
+    assert moe_lora.current_routing(model).weights.argmax(-1).tolist() == [2, 0, 2, 0]
+    with pytest.raises(ValueError, match="for the 3 samples of the call"):
+        model(torch.randn(3, 4, 6))
+    moe_lora.set_router_inputs(model, task_hint=["background_only"])
+    model(torch.randn(3, 4, 6))
+    assert moe_lora.current_routing(model).weights.argmax(-1).tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="got 'sky_only'"):
+        moe_lora.set_router_inputs(model, task_hint=["sky_only", None])
+
+
 def chosen(model):
     """Call the model, and return the expert that every sample got if it is the same for all."""
     model(X)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, FluxFillPipeline
 from torch import Tensor
 
+from flux_fill.kind_hints import KindHints
 from flux_fill.models import Conditioner, guidance_for
 from flux_fill.surroundings import apply_surroundings
 from moe_lora import MoELoraConfig, current_routing, metrics
@@ -54,6 +56,7 @@ def run_pipeline(
     seed: int = 0,
     batch_size: int = 8,
     guidance_scale: float | None = None,
+    hints: KindHints | None = None,
 ) -> Results:
     """Run the stock pipeline on every sample; a sample's noise depends on its index and the seed.
 
@@ -65,6 +68,7 @@ def run_pipeline(
         seed: of the noise.
         batch_size: of images of one size.
         guidance_scale: for models with guidance embeddings.
+        hints: for the router, by the kind of each sample.
     """
     images: dict[int, Tensor] = {}
     weights: dict[int, Tensor] = {}
@@ -87,15 +91,17 @@ def run_pipeline(
                 seen.append(weights.mean(1) if weights.ndim == 3 else weights)
             return {}
 
-        filled = fill(
-            pipe,
-            conditioner,
-            batch,
-            steps=steps,
-            seeds=[seed * 1_000_003 + i for i in indices],
-            guidance_scale=guidance_scale,
-            callback_on_step_end=note,
-        )
+        kinds = {"kind": torch.stack([item["kind"] for item in items])} if hints else {}
+        with hints.given(pipe.transformer, kinds) if hints else nullcontext():
+            filled = fill(
+                pipe,
+                conditioner,
+                batch,
+                steps=steps,
+                seeds=[seed * 1_000_003 + i for i in indices],
+                guidance_scale=guidance_scale,
+                callback_on_step_end=note,
+            )
         if dataset.reading.diptych:
             filled = filled.tensor_split(2, dim=-1)[1]
         images |= dict(zip(indices, filled.float().cpu(), strict=True))

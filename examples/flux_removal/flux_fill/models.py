@@ -93,6 +93,7 @@ def mixture_config(options: MixtureOptions, *, routed: bool) -> moe_lora.MoELora
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         num_experts=options.num_experts,
+        expert_names=tuple(options.expert_names) or None,
         target_modules=options.targets,
         router=options.router if routed else None,
         router_kwargs=json.loads(options.router_kwargs) if routed else {},

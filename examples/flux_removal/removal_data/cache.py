@@ -191,7 +191,8 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         entry = self.cache[self.keys[index]]
-        return entry | {name: entry[name].float() / 255 for name in IMAGES}
+        images = {name: entry[name].float() / 255 for name in IMAGES}
+        return entry | images | self.dataset.kind_at(index)
 
 
 def fill_cache(data: CachedDataset, accelerator: Accelerator) -> CachedDataset:

@@ -47,7 +47,8 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
 
     An item is a dict of float tensors in [0, 1]: `src`, `result`, `ref` `(3, H, W)` and
     `mask` `(1, H, W)`, 0 and 1 only, 1 = remove. Where samples have captions, `caption` is the
-    index in `captions`, -1 for none. With `reading.diptych`, all but `ref` are `(..., H, 2 W)`.
+    index in `captions`, -1 for none; `kind` and `kinds` likewise. With `reading.diptych`, all but
+    `ref` are `(..., H, 2 W)`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
         )
         self.caption_indices: dict[str | None, int] = {None: -1}
         self.caption_indices |= {caption: i for i, caption in enumerate(self.captions)}
+        self.kinds = list(dict.fromkeys(s.kind for s in self.samples if s.kind is not None))
         self.buckets: list[tuple[int, int]] | None = None
         if self.reading.resolution is not None:
             sizes = [source_size(sample) for sample in self.samples]
@@ -100,7 +102,14 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
             item |= self._diptych(sample, item, ref)
         if self.captions:
             item["caption"] = torch.tensor(self.caption_indices[sample.caption])
-        return item
+        return item | self.kind_at(index)
+
+    def kind_at(self, index: int) -> dict[str, Tensor]:
+        """Return the part `kind` of an item; nothing where no sample has one."""
+        kind = self.samples[index].kind
+        if not self.kinds:
+            return {}
+        return {"kind": torch.tensor(-1 if kind is None else self.kinds.index(kind))}
 
     def _read(self, sample: Sample) -> tuple[dict[str, Image.Image], NDArray[np.bool_]]:
         """Read the images of a sample, and its mask by the size of the source."""

@@ -24,12 +24,14 @@ class TrainingData:
 
     Attributes:
         captions: prompts of the samples.
+        kinds: of removal of the samples.
         order: everything that the order of the data depends on; a run resumes it only unchanged.
         steps_per_epoch: optimizer steps of one pass over the data.
         total_steps: optimizer steps of the run.
     """
 
     captions: Sequence[str] = ()
+    kinds: Sequence[str] = ()
     order: dict[str, int]
     steps_per_epoch: int
     total_steps: int
@@ -59,7 +61,7 @@ class CheckedData(TrainingData):
     def __init__(self, options: TrainOptions, accelerator: Accelerator) -> None:
         self.options, self.accelerator = options, accelerator
         self.dataset = open_checked(options, accelerator)
-        self.captions = self.dataset.captions
+        self.captions, self.kinds = self.dataset.captions, self.dataset.kinds
         self.batches = BucketBatches(
             image_sizes(self.dataset),
             options.batch_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,10 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import moe_lora
+from flux_fill.kind_hints import KindHints
 from flux_fill.models import Conditioner, add_experts, router_parameters
 from moe_lora import RemovalLoss
+from options.kind_options import read_kind_experts
 from options.train_options import TrainOptions
 from removal_data.batches import LatentEncoder
 from reporting.reporter import Reporter
@@ -34,6 +36,7 @@ class Parts:
     encoder: LatentEncoder
     conditioner: Conditioner
     options: TrainOptions
+    hints: KindHints | None = None
 
 
 @dataclass
@@ -62,6 +65,24 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         # Uniform phases leave the router's parameters unused.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+
+
+def build_hints(options: TrainOptions, kinds: Sequence[str]) -> KindHints | None:
+    """Return the task hints of the samples, if the run has any.
+
+    Raises:
+        ValueError: for experts of kinds that the data do not have.
+    """
+    if not options.kind_experts:
+        return None
+    absent = sorted(set(read_kind_experts(options.kind_experts)) - set(kinds))
+    if absent:
+        raise ValueError(
+            f"Expected `kind_experts` for kinds of the data, {sorted(kinds)}, but got {absent}. "
+            "The key `kind` in a manifest names the kind of a sample."
+        )
+    dropout = options.hint_dropout
+    return KindHints(kinds, options.kind_experts, options.kind_hint, dropout=dropout)
 
 
 def build_model(pipe: FluxFillPipeline, options: TrainOptions) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -121,7 +121,7 @@ def set_router_inputs(
     mask: Tensor | None = None,
     image: Tensor | None = None,
     mask_info: MaskInfo | None = None,
-    task_hint: str | None = None,
+    task_hint: str | Sequence[str | None] | None = None,
     grid_size: tuple[int, int] | None = None,
     timestep_range: tuple[float, float] | None = None,
 ) -> None:
@@ -140,7 +140,8 @@ def set_router_inputs(
             its graph.
         mask_info: an already analyzed mask, instead of `mask` and `image`. Gradients reach it; one
             with a graph can be used for one backward pass.
-        task_hint: `<expert>_focus` or `<expert>_only`, for example "removal_focus".
+        task_hint: `<expert>_focus` or `<expert>_only`, for example "removal_focus"; or a sequence
+            with one of them, or `None` for no hint, per sample, as with masks.
         grid_size: `(rows, columns)` of the model's image tokens.
         timestep_range: the timesteps `(clean, noise)` of clean data and of pure noise; by default
             those of the model's family.
@@ -161,7 +162,7 @@ def router_inputs(
     mask: Tensor | None = None,
     image: Tensor | None = None,
     mask_info: MaskInfo | None = None,
-    task_hint: str | None = None,
+    task_hint: str | Sequence[str | None] | None = None,
     grid_size: tuple[int, int] | None = None,
     timestep_range: tuple[float, float] | None = None,
 ) -> Iterator[None]:
@@ -185,7 +186,7 @@ def _make_given_inputs(
     mask: Tensor | None,
     image: Tensor | None,
     mask_info: MaskInfo | None,
-    task_hint: str | None,
+    task_hint: str | Sequence[str | None] | None,
     grid_size: tuple[int, int] | None,
     timestep_range: tuple[float, float] | None,
 ) -> GivenInputs:
@@ -193,6 +194,8 @@ def _make_given_inputs(
         raise ValueError("Expected one of `mask` and `mask_info`, but got both.")
     if image is not None and mask is None:
         raise ValueError("Expected `mask` together with `image`, but got none.")
+    if task_hint is not None and not isinstance(task_hint, str):
+        task_hint = tuple(task_hint)
     state.check_hint(task_hint)
     if grid_size is not None:
         grid_size = check_size(grid_size, "grid_size")

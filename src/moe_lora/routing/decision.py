@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -44,7 +44,7 @@ def routing_from_decisions(
     decisions: Mapping[str, RoutingDecision],
     routers: Mapping[str, Router],
     call: ModelCall,
-    task_hint: str | None,
+    task_hint: str | Sequence[str | None] | None,
 ) -> Routing:
     """Create the routing of a pass, with token weights fitted to the tokens of the call.
 
@@ -52,7 +52,7 @@ def routing_from_decisions(
         decisions: the routers' decisions, by adapter name.
         routers: the routers, by adapter name.
         call: the model's call.
-        task_hint: the task hint of the call.
+        task_hint: the task hint of the call, or one per sample.
     """
     weights: dict[str, Tensor | None] = {}
     dimension: dict[str, Dimension] = {}

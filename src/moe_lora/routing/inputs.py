@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ class GivenInputs:
     """Router inputs given by the caller; see `moe_lora.set_router_inputs`."""
 
     mask_info: MaskInfo | None = None
-    task_hint: str | None = None
+    task_hint: str | Sequence[str | None] | None = None
     grid_size: tuple[int, int] | None = None
     timestep_range: tuple[float, float] | None = None
 
@@ -31,7 +31,7 @@ class RouterInputs:
             Fill these are the 64 noisy and the 64 masked-image channels.
         mask_info: the analyzed mask of every sample, or `None` without a mask.
         timestep: `(B,)`, the model's timestep argument (FLUX: sigma in [0, 1]), or `None`.
-        task_hint: a hint such as `"removal_focus"`, or `None`.
+        task_hint: a hint such as `"removal_focus"`, one hint or `None` per sample, or `None`.
         grid_size: `(rows, columns)` of the `T` tokens, or `None` when the call does not determine
             it.
         model_inputs: all arguments of the call by parameter name, for custom routers (for example
@@ -44,7 +44,7 @@ class RouterInputs:
     hidden_states: Tensor
     mask_info: MaskInfo | None = None
     timestep: Tensor | None = None
-    task_hint: str | None = None
+    task_hint: str | Sequence[str | None] | None = None
     grid_size: tuple[int, int] | None = None
     model_inputs: Mapping[str, Any] = field(default_factory=dict)
     timestep_range: tuple[float, float] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -18,7 +18,7 @@ from moe_lora.routing.decision import routing_from_decisions, run_router
 from moe_lora.routing.inputs import GivenInputs
 from moe_lora.routing.model_call import MaskCache, ModelCall
 from moe_lora.routing.routers.base import Router
-from moe_lora.routing.routers.gating import task_hints
+from moe_lora.routing.routers.gating import check_task_hint, task_hints
 from moe_lora.routing.statistics import RoutingStats
 from moe_lora.routing.steering import NO_STEERING, Override, Steering
 from moe_lora.routing.thread_state import PerThread, ThreadState
@@ -157,7 +157,7 @@ class RoutingState(RoutingContext):
             for name, decision in decisions.items():
                 self.stats[name].update(decision.weights.detach())
             self.thread_state.decisions = decisions
-        return routing_from_decisions(decisions, by_name, call, given.task_hint)
+        return routing_from_decisions(decisions, by_name, call, inputs.task_hint)
 
     def _routing_from_override(
         self,
@@ -302,18 +302,17 @@ class RoutingState(RoutingContext):
         self.mode = mode
         self.update_routed_adapters()
 
-    def check_hint(self, hint: str | None) -> None:
+    def check_hint(self, hint: str | Sequence[str | None] | None) -> None:
         """Raise unless a task hint is valid for one of the adapters.
 
         Args:
-            hint: the task hint, or `None`.
+            hint: the task hint, one per sample, or `None`.
 
         Raises:
             ValueError: for an unknown hint.
         """
-        hints = [hint for names in self.expert_names.values() for hint in task_hints(names)]
-        if hint is not None and hint not in hints:
-            raise ValueError(f"Expected `task_hint` to be one of {hints}, but got {hint!r}.")
+        known = [hint for names in self.expert_names.values() for hint in task_hints(names)]
+        check_task_hint(hint, known)
 
     def fixed_weights(self, adapter_name: str) -> Tensor | None:
         override = self.steering.override

@@ -371,3 +371,15 @@ def test_flags_that_could_not_be_honored_end_the_program(
 ) -> None:
     with pytest.raises(SystemExit):
         call(files, tmp_path, tmp_path, *flags)
+
+
+def test_a_task_hint_reaches_the_router(
+    checkpoint: Path, files: dict[str, Path], random_flux_fill: Path, tmp_path: Path
+) -> None:
+    louder = strengthened(checkpoint, tmp_path / "louder")
+    hints = ("removal_only", "completion_only")
+    found = [call(files, louder, random_flux_fill, "--task_hint", hint) for hint in hints]
+    assert not np.array_equal(*found)
+    assert not np.array_equal(found[0], call(files, louder, random_flux_fill))
+    with pytest.raises(ValueError, match="Expected `task_hint` to be one of"):
+        call(files, louder, random_flux_fill, "--task_hint", "sky_only")

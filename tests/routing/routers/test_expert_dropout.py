@@ -166,6 +166,15 @@ def test_an_only_hint_is_honored():
     assert torch.equal(used(model), torch.tensor([0.0, 1.0, 0.0]).expand(50, 3))
 
 
+def test_only_hints_of_samples_are_honored_when_guidance_repeats_them():
+    model, x = adapted(0.9), torch.randn(25, 3, 6)
+    hints = ["background_only", *["removal_only"] * 24]
+    moe_lora.set_router_inputs(model, task_hint=hints)
+    model(torch.cat([x, x]))
+    assert used(model).argmax(-1).tolist() == 2 * [1, *[0] * 24]
+    assert torch.equal(used(model).sum(-1), torch.ones(50))
+
+
 def test_the_config_decides_and_is_saved(tmp_path):
     model = adapted(0.25)
     assert next(m for m in model.modules() if isinstance(m, Router)).expert_dropout == 0.25

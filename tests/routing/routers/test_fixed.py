@@ -14,7 +14,7 @@ from moe_lora.routing.routers.registry import router_class
 NAMES = ("removal_expert", "background_expert", "completion_expert")
 
 
-def call(batch: int = 2, hint: str | None = None) -> RouterInputs:
+def call(batch: int = 2, hint: str | list[str] | None = None) -> RouterInputs:
     return RouterInputs(torch.randn(batch, 4, 8), task_hint=hint)
 
 
@@ -77,8 +77,9 @@ def test_fixed_weights_are_what_forward_gives(settings, expected):
 def test_a_hint_to_an_expert_without_weight_raises(kind):
     router = FixedRouter([0.5, 0.5, 0.0]).configure(NAMES)
     assert router(call(hint=f"removal_{kind}")).weights[0, 0] > 0.8
-    with pytest.raises(ValueError, match="fixed weight of 'completion_expert' is 0"):
-        router(call(hint=f"completion_{kind}"))
+    for hint in (f"completion_{kind}", [f"completion_{kind}"]):
+        with pytest.raises(ValueError, match="fixed weight of 'completion_expert' is 0"):
+            router(call(hint=hint))
 
 
 def test_an_unknown_hint_raises():

@@ -134,6 +134,31 @@ def test_only_leaves_one_expert(strategy):
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (4, 5, 3)])
+def test_hints_of_samples_are_those_of_each_sample_alone(shape):
+    logits = torch.randn(shape)
+    hints = ["removal_only", None, "completion_focus", "background_only"]
+    found = apply_task_hint(logits, hints, NAMES)
+    for index, hint in enumerate(hints):
+        alone = apply_task_hint(logits[index : index + 1], hint, NAMES)
+        assert torch.equal(found[index], alone[0])
+    assert found[0, ..., 1:].isneginf().all()
+    assert torch.equal(found[1], logits[1])
+
+
+@pytest.mark.parametrize(
+    ("hints", "message"),
+    [
+        (["removal_only"], "one entry per sample, 2 in all, but got 1"),
+        ([], "one entry per sample, but got none"),
+        (["removal_only", "shadow_only"], "got 'shadow_only'"),
+    ],
+)
+def test_hints_that_fit_no_sample_raise(hints, message):
+    with pytest.raises(ValueError, match=message):
+        apply_task_hint(torch.randn(2, 3), hints, NAMES)
+
+
 def test_no_hint_changes_nothing_and_an_unknown_one_raises():
     logits = torch.randn(2, 3)
     assert apply_task_hint(logits, None, NAMES) is logits

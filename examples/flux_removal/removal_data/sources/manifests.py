@@ -8,7 +8,7 @@ from typing import Any
 
 from removal_data.sources.samples import PARTS, Finding, Sample
 
-FURTHER = {"name": str, "caption": str, "repeats": int, "weight": (int, float)}
+FURTHER = {"name": str, "caption": str, "kind": str, "repeats": int, "weight": (int, float)}
 
 
 def check_row(row: Any, place: str) -> dict[str, Any]:
@@ -44,6 +44,7 @@ def build_sample(row: dict[str, Any], files: dict[str, Path], name: str) -> Samp
         name,
         files,
         caption=row.get("caption"),
+        kind=row.get("kind"),
         repeats=row.get("repeats", 1),
         weight=float(row.get("weight", 1)),
     )
@@ -64,8 +65,8 @@ def read_manifest(path: Path) -> tuple[list[Sample], list[Finding]]:
 
     Args:
         path: of a file with `{"src": ..., "mask": ..., "result": ...}` a line; `ref`, `caption`,
-            `repeats`, `weight` and `name` may be added. Paths are relative to its folder; several
-            lines may share files.
+            `kind`, `repeats`, `weight` and `name` may be added. Paths are relative to its folder;
+            several lines may share files.
 
     Returns:
         The samples whose files exist, in the order of the lines, and the errors of all others.

@@ -17,6 +17,7 @@ class Sample:
         name: unique in its data set.
         files: by part: `src`, `mask`, `result` and, where there is one, `ref`.
         caption: the prompt; None for that of the run.
+        kind: of removal, such as "shadow"; None where it is not told.
         repeats: times per epoch.
         weight: multiplies `repeats`; with fractions a sample is in some epochs only.
     """
@@ -24,6 +25,7 @@ class Sample:
     name: str
     files: dict[str, Path]
     caption: str | None = None
+    kind: str | None = None
     repeats: int = 1
     weight: float = 1.0
 

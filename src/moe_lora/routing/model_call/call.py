@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -111,7 +111,7 @@ class ModelCall:
             mask_info=None if info is None else self._expand_mask_info(info),
             timestep=find_timestep(self.arguments, tokens),
             timestep_range=given.timestep_range or self.family.timestep_range,
-            task_hint=given.task_hint,
+            task_hint=self._expand_task_hint(given.task_hint),
             grid_size=grid,
             model_inputs=self.arguments,
         )
@@ -133,6 +133,14 @@ class ModelCall:
         if carried is None or carried.channels != input_channels(self.model):
             return None
         return carried if tokens.shape[-1] == carried.channels else None
+
+    def _expand_task_hint(
+        self, hint: str | Sequence[str | None] | None
+    ) -> str | Sequence[str | None] | None:
+        if hint is None or isinstance(hint, str):
+            return hint
+        index = sample_index(len(hint), self.latents)
+        return hint if index is None else tuple(hint[i] for i in index.tolist())
 
     def _expand_mask_info(self, info: MaskInfo) -> MaskInfo:
         index = sample_index(info.mask.shape[0], self.latents)

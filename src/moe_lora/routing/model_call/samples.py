@@ -40,7 +40,7 @@ def sample_index(given: int, latents: Tensor | list[Tensor]) -> Tensor | None:
     ):
         return torch.arange(given, device=latents[0].device).repeat(needed // given)
     raise ValueError(
-        f"Expected a mask, or routing weights, for the {needed} samples of the call, for one "
+        f"Expected a mask, weights or hints, for the {needed} samples of the call, for one "
         f"sample (used for all), or for a batch that guidance repeats as a whole, but got {given}. "
         "Pass one per sample, in the order of the call's latents. For n images per prompt, "
         "pipelines repeat prompts like mask.repeat_interleave(n, dim=0), but their own masks like "

@@ -160,7 +160,7 @@ class Router(nn.Module, ABC):
         return RoutingDecision(weights, logits)
 
     def apply_expert_dropout(
-        self, decision: RoutingDecision, task_hint: str | None = None
+        self, decision: RoutingDecision, task_hint: str | Sequence[str | None] | None = None
     ) -> Tensor:
         """Return the weights for the layers, in training with experts dropped at random.
 
@@ -168,7 +168,7 @@ class Router(nn.Module, ABC):
 
         Args:
             decision: the router's output.
-            task_hint: the hint of the call.
+            task_hint: the hint of the call, or one per sample.
 
         Returns:
             The shape of `decision.weights`, rows sum to 1; `decision.weights` itself in evaluation
@@ -183,7 +183,9 @@ class Router(nn.Module, ABC):
             drop_experts(self._apply_task_hint(decision.logits, task_hint), self.expert_dropout)
         )
 
-    def _apply_task_hint(self, logits: Tensor, task_hint: str | None) -> Tensor:
+    def _apply_task_hint(
+        self, logits: Tensor, task_hint: str | Sequence[str | None] | None
+    ) -> Tensor:
         names = self.expert_names or [f"expert_{i}" for i in range(logits.shape[-1])]
         return apply_task_hint(logits, task_hint, names)
 

@@ -146,11 +146,13 @@ class FixedRouter(_InputFreeRouter):
             ValueError: for a task hint for an expert with weight 0.
         """
         names = self.expert_names or [f"expert_{i}" for i in range(len(self.weights))]
+        hint = inputs.task_hint
+        hints = {hint} if hint is None or isinstance(hint, str) else set(hint)
         for name, weight in zip(names, self.weights, strict=True):
-            if weight == 0 and inputs.task_hint in task_hints([name]):
+            if weight == 0 and hints.intersection(task_hints([name])):
                 raise ValueError(
                     f"Expected `task_hint` to name an expert with a weight > 0, but got "
-                    f"{inputs.task_hint!r}, and the fixed weight of {name!r} is 0."
+                    f"{hint!r}, and the fixed weight of {name!r} is 0."
                 )
         return super().logits(inputs)
 

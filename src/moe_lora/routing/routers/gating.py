@@ -118,30 +118,65 @@ def task_hints(expert_names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{stem}_{kind}" for stem in stems for kind in ("focus", "only"))
 
 
-def apply_task_hint(logits: Tensor, hint: str | None, expert_names: Sequence[str]) -> Tensor:
+def check_task_hint(hint: str | Sequence[str | None] | None, known: Sequence[str]) -> None:
+    """Raise unless a hint, or every hint of a batch, is known.
+
+    Args:
+        hint: one hint, one per sample, or `None`.
+        known: the valid hints.
+
+    Raises:
+        ValueError: for an unknown hint, or an empty sequence.
+    """
+    if hint is None or isinstance(hint, str):
+        hint = (hint,)
+    if not hint:
+        raise ValueError("Expected `task_hint` to have one entry per sample, but got none.")
+    for one in hint:
+        if one is not None and one not in known:
+            raise ValueError(f"Expected `task_hint` to be one of {list(known)}, but got {one!r}.")
+
+
+def apply_task_hint(
+    logits: Tensor, hint: str | Sequence[str | None] | None, expert_names: Sequence[str]
+) -> Tensor:
     """Bias logits by a task hint.
 
     `<stem>_focus` adds `HINT_BIAS` to the expert's logit, `<stem>_only` sets all other logits to
     -inf; the stem is the expert's name without `_expert`.
 
     Args:
-        logits: `(..., E)`.
-        hint: one of `task_hints(expert_names)`, or `None` for no change.
+        logits: `(..., E)`; `(B, ..., E)` with one hint per sample.
+        hint: one of `task_hints(expert_names)`, or `None` for no change; or `B` of them.
         expert_names: the `E` names, in the order of the logits.
 
     Returns:
         `(..., E)`, the biased logits.
 
     Raises:
-        ValueError: for an unknown hint.
+        ValueError: for an unknown hint, or another number of hints than `B`.
+
+    Example:
+        >>> apply_task_hint(torch.zeros(2, 2), ["shadow_focus", None], ["shadow", "glow"])
+        tensor([[2., 0.],
+                [0., 0.]])
     """
     if hint is None:
         return logits
     hints = task_hints(expert_names)
-    if hint not in hints:
-        raise ValueError(f"Expected `task_hint` to be one of {list(hints)}, but got {hint!r}.")
-    index, kind = divmod(hints.index(hint), 2)
-    is_hinted = torch.arange(len(expert_names), device=logits.device) == index
-    if kind == 0:
-        return logits + HINT_BIAS * is_hinted.to(logits.dtype)
-    return logits.masked_fill(~is_hinted, float("-inf"))
+    check_task_hint(hint, hints)
+    if isinstance(hint, str):
+        index, kind = divmod(hints.index(hint), 2)
+        is_hinted = torch.arange(len(expert_names), device=logits.device) == index
+        if kind == 0:
+            return logits + HINT_BIAS * is_hinted.to(logits.dtype)
+        return logits.masked_fill(~is_hinted, float("-inf"))
+    if len(hint) != len(logits):
+        raise ValueError(
+            f"Expected `task_hint` to have one entry per sample, {len(logits)} in all, but got "
+            f"{len(hint)}."
+        )
+    hinted = [
+        apply_task_hint(rows, one, expert_names) for rows, one in zip(logits, hint, strict=True)
+    ]
+    return torch.stack(hinted)

@@ -235,7 +235,7 @@ def test_the_configs_that_come_along_are_valid(config: Path) -> None:
 
 def test_there_are_configs() -> None:
     names = {path.stem for path in CONFIGS}
-    assert names == {"baseline", "demo", "progressive", "routed"}
+    assert names == {"baseline", "demo", "kinds", "progressive", "routed"}
 
 
 def test_every_option_has_a_help_text() -> None:

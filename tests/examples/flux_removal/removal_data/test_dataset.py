@@ -328,3 +328,20 @@ def test_reading_options_that_cannot_be_honored_raise(flags: list[str]) -> None:
 def test_buckets_need_a_resolution(flags: list[str]) -> None:
     with pytest.raises(ValueError, match=f"`resolution` together with `{flags[0][2:]}`"):
         parse_options(["--train_data_dir", "data", *flags])
+
+
+def test_kinds_of_a_manifest_are_in_the_items(tmp_path: Path, triplets: Path) -> None:
+    kinds = ["glow", None, "shadow", "glow"]
+    lines = []
+    for index, kind in enumerate(kinds):
+        row: dict[str, object] = {
+            part: str(triplets / part / f"{index:03d}.png") for part in ("src", "mask", "result")
+        }
+        lines.append(json.dumps(row | ({"kind": kind} if kind else {})))
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
+    dataset = RemovalDataset(tmp_path)
+    assert dataset.kinds == ["glow", "shadow"]
+    assert [int(dataset[index]["kind"]) for index in range(4)] == [0, -1, 1, 0]
+    (tmp_path / "manifest.jsonl").write_text(lines[0].replace('"glow"', "3"))
+    with pytest.raises(ValueError, match="`kind` of another type"):
+        RemovalDataset(tmp_path)
