@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from diffusers import FluxFillPipeline
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import moe_lora
@@ -21,7 +22,9 @@ from moe_lora import RemovalLoss
 from options.train_options import TrainOptions
 from removal_data.batches import LatentEncoder
 from reporting.reporter import Reporter
+from training_run.averaging import WeightAverage
 from training_run.checkpoints import Progress
+from training_run.optimizers import create_optimizer
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Run:
     scheduler: LRScheduler
     progress: Progress
     reporter: Reporter
+    average: WeightAverage | None = None
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -92,17 +96,21 @@ def add_plain_lora(transformer: nn.Module, options: TrainOptions) -> PeftModel:
 
 def build_optimizer(
     model: nn.Module, options: TrainOptions, step: int, total_steps: int
-) -> tuple[AdamW, LRScheduler]:
-    """Return AdamW and its schedule, which is a function of the step alone."""
+) -> tuple[Optimizer, LRScheduler]:
+    """Return the optimizer and its schedule, which is a function of the step alone."""
     of_router = router_parameters(model)
     known = {id(parameter) for parameter in of_router}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     rate = options.learning_rate
-    groups = [{"params": rest, "lr": rate, "initial_lr": rate}]
+    groups: list[dict[str, Any]] = [
+        {"params": rest, "lr": rate, "initial_lr": rate, "name": "experts"}
+    ]
     if of_router:
         rate = options.router_learning_rate or rate
-        groups.append({"params": of_router, "lr": rate, "initial_lr": rate})
-    optimizer = AdamW(groups, weight_decay=options.weight_decay)
+        groups.append({"params": of_router, "lr": rate, "initial_lr": rate, "name": "router"})
+    optimizer = create_optimizer(
+        options.optimizer, groups, options.optimizer_arguments, options.weight_decay
+    )
     scheduler = get_scheduler(
         options.lr_scheduler,
         optimizer,
