@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from diffusers import FluxTransformer2DModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch.optim import Optimizer
 import moe_lora
 from training_run.averaging import WeightAverage, averaged, has_average
 from training_run.optimizer_state import OF_A_ROUTER, load_state, save_state
+from training_run.sharding import gather_state, is_sharded
 
 if TYPE_CHECKING:
     from training_run.parts import Run
@@ -136,15 +138,21 @@ def save_checkpoint(run: Run, output_dir: Path, *, limit: int | None = None) -> 
 def _save_model(
     accelerator: Accelerator, model: nn.Module, folder: Path, *, experts: bool = True
 ) -> None:
+    """Write a model, whose tensors all processes gather where it is sharded."""
+    state = gather_state(model) if is_sharded(model) else None
     if not accelerator.is_main_process:
         return
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=state)
         if experts and isinstance(model.active_peft_config, moe_lora.MoELoraConfig):
-            moe_lora.save_experts(model, folder / "experts")
-    else:
+            moe_lora.save_experts(model if state is None else folder, folder / "experts")
+    elif state is None:
         assert isinstance(model, FluxTransformer2DModel)
         model.save_pretrained(folder / TRANSFORMER)
+    else:
+        assert isinstance(model, FluxTransformer2DModel)
+        model.save_config(folder / TRANSFORMER)
+        save_file(state, folder / TRANSFORMER / SAFETENSORS_WEIGHTS_NAME)
 
 
 def load_model(model: nn.Module, folder: Path) -> list[str]:

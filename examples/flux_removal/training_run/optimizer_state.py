@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from options.optimizer_names import constructor_arguments
 from training_run.optimizers import innermost
 from training_run.sharding import gather, scatter
+from training_run.zero import gather_zero_state, load_zero_state, uses_zero
 
 OF_A_ROUTER = re.compile(r"(^|\.)moe_router\.")
 """The names of a router's parameters, in models and in files."""
@@ -33,9 +34,10 @@ def save_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tensor
         Whole tensors as `key/parameter`, and everything else as JSON: `scalars` by key and
         parameter, and `groups` by name, with what the optimizer itself added to its groups.
     """
-    tensors: dict[str, Tensor] = {}
+    zero = uses_zero(model)
+    tensors = gather_zero_state(optimizer, model) if zero else {}
     scalars: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in [] if zero else model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"{key}/{name}"] = gather(value)
@@ -63,6 +65,9 @@ def load_state(
             f"Expected the optimizer of the checkpoint, {entries['name']}, but got {name}. Resume "
             "with the same `optimizer`."
         )
+    if uses_zero(model):
+        load_zero_state(optimizer, model, tensors)
+        return
     parameters = dict(model.named_parameters())
     on_device = {
         id(p)

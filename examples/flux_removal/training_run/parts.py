@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+)
 from diffusers import FluxFillPipeline
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,6 +29,7 @@ from reporting.reporter import Reporter
 from training_run.averaging import WeightAverage
 from training_run.checkpoints import Progress
 from training_run.optimizers import create_optimizer
+from training_run.sharding import configure_sharding
 
 
 @dataclass
@@ -58,14 +63,19 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def build_accelerator(options: TrainOptions) -> Accelerator:
     """Return accelerate's handle of devices, processes, precision and trackers."""
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        # As a plugin, because DeepSpeed's environment overrides the number.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=options.gradient_accumulation_steps
+        ),
         log_with=None if options.report_to == "none" else options.report_to,
         project_config=ProjectConfiguration(options.output_dir, logging_dir=options.logging_dir),
         # Uniform phases leave the router's parameters unused.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    configure_sharding(accelerator, options)
+    return accelerator
 
 
 def build_model(pipe: FluxFillPipeline, options: TrainOptions) -> nn.Module:
