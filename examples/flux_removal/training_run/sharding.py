@@ -24,6 +24,9 @@ def configure_sharding(accelerator: Accelerator, options: TrainOptions) -> None:
     Raises:
         ValueError: for versions and options that would train something else.
     """
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if accelerator.distributed_type in sharded and options.router_phase != "none":
+        raise ValueError("Expected `router_phase` none with FSDP2 and DeepSpeed.")
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise ValueError("Expected `fsdp_version` 2 in accelerate's configuration, but got 1.")
