@@ -31,12 +31,13 @@ from removal_data.batches import (
 )
 from removal_data.dataset import RemovalDataset
 from reporting.reporter import Reporter, mask_curves
+from training_run.averaging import WeightAverage
 from training_run.checkpoints import (
     Progress,
     find_checkpoint,
-    load_model,
     load_training_state,
     read_progress,
+    restore_weights,
     save_checkpoint,
 )
 from training_run.data import open_data
@@ -130,6 +131,8 @@ def optimizer_step(run: Run) -> dict[str, Tensor] | None:
     if not accelerator.sync_gradients:
         return None
     run.scheduler.step()
+    if run.average is not None:
+        run.average.update()
     progress.step += 1
     return batch
 
@@ -161,9 +164,7 @@ def fit(run: Run) -> Path:
             stopping = interruption.agreed(accelerator)
             if last or stopping or progress.step % options.checkpointing_steps == 0:
                 limit = options.checkpoints_total_limit
-                folder = save_checkpoint(
-                    accelerator, model, run.optimizer, progress, output_dir, limit=limit
-                )
+                folder = save_checkpoint(run, output_dir, limit=limit)
             if stopping and not last:
                 reporter.say(
                     f"Stopped at step {progress.step} with {folder}. Go on with "
@@ -194,7 +195,10 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     )
     model, encoder = build_model(pipe, options), LatentEncoder(pipe)
     loss = build_loss(options, pipe.vae)
-    notes = load_model(model, resumed) if resumed else []
+    decay, averages = options.ema_decay, None
+    notes: list[str] = []
+    if resumed:
+        notes, averages = restore_weights(model, resumed, with_average=decay is not None)
 
     start = Progress(data=data.order)
     progress, note = read_progress(resumed, data.order) if resumed else (start, None)
@@ -202,6 +206,8 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
 
     optimizer, scheduler = build_optimizer(model, options, progress.step, data.total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
+    plain = accelerator.unwrap_model(model)
+    average = None if decay is None else WeightAverage(plain, decay, averages)
     set_seed(options.seed, device_specific=True)
     reporter = Reporter(
         accelerator,
@@ -210,7 +216,7 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
         steps_per_epoch=data.steps_per_epoch,
     )
     if resumed:
-        load_training_state(accelerator, model, optimizer, resumed)
+        load_training_state(accelerator, model, optimizer, resumed, average)
         reporter.say(f"Going on from {resumed}, step {progress.step}.")
     elif options.resume_from_checkpoint:
         reporter.say(f"No checkpoint in {output_dir} yet: starting at step 0.")
@@ -225,7 +231,7 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     if note:
         reporter.say(note, logging.WARNING)
     parts = Parts(accelerator, pipe, model, encoder, conditioner, options, hints)
-    return Run(parts, loss, stream, optimizer, scheduler, progress, reporter)
+    return Run(parts, loss, stream, optimizer, scheduler, progress, reporter, average)
 
 
 def train(options: TrainOptions) -> Path:

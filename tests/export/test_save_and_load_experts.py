@@ -44,6 +44,24 @@ def test_every_expert_loads_with_stock_peft_and_equals_one_hot_weights(
         torch.testing.assert_close(plain(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_experts_of_a_checkpoint_are_those_of_the_model(model, tmp_path):
+    moe_lora.save_adapter(model, tmp_path / "checkpoint")
+    folders = moe_lora.save_experts(model, tmp_path / "of_the_model")
+    again = moe_lora.save_experts(tmp_path / "checkpoint", tmp_path / "of_the_checkpoint")
+    assert [folder.name for folder in again] == [folder.name for folder in folders]
+    for ours, theirs in zip(again, folders, strict=True):
+        configs = [(folder / "adapter_config.json").read_text() for folder in (ours, theirs)]
+        assert configs[0] == configs[1]
+        files = [folder / "adapter_model.safetensors" for folder in (ours, theirs)]
+        found, expected = map(load_file, files)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        found, expected = (safe_open(file, framework="pt").metadata() for file in files)
+        assert found == expected
+    with pytest.raises(FileNotFoundError, match="checkpoint's folder"):
+        moe_lora.save_experts(tmp_path / "none", tmp_path)
+
+
 def test_saving_again_replaces_its_own_files_alone(model, tmp_path):
     (tmp_path / "removal_expert" / "photos").mkdir(parents=True)
     for mine in ("removal_expert/photos/1.jpg", "removal_expert/notes.txt", "notes.txt"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from options.kind_options import KindOptions, check_kinds
+from options.optimizer_options import OptimizerOptions, check_optimizer
 from options.routing_options import (
     BalanceOptions,
     CourseOptions,
@@ -142,7 +143,7 @@ class LossOptions(CourseOptions):
 
 
 @dataclass(kw_only=True)
-class RunOptions(DataOptions):
+class RunOptions(OptimizerOptions, DataOptions):
     """Say on what, how long and how fast to train, and what to leave behind."""
 
     train_data_dir: str = field(
@@ -170,8 +171,8 @@ class RunOptions(DataOptions):
     gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
     max_train_steps: int | None = option(None, "Optimizer steps; overrides num_train_epochs.")
     num_train_epochs: int = option(1, "Epochs.")
-    learning_rate: float = option(1e-4, "Learning rate of AdamW.")
-    weight_decay: float = option(0.01, "Weight decay of AdamW.")
+    learning_rate: float = option(1e-4, "Learning rate of the optimizer.")
+    weight_decay: float = option(0.01, "Weight decay of the optimizer.")
     max_grad_norm: float = option(1.0, "Maximum norm of the gradients.")
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = (
         option("constant", "Schedule of the learning rate.")
@@ -207,6 +208,7 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
         self.check_mixture()
         check_balance(self)
         check_course(self)
+        check_optimizer(self)
         self.check_pixels()
         if self.plan and not self.mixed:
             raise ValueError("Expected a mixture with `plan`, but the run trains none.")

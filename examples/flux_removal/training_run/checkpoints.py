@@ -1,8 +1,9 @@
 """Write checkpoints from which a run goes on as if it had never stopped.
 
 A folder `checkpoint-N` holds the adapter as PEFT saves it, `experts/` as plain LoRA files, and
-`training_state/`. It is written under a temporary name and renamed when it is whole. Everything is
-safetensors or JSON.
+`training_state/`. In a run with an average of the weights, the adapter and its experts are the
+average, and `training_state/weights/` holds the weights from which training continues. The folder
+is written under a temporary name and renamed when it is whole. Everything is safetensors or JSON.
 """
 
 from __future__ import annotations
@@ -13,19 +14,26 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from diffusers import FluxTransformer2DModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import moe_lora
+from training_run.averaging import WeightAverage, averaged, has_average
+from training_run.optimizer_state import OF_A_ROUTER, load_state, save_state
+from training_run.sharding import gather_state, is_sharded
+
+if TYPE_CHECKING:
+    from training_run.parts import Run
 
 ADAPTER, TRANSFORMER = "adapter_model.safetensors", "transformer"
-OF_A_ROUTER = re.compile(r"(^|\.)moe_router\.")
-"""The names of a router's parameters, in models and in files."""
+STATE, TRAINED = "training_state", "weights"
 
 
 @dataclass
@@ -77,7 +85,7 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
     if wanted == "latest":
         return known[-1] if known else None
     folder = Path(wanted)
-    if not (folder / "training_state" / "state.json").is_file():
+    if not (folder / STATE / "state.json").is_file():
         raise FileNotFoundError(
             f"Expected a checkpoint of train.py in {folder}, but it has no "
             "training_state/state.json."
@@ -85,46 +93,38 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
     return folder
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    progress: Progress,
-    output_dir: Path,
-    *,
-    limit: int | None = None,
-) -> Path:
+def save_checkpoint(run: Run, output_dir: Path, *, limit: int | None = None) -> Path:
     """Write `output_dir/checkpoint-N`; called by every process.
 
     Args:
-        accelerator: the run's.
-        model: the prepared model, adapted by PEFT or trained whole.
-        optimizer: the run's.
-        progress: how far the run is.
+        run: its model, adapted by PEFT or trained whole, optimizer, progress and average.
         output_dir: where the folder goes.
         limit: how many checkpoints stay, this one included.
 
     Returns:
         The folder.
     """
-    folder = output_dir / f"checkpoint-{progress.step}"
+    accelerator, optimizer, average = run.parts.accelerator, run.optimizer, run.average
+    model = accelerator.unwrap_model(run.parts.model)
+    folder = output_dir / f"checkpoint-{run.progress.step}"
     temporary = output_dir / f".{folder.name}.part"
-    state = temporary / "training_state"
+    state = temporary / STATE
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
         state.mkdir(parents=True)
     accelerator.wait_for_everyone()
+    if has_average(optimizer, average):
+        _save_model(accelerator, model, state / TRAINED, experts=False)
+    with averaged(optimizer, average):
+        _save_model(accelerator, model, temporary)
+    tensors, entries = save_state(optimizer, model)
     if accelerator.is_main_process:
-        plain = accelerator.unwrap_model(model)
-        _save_model(plain, temporary)
-        tensors = {
-            f"{key}/{name}": value.detach().contiguous().cpu()
-            for name, parameter in plain.named_parameters()
-            for key, value in optimizer.state.get(parameter, {}).items()
-        }
         save_file(tensors, state / "optimizer.safetensors")
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        (state / "state.json").write_text(json.dumps(asdict(progress) | {"scaler": scaler}))
+        others = {"scaler": scaler, "optimizer": entries}
+        if average is not None:
+            others["average"] = {"updates": average.updates}
+        (state / "state.json").write_text(json.dumps(asdict(run.progress) | others))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -135,14 +135,24 @@ def save_checkpoint(
     return folder
 
 
-def _save_model(model: nn.Module, folder: Path) -> None:
+def _save_model(
+    accelerator: Accelerator, model: nn.Module, folder: Path, *, experts: bool = True
+) -> None:
+    """Write a model, whose tensors all processes gather where it is sharded."""
+    state = gather_state(model) if is_sharded(model) else None
+    if not accelerator.is_main_process:
+        return
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder))
-        if isinstance(model.active_peft_config, moe_lora.MoELoraConfig):
-            moe_lora.save_experts(model, folder / "experts")
-    else:
+        model.save_pretrained(str(folder), state_dict=state)
+        if experts and isinstance(model.active_peft_config, moe_lora.MoELoraConfig):
+            moe_lora.save_experts(model if state is None else folder, folder / "experts")
+    elif state is None:
         assert isinstance(model, FluxTransformer2DModel)
         model.save_pretrained(folder / TRANSFORMER)
+    else:
+        assert isinstance(model, FluxTransformer2DModel)
+        model.save_config(folder / TRANSFORMER)
+        save_file(state, folder / TRANSFORMER / SAFETENSORS_WEIGHTS_NAME)
 
 
 def load_model(model: nn.Module, folder: Path) -> list[str]:
@@ -181,6 +191,28 @@ def load_model(model: nn.Module, folder: Path) -> list[str]:
     return notes
 
 
+def restore_weights(
+    model: nn.Module, folder: Path, *, with_average: bool
+) -> tuple[list[str], dict[str, Tensor] | None]:
+    """Load the weights from which training continues; see `load_model`.
+
+    Args:
+        model: as the run built it.
+        folder: the checkpoint.
+        with_average: whether the run continues the average of the checkpoint.
+
+    Returns:
+        What `load_model` returns, and the average of the checkpoint, by parameter.
+    """
+    trained, average = folder / STATE / TRAINED, None
+    if not trained.is_dir():
+        return load_model(model, folder), None
+    if with_average:
+        load_model(model, folder)
+        average = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return load_model(model, trained), average
+
+
 def read_progress(folder: Path, data: dict[str, int]) -> tuple[Progress, str | None]:
     """Return how far a checkpoint is, and what to tell when its order of data cannot go on.
 
@@ -188,7 +220,7 @@ def read_progress(folder: Path, data: dict[str, int]) -> tuple[Progress, str | N
         folder: the checkpoint.
         data: what decides the order of the data in the run that goes on.
     """
-    entries = json.loads((folder / "training_state" / "state.json").read_text())
+    entries = json.loads((folder / STATE / "state.json").read_text())
     progress = Progress(entries["step"], entries["position"], data)
     if entries["data"] == data:
         return progress, None
@@ -199,22 +231,26 @@ def read_progress(folder: Path, data: dict[str, int]) -> tuple[Progress, str | N
 
 
 def load_training_state(
-    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, folder: Path
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    folder: Path,
+    average: WeightAverage | None = None,
 ) -> None:
-    """Load the optimizer's state and the gradient scaler's.
+    """Load the state of the optimizer, of the gradient scaler and of the average of the weights.
 
     Parameters that the checkpoint does not know keep a fresh optimizer state. That of a router
     which the run does not have is left out.
+
+    Raises:
+        ValueError: when the checkpoint has the state of another optimizer.
     """
-    state = folder / "training_state"
-    parameters = dict(accelerator.unwrap_model(model).named_parameters())
-    for entry, value in load_file(state / "optimizer.safetensors").items():
-        key, _, name = entry.partition("/")
-        if name not in parameters and OF_A_ROUTER.search(name):
-            continue
-        parameter = parameters[name]
-        home = "cpu" if key == "step" else parameter.device
-        optimizer.state[parameter][key] = value.to(home)
-    scaler = json.loads((state / "state.json").read_text())["scaler"]
-    if scaler is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(scaler)
+    state = folder / STATE
+    entries = json.loads((state / "state.json").read_text())
+    tensors = load_file(state / "optimizer.safetensors")
+    plain = accelerator.unwrap_model(model)
+    load_state(optimizer, plain, tensors, entries.get("optimizer", {}))
+    if entries["scaler"] is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(entries["scaler"])
+    if average is not None and "average" in entries:
+        average.updates = entries["average"]["updates"]

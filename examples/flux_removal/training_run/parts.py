@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+)
 from diffusers import FluxFillPipeline
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import moe_lora
@@ -23,7 +28,10 @@ from options.kind_options import read_kind_experts
 from options.train_options import TrainOptions
 from removal_data.batches import LatentEncoder
 from reporting.reporter import Reporter
+from training_run.averaging import WeightAverage
 from training_run.checkpoints import Progress
+from training_run.optimizers import create_optimizer
+from training_run.sharding import configure_sharding
 
 
 @dataclass
@@ -50,6 +58,7 @@ class Run:
     scheduler: LRScheduler
     progress: Progress
     reporter: Reporter
+    average: WeightAverage | None = None
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,14 +66,19 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def build_accelerator(options: TrainOptions) -> Accelerator:
     """Return accelerate's handle of devices, processes, precision and trackers."""
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        # As a plugin, because DeepSpeed's environment overrides the number.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=options.gradient_accumulation_steps
+        ),
         log_with=None if options.report_to == "none" else options.report_to,
         project_config=ProjectConfiguration(options.output_dir, logging_dir=options.logging_dir),
         # Uniform phases leave the router's parameters unused.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    configure_sharding(accelerator, options)
+    return accelerator
 
 
 def build_hints(options: TrainOptions, kinds: Sequence[str]) -> KindHints | None:
@@ -113,17 +127,21 @@ def add_plain_lora(transformer: nn.Module, options: TrainOptions) -> PeftModel:
 
 def build_optimizer(
     model: nn.Module, options: TrainOptions, step: int, total_steps: int
-) -> tuple[AdamW, LRScheduler]:
-    """Return AdamW and its schedule, which is a function of the step alone."""
+) -> tuple[Optimizer, LRScheduler]:
+    """Return the optimizer and its schedule, which is a function of the step alone."""
     of_router = router_parameters(model)
     known = {id(parameter) for parameter in of_router}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     rate = options.learning_rate
-    groups = [{"params": rest, "lr": rate, "initial_lr": rate}]
+    groups: list[dict[str, Any]] = [
+        {"params": rest, "lr": rate, "initial_lr": rate, "name": "experts"}
+    ]
     if of_router:
         rate = options.router_learning_rate or rate
-        groups.append({"params": of_router, "lr": rate, "initial_lr": rate})
-    optimizer = AdamW(groups, weight_decay=options.weight_decay)
+        groups.append({"params": of_router, "lr": rate, "initial_lr": rate, "name": "router"})
+    optimizer = create_optimizer(
+        options.optimizer, groups, options.optimizer_arguments, options.weight_decay
+    )
     scheduler = get_scheduler(
         options.lr_scheduler,
         optimizer,

@@ -12,7 +12,12 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 from torch import nn
 
-from moe_lora.export.expert_table import experts_by_layer, table_of_model
+from moe_lora.export.expert_table import (
+    ExpertTable,
+    experts_by_layer,
+    table_of_checkpoint,
+    table_of_model,
+)
 from moe_lora.export.formats.lora_file import StoredFactors
 from moe_lora.export.formats.match_layers import read_lora_for
 from moe_lora.export.formats.metadata import header
@@ -22,7 +27,6 @@ from moe_lora.export.lora_factors import Factors
 from moe_lora.routing.lookup import routed_module
 from moe_lora.safetensors_io import updating, widened, write_tensors
 from moe_lora.tuner.base_layer import RoutedLayer
-from moe_lora.tuner.config import MoELoraConfig
 from moe_lora.tuner.experts import MoELoraExperts
 from moe_lora.tuner.state_dict.adapter_tensors import check_finite
 from moe_lora.tuner.state_dict.stored import WEIGHTS_NAME
@@ -30,7 +34,9 @@ from moe_lora.tuner.validation.names import check_expert_names
 
 
 def save_experts(
-    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default"
+    model: nn.Module | str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
 ) -> list[Path]:
     """Write every expert as a plain PEFT LoRA, which stock PEFT loads onto the base model.
 
@@ -40,24 +46,33 @@ def save_experts(
     temporary names and renamed when they are whole; other files in these folders stay.
 
     Args:
-        model: the adapted model, or a wrapper around it.
+        model: the adapted model, or a wrapper around it; or the folder of a checkpoint, which is
+            read without a base model, for example after training with FSDP2 or DeepSpeed.
         directory: where the expert folders go; created when missing.
-        adapter_name: whose experts.
+        adapter_name: whose experts; of a model only, since a checkpoint has one adapter.
 
     Returns:
         The folders, in the order of the experts.
 
     Raises:
+        FileNotFoundError: when a file of the checkpoint is missing.
         ValueError: when the model or the adapter does not exist; when its weights are not in
             memory, or hold NaN or inf; or when the adapter trains whole modules, too, without which
             an expert is not what it was.
     """
-    table = table_of_model(model, adapter_name)
+    if isinstance(model, nn.Module):
+        table = table_of_model(model, adapter_name)
+        layers = experts_by_layer(routed_module(model), adapter_name)
+        check_finite(
+            {f"{path}.{n}": p for path, e in layers.items() for n, p in e.named_parameters()}
+        )
+        alphas = {path: _acting_alpha(experts) for path, experts in layers.items()}
+    else:
+        table, _ = table_of_checkpoint(model)
+        alphas = {path: table.config.alpha_of(path) for path in table.layers}
     table.check_plain()
     check_expert_names(table.names)  # they become folders, and a config may be changed
-    layers = experts_by_layer(routed_module(model), adapter_name)
-    check_finite({f"{path}.{n}": p for path, e in layers.items() for n, p in e.named_parameters()})
-    lora_config = _plain_config(table.config, layers)
+    lora_config = _plain_config(table, alphas)
     folders = []
     for index, name in enumerate(table.names):
         lora = {
@@ -176,16 +191,16 @@ def _copy_expert(experts: MoELoraExperts, index: int, stored: StoredFactors) -> 
     experts.lora_B[:, index].copy_(up)
 
 
-def _plain_config(config: MoELoraConfig, layers: dict[str, MoELoraExperts]) -> LoraConfig:
-    alphas = {path: _acting_alpha(experts) for path, experts in layers.items()}
-    usual = Counter(alphas.values()).most_common(1)[0][0]
+def _plain_config(table: ExpertTable, alphas: dict[str, float]) -> LoraConfig:
+    config, usual = table.config, Counter(alphas.values()).most_common(1)[0][0]
+    ranks = {path: experts.lora_A.shape[1] for path, experts in table.layers.items()}
     return LoraConfig(
         r=config.r,
         lora_alpha=usual,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
-        target_modules=exact_targets(layers),
-        rank_pattern={anchored(path): e.r for path, e in layers.items() if e.r != config.r},
+        target_modules=exact_targets(ranks),
+        rank_pattern={anchored(path): r for path, r in ranks.items() if r != config.r},
         alpha_pattern={anchored(path): alpha for path, alpha in alphas.items() if alpha != usual},
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
