@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--mask",
         type=Path,
         help="white = remove; for a folder of images, one mask for all or a folder with masks by "
-        "name. By default the folder `mask` beside the folder `src` in --image, files whose names "
-        "end with `_mask` or `_M`, or what is transparent in an image",
+        "name. By default the folder mask beside src in --image, files beside the images whose "
+        "names end with _mask or _M, or what is transparent in an image",
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="a folder checkpoint-N")
     parser.add_argument(
