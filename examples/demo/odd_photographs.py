@@ -29,7 +29,7 @@ def as_image(array: Array) -> Image.Image:
 
 def plain(array: Array, path: Path) -> None:
     """Write 8 bits, in the format that the suffix names."""
-    as_image(array).save(path, **({"quality": 95} if path.suffix != ".bmp" else {}))
+    as_image(array).save(path, quality=95)
 
 
 def turned(array: Array, path: Path) -> None:

@@ -106,7 +106,8 @@ parts=((100, 500, 140, 580),))]]
     if not 0 <= context < math.inf:
         raise ValueError(f"Expected `context` to be >= 0, but got {context}.")
     inside = check_mask(mask).detach() > 0
-    frame = _Frame(*inside.shape[2:], resolution**2, context, min_context, multiple)
+    height, width = inside.shape[2:]
+    frame = _Frame(height, width, resolution**2, context, min_context, multiple)
     return [_boxes_of(sample[0], frame) for sample in inside]
 
 
@@ -188,6 +189,7 @@ def _boxes_of(inside: Tensor, frame: _Frame) -> list[CropBox]:
 
 def _join(parts: list[_Part], crop: Callable[[_Part], CropBox]) -> list[CropBox]:
     """Join parts that share a crop; return the crops."""
+    groups: list[tuple[_Part, float, tuple[_Part, ...]]]
     groups = [(part, crop(part).scale, (part,)) for part in parts]
     count = 0
     while count != len(groups):
