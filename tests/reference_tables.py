@@ -1,4 +1,4 @@
-"""The tables of config.md, cli.md and flux_example_options.md in docs/reference, made of the code.
+"""The tables of configuration, commands and options in docs/reference, made of the code.
 
 `python -m reference_tables`, run in `tests/`, writes them into the pages.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from moe_lora import MoELoraConfig
 from moe_lora.cli.main import parser
 from options.train_options import LossOptions, MixtureOptions, ModelOptions, RunOptions
+from remove import build_parser
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "reference"
@@ -35,15 +37,18 @@ def config_table() -> str:
     return _table(("field", "default", "meaning"), rows)
 
 
-def command_table(command: argparse.ArgumentParser) -> str:
-    """Return one row per argument of a subcommand."""
+def command_table(
+    command: argparse.ArgumentParser, described: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """Return one row per argument of a command; defaults that are `described` are not its own."""
     rows = []
     for action in command._actions:
         if isinstance(action, argparse._HelpAction):
             continue
         name = action.option_strings[0] if action.option_strings else action.dest.upper()
         choices = ", ".join(f"`{choice}`" for choice in action.choices or ())
-        default = f"`{action.default}`" if action.default not in (None, False) else ""
+        own = f"`{action.default}`" if action.default not in (None, False) else ""
+        default = described.get(action.dest, own)
         rows.append((f"`{name}`", choices, default, _escaped(action.help or "")))
     return _table(("argument", "choices", "default", "meaning"), rows)
 
@@ -110,6 +115,19 @@ PAGES: dict[Path, dict[str, str]] = {
         "mixture": options_table(MixtureOptions),
         "losses": options_table(LossOptions),
         "run": options_table(RunOptions),
+    },
+    FOLDER / "flux_example_removal_options.md": {
+        "remove": command_table(
+            build_parser(),
+            {
+                "image": "required",
+                "checkpoint": "required",
+                "flux_fill_id": "the tiny model",
+                "seeds": "`0`",
+                "device": "`cuda` where there is one, else `cpu`",
+                "dtype": "`bf16` on `cuda`, else `fp32`",
+            },
+        )
     },
     FOLDER / "cli.md": {name: command_table(command) for name, command in commands().items()},
 }

@@ -1,146 +1,41 @@
-"""Remove an object from an image with a trained checkpoint, through the stock Fill pipeline.
+"""Remove objects from an image, or from all images of a folder, with a trained checkpoint.
 
 python remove.py --image photo.png --mask mask.png --checkpoint outputs/mine/checkpoint-1000
+python remove.py --image photos --mask masks --output removed --checkpoint CHECKPOINT
+
+The exit code is 0 when all images were written, 1 when some were skipped, and 2 when all were.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import FluxFillPipeline
-from PIL import Image
+from tqdm.auto import tqdm
 
 from flux_fill.kind_hints import set_task_hint
-from flux_fill.models import (
-    Conditioner,
-    guidance_for,
-    load_checkpoint,
-    load_pipeline,
-    to_pil_images,
-)
-from flux_fill.surroundings import (
-    add_surroundings_flags,
-    apply_surroundings,
-    check_surroundings,
-)
-from image_io.mask_reading import mask_from_alpha, read_mask
-from image_io.metadata import read_exif
+from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
+from flux_fill.surroundings import add_surroundings_flags, check_surroundings
 from image_io.options import ReadingOptions, add_reading_flags, reading_options
-from image_io.padding import MULTIPLE, pad_to_multiple
-from image_io.reading import LoadedImage, read_image
-from image_io.writing import check_output, default_suffix, write_image
+from image_io.padding import MULTIPLE
+from image_io.writing import write_image
+from object_removal.crops import RemovalSettings, remove_from_photograph
+from object_removal.files import Job, find_jobs, without_existing
+from object_removal.inputs import Inputs, read_all
 from options.train_options import BUNDLED_MODEL
 from removal_data.references import REFERENCES
+from removal_data.sources.samples import raise_first
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-
-def remove_object(
-    pipe: FluxFillPipeline,
-    conditioner: Conditioner,
-    image: Image.Image,
-    mask: Image.Image,
-    *,
-    steps: int = 20,
-    seed: int = 0,
-    guidance_scale: float | None = None,
-    ref: Image.Image | None = None,
-    redux_image: str = "masked_source",
-    diptych: bool = False,
-) -> Image.Image:
-    """Return the image with what the mask covers, and its shadow, removed.
-
-    The image is padded to multiples of 16 pixels, never resized, and the result is cropped to
-    its size.
-
-    Args:
-        pipe: the stock pipeline; with a checkpoint loaded its transformer routes by itself.
-        conditioner: makes the prompt embeddings.
-        image: mode RGB.
-        mask: mode L, 0 and 255, of the same size; white = remove.
-        steps: of denoising.
-        seed: of the noise.
-        guidance_scale: for models with guidance embeddings; 30 when `None`.
-        ref: the reference; `None` for one made of the image without the object.
-        redux_image: the one that is made, see `removal_data.references`.
-        diptych: lay `ref`, scaled to the image's size, left of the image during inference.
-    """
-    guidance = guidance_for(pipe.transformer, guidance_scale, 1)
-    padded, padded_mask = pad_to_multiple(image, mask)
-    if ref is None:
-        reference = REFERENCES[redux_image](*(to_tensor(part) for part in (image, mask)))
-    else:
-        reference = to_tensor(ref)
-    prompt_embeds, pooled_embeds = conditioner(reference[None])
-    left = 0
-    if diptych and ref is not None:
-        padded, padded_mask = lay_beside(ref, padded, padded_mask)
-        left = padded.width // 2
-    result: Image.Image = pipe(
-        image=padded,
-        mask_image=padded_mask,
-        height=padded.height,
-        width=padded.width,
-        prompt_embeds=prompt_embeds,
-        pooled_prompt_embeds=pooled_embeds,
-        guidance_scale=0.0 if guidance is None else guidance.item(),
-        num_inference_steps=steps,
-        generator=torch.Generator().manual_seed(seed),
-    ).images[0]
-    return result.crop((left, 0, left + image.width, image.height))
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """Turn an image into `(C, H, W)`, in [0, 1]."""
-    return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1) / 255
-
-
-def lay_beside(
-    ref: Image.Image, image: Image.Image, mask: Image.Image
-) -> tuple[Image.Image, Image.Image]:
-    """Return image and mask with the reference left of them, in which nothing is removed."""
-    size = (2 * image.width, image.height)
-    both, wide = Image.new("RGB", size), Image.new("L", size)
-    both.paste(ref.resize(image.size, Image.Resampling.LANCZOS))
-    both.paste(image, (image.width, 0))
-    wide.paste(mask, (image.width, 0))
-    return both, wide
-
-
-def surround(
-    pipe: FluxFillPipeline,
-    result: Image.Image,
-    image: Image.Image,
-    mask: Image.Image,
-    *,
-    outside: str,
-    seam: float,
-    feather: int,
-) -> Image.Image:
-    """Decide what becomes of the image outside the mask, and of the seam along its edge.
-
-    Args:
-        pipe: what made the result; its VAE is asked.
-        result: of `remove_object`.
-        image: mode RGB, the source of the result.
-        mask: mode L, 0 and 255; white = remove.
-        outside: one of `flux_fill.surroundings.OUTSIDE`.
-        seam: strength of the seam correction, in [0, 1].
-        feather: pixels around the mask in which `paste` blends result and image.
-    """
-    prediction, source, where = (
-        torch.from_numpy(np.atleast_3d(np.array(value))).permute(2, 0, 1)[None] / 255
-        for value in (result, image, mask)
-    )
-    finished = apply_surroundings(
-        pipe.vae, prediction, source, where, outside=outside, seam=seam, feather=feather
-    )
-    return to_pil_images(finished)[0]
+ALL, SOME, NONE = 0, 1, 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -151,16 +46,29 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--image", type=Path, required=True, help="the image")
+    parser.add_argument("--image", type=Path, required=True, help="an image, or a folder of images")
     parser.add_argument(
-        "--mask", type=Path, help="white = remove; what is transparent in the image by default"
+        "--mask",
+        type=Path,
+        help="white = remove; for a folder of images, one mask for all or a folder with masks by "
+        "name. By default the folder mask beside src in --image, files beside the images whose "
+        "names end with _mask or _M, or what is transparent in an image",
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="a folder checkpoint-N")
     parser.add_argument(
-        "--output", type=Path, help="the result; removed.png by default, in the image's format"
+        "--output",
+        type=Path,
+        default=Path("removed"),
+        help="the result, by default in the format of the image; for a folder of images, a folder",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    parser.add_argument(
+        "--skip_existing", action="store_true", help="leave out images whose outputs exist"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="let --output be one of the files that are read"
+        "--fail_fast",
+        action="store_true",
+        help="stop at the first image of a folder that cannot be used, instead of skipping it",
     )
     parser.add_argument("--flux_fill_id", default=str(BUNDLED_MODEL), help="the base model")
     parser.add_argument("--flux_redux_id", help="as in training")
@@ -178,8 +86,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", help="as in training")
     parser.add_argument("--task_hint", help="for the router, such as removal_focus or shadow_only")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument(
+        "--seeds",
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="of the noise; with several, an output NAME_seedN for each",
+    )
     parser.add_argument("--guidance_scale", type=float, help="30 where the model reads one")
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        help="larger images are cropped around the mask, to about resolution x resolution pixels "
+        "at which the model runs; the size that the VAE is made for by default",
+    )
+    parser.add_argument(
+        "--crop_context",
+        type=float,
+        default=1.0,
+        help="surroundings of the mask in a crop, on each side, in longer sides of its box",
+    )
     add_reading_flags(parser)
     add_surroundings_flags(parser)
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="where to run")
@@ -206,6 +133,16 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ReadingO
     for name in ("mask_label", "resize_mask", "threshold_mask"):
         if args.mask is None and getattr(args, name) not in (None, False):
             parser.error(f"--{name} needs --mask, which is what it reads")
+    if not args.image.is_dir() and (args.skip_existing or args.fail_fast):
+        parser.error("--skip_existing and --fail_fast need a folder as --image")
+    if args.overwrite and args.skip_existing:
+        parser.error("--overwrite and --skip_existing exclude each other")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"expected different --seeds, but got {args.seeds}")
+    if args.resolution is not None and args.resolution < MULTIPLE:
+        parser.error(f"expected --resolution to be >= {MULTIPLE}, but got {args.resolution}")
+    if not 0 <= args.crop_context < math.inf:
+        parser.error(f"expected --crop_context to be >= 0, but got {args.crop_context}")
     try:
         check_surroundings(args)
         return args, reading_options(args)
@@ -213,73 +150,68 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ReadingO
         parser.error(str(error))
 
 
-def read_inputs(
-    args: argparse.Namespace, options: ReadingOptions
-) -> tuple[LoadedImage, Image.Image, bytes | None]:
-    """Return the image, its mask in mode L, and its EXIF data, once `args.output` is checked.
-
-    Raises:
-        FileNotFoundError, ValueError: when a file cannot be read, or the mask is empty.
-        FileExistsError, OSError, ValueError: when the output cannot be written.
-    """
-    loaded, exif = read_image(args.image, options.background or "white"), read_exif(args.image)
-    args.output = args.output or Path("removed").with_suffix(default_suffix(loaded))
-    if args.mask is None:
-        mask = mask_from_alpha(loaded, options)
-        # What was transparent is filled, so that the result is opaque.
-        loaded = dataclasses.replace(loaded, rgb=loaded.bare, alpha=None)
-    else:
-        mask = read_mask(args.mask, loaded.rgb.size, options, image=args.image)
-    if not mask.any():
-        raise ValueError(
-            f"Expected something to remove in the mask {args.mask or args.image}, but it is empty. "
-            "Pass --invert_mask if black means remove."
-        )
-    check_output(
-        args.output,
-        loaded,
-        [path for path in (args.image, args.mask, args.ref) if path is not None],
-        exif=exif,
-        overwrite=args.overwrite,
-        flatten=options.background is not None,
-    )
-    return loaded, Image.fromarray(mask.astype(np.uint8) * 255), exif
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run as a program."""
-    args, options = parse(arguments)
-    loaded, mask, exif = read_inputs(args, options)
-    image = loaded.rgb
-    ref = read_image(args.ref, options.background or "white").rgb if args.ref else None
+def load_model(args: argparse.Namespace) -> tuple[FluxFillPipeline, Conditioner]:
+    """Load the pipeline with the checkpoint, and what makes its prompt embeddings."""
     pipe = load_pipeline(args.flux_fill_id, dtype=DTYPES[args.dtype], device=args.device)
     load_checkpoint(pipe, args.checkpoint)
     set_task_hint(pipe.transformer, args.task_hint)
     conditioner = Conditioner(
         pipe, prompt=args.prompt, redux_id=args.flux_redux_id, redux_scale=args.redux_scale
     )
-    if image.width % MULTIPLE or image.height % MULTIPLE:
-        print(
-            f"Padding {image.width}x{image.height} to multiples of {MULTIPLE}, cropped afterwards."
-        )
-    result = remove_object(
-        pipe,
-        conditioner,
-        image,
-        mask,
-        steps=args.steps,
-        seed=args.seed,
-        guidance_scale=args.guidance_scale,
-        ref=ref,
-        redux_image=args.redux_image,
-        diptych=args.diptych,
+    return pipe, conditioner
+
+
+def edit_all(
+    args: argparse.Namespace, jobs: Sequence[Job], read: Callable[..., Iterator[tuple[Job, Inputs]]]
+) -> list[Path]:
+    """Edit all images with one model; return the files that were written.
+
+    Args:
+        args: of the command line.
+        jobs: the images.
+        read: yields those that can be used, with their content.
+    """
+    pipe, conditioner = load_model(args)
+    settings = RemovalSettings(
+        **{field.name: getattr(args, field.name) for field in fields(RemovalSettings)}
     )
-    result = surround(
-        pipe, result, image, mask, outside=args.outside, seam=args.seam, feather=args.feather
+    written: list[Path] = []
+    count = sum(len(job.outputs) for job in jobs)
+    pipe.set_progress_bar_config(disable=count > 1)
+    with tqdm(total=count, desc="removing", unit="image", disable=count == 1) as bar:
+        for _, inputs in read(jobs):
+            image, mask, ref = inputs.image.rgb, inputs.mask, inputs.ref
+            for seed, output in inputs.outputs.items():
+                result = remove_from_photograph(
+                    pipe, conditioner, image, mask, settings, seed=seed, ref=ref
+                )
+                write_image(result, output, inputs.image, inputs.exif)
+                written.append(output)
+                bar.update()
+    return written
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as a program."""
+    args, options = parse(arguments)
+    fail_fast = args.fail_fast or not args.image.is_dir()
+    jobs, findings = find_jobs(args.image, args.mask, args.ref, args.output, args.seeds)
+    if fail_fast:
+        raise_first(findings)
+    skipped = [finding.text for finding in findings]
+    if args.skip_existing:
+        jobs = without_existing(jobs)
+    read = partial(
+        read_all, options=options, skipped=skipped, overwrite=args.overwrite, fail_fast=fail_fast
     )
-    write_image(result, args.output, loaded, exif)
-    print(f"Wrote {args.output}.")
+    # What is wrong with files is known before the model is loaded.
+    jobs = [job for job, _ in read(tqdm(jobs, "checking", disable=len(jobs) == 1))]
+    written = edit_all(args, jobs, read) if jobs else []
+    for reason in skipped:
+        print(f"Skipped: {reason}", file=sys.stderr)
+    print(f"Wrote {written[0] if len(written) == 1 else f'{len(written)} images'}.")
+    return (SOME if written else NONE) if skipped else ALL
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,6 @@ def check_format(output: Path, source: LoadedImage, exif: bytes | None, *, flatt
 def check_output(
     output: Path,
     source: LoadedImage,
-    inputs: Iterable[Path],
     *,
     exif: bytes | None = None,
     overwrite: bool = False,
@@ -103,13 +101,12 @@ def check_output(
     Args:
         output: the file to be written.
         source: whose transparency it shall hold.
-        inputs: files that are read.
         exif: to be written with it.
-        overwrite: whether the output may be one of the inputs.
+        overwrite: whether the output may exist.
         flatten: whether transparency may be lost.
 
     Raises:
-        FileExistsError: when the output is an input, and `overwrite` is off.
+        FileExistsError: when the output exists, and `overwrite` is off.
         IsADirectoryError, NotADirectoryError, PermissionError: when its place cannot be used.
         ValueError: when its format is unknown, or cannot hold the transparency.
     """
@@ -122,12 +119,9 @@ def check_output(
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(f"Expected --output in a folder that can be written to, not {place}.")
     if output.exists() and not overwrite:
-        for path in inputs:
-            if path.exists() and path.samefile(output):
-                raise FileExistsError(
-                    f"Expected another --output than the input {path}. Pass --overwrite to replace "
-                    "it."
-                )
+        raise FileExistsError(
+            f"Expected a new file as --output, but {output} exists. Pass --overwrite to replace it."
+        )
 
 
 def without_background(image: Image.Image, source: LoadedImage) -> Image.Image:
