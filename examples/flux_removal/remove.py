@@ -15,10 +15,14 @@ import torch
 from diffusers import FluxFillPipeline
 from PIL import Image
 
+from flux_fill.inference_memory import (
+    add_memory_flags,
+    check_memory_flags,
+    load_trained_transformer,
+)
 from flux_fill.models import (
     Conditioner,
     guidance_for,
-    load_checkpoint,
     load_pipeline,
     to_pil_images,
 )
@@ -180,6 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance_scale", type=float, help="30 where the model reads one")
     add_reading_flags(parser)
     add_surroundings_flags(parser)
+    add_memory_flags(parser)
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="where to run")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="of weights"
@@ -206,6 +211,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ReadingO
             parser.error(f"--{name} needs --mask, which is what it reads")
     try:
         check_surroundings(args)
+        check_memory_flags(args)
         return args, reading_options(args)
     except ValueError as error:
         parser.error(str(error))
@@ -244,17 +250,24 @@ def read_inputs(
     return loaded, Image.fromarray(mask.astype(np.uint8) * 255), exif
 
 
+def load_model(args: argparse.Namespace) -> tuple[FluxFillPipeline, Conditioner]:
+    """Load what encodes the prompt, encode it, and load the transformer with its checkpoint."""
+    dtype = DTYPES[args.dtype]
+    pipe = load_pipeline(args.flux_fill_id, dtype=dtype, device=args.device, transformer=False)
+    conditioner = Conditioner(
+        pipe, prompt=args.prompt, redux_id=args.flux_redux_id, redux_scale=args.redux_scale
+    )
+    load_trained_transformer(pipe, args, dtype)
+    return pipe, conditioner
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run as a program."""
     args, options = parse(arguments)
     loaded, mask, exif = read_inputs(args, options)
     image = loaded.rgb
     ref = read_image(args.ref, options.background or "white").rgb if args.ref else None
-    pipe = load_pipeline(args.flux_fill_id, dtype=DTYPES[args.dtype], device=args.device)
-    load_checkpoint(pipe, args.checkpoint)
-    conditioner = Conditioner(
-        pipe, prompt=args.prompt, redux_id=args.flux_redux_id, redux_scale=args.redux_scale
-    )
+    pipe, conditioner = load_model(args)
     if image.width % MULTIPLE or image.height % MULTIPLE:
         print(
             f"Padding {image.width}x{image.height} to multiples of {MULTIPLE}, cropped afterwards."

@@ -48,6 +48,7 @@ from training_run.parts import (
     build_accelerator,
     build_model,
     build_optimizer,
+    load_base,
 )
 from training_run.plan import describe, plan_run
 from training_run.schedule import build_schedule
@@ -180,7 +181,8 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     data = open_data(options, accelerator)
 
     dtype = DTYPES[options.mixed_precision]
-    pipe = load_pipeline(options.flux_fill_id, dtype=dtype, device=accelerator.device)
+    device = accelerator.device
+    pipe = load_pipeline(options.flux_fill_id, dtype=dtype, device=device, transformer=False)
     conditioner = Conditioner(
         pipe,
         prompt=options.prompt,
@@ -188,13 +190,16 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
         redux_scale=options.redux_scale,
         captions=data.captions,
     )
-    model, encoder = build_model(pipe, options), LatentEncoder(pipe)
-    loss = build_loss(options, pipe.vae)
-    notes = load_model(model, resumed) if resumed else []
-
-    start = Progress(data=data.order)
+    start, encoder = Progress(data=data.order), LatentEncoder(pipe)
     progress, note = read_progress(resumed, data.order) if resumed else (start, None)
     stream = data.stream(progress.position, encoder, conditioner)
+    if options.cache_latents:
+        conditioner.rest()
+
+    # What encodes prompts has left the device, so that it never shares it with the transformer.
+    load_base(pipe, options, device)
+    model, loss = build_model(pipe, options, device), build_loss(options, pipe.vae)
+    notes = load_model(model, resumed) if resumed else []
 
     optimizer, scheduler = build_optimizer(model, options, progress.step, data.total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)

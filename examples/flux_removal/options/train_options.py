@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from options.memory_options import MemoryOptions, check_memory
 from options.routing_options import (
     BalanceOptions,
     CourseOptions,
@@ -141,7 +142,7 @@ class LossOptions(CourseOptions):
 
 
 @dataclass(kw_only=True)
-class RunOptions(DataOptions):
+class RunOptions(DataOptions, MemoryOptions):
     """Say on what, how long and how fast to train, and what to leave behind."""
 
     train_data_dir: str = field(
@@ -205,6 +206,7 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
         self.check_mixture()
         check_balance(self)
         check_course(self)
+        check_memory(self)
         self.check_pixels()
         if self.plan and not self.mixed:
             raise ValueError("Expected a mixture with `plan`, but the run trains none.")
