@@ -37,10 +37,11 @@ def check_memory(options: TrainOptions) -> None:
                 f"Expected `use_lora` with `{name}`, which needs a frozen transformer, but it is "
                 "off and the whole transformer is trained."
             )
-    if options.compile and options.base_precision == "bf16" != options.mixed_precision:
+    if options.compile and options.base_precision not in (None, options.mixed_precision):
         raise ValueError(
-            "Expected `mixed_precision` bf16 with `base_precision` bf16 and `compile`, but got "
-            f"{options.mixed_precision}."
+            "Expected `base_precision` of the computation with `compile`, but got "
+            f"{options.base_precision} and `mixed_precision` {options.mixed_precision}. Quantized "
+            "layers are not compiled."
         )
     if options.offload and options.base_precision == "nf4":
         raise ValueError(

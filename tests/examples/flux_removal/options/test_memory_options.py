@@ -18,7 +18,8 @@ def parse(*words: str) -> TrainOptions:
         (["--offload", "--use_lora", "false"], "`use_lora` with `offload`"),
         (["--offload", "--base_precision", "nf4"], "bf16, fp8 or int8 with `offload`, but got nf4"),
         (["--offload", "--compile"], "Expected no `compile` with `offload`"),
-        (["--compile", "--base_precision", "bf16"], "Expected `mixed_precision` bf16 .*but got no"),
+        (["--compile", "--base_precision", "bf16"], "with `compile`, but got bf16 .* no"),
+        (["--compile", "--base_precision", "int8"], "with `compile`, but got int8"),
     ],
 )
 def test_what_cannot_be_honored_together_raises(words: list[str], message: str) -> None:
