@@ -220,3 +220,40 @@ def test_a_copy_computes_with_its_own_layers(kind: str, folder: Path) -> None:
             layer.weight.zero_()
     assert torch.equal(twin(**flux_inputs())[0], expected)
     assert not torch.equal(model(**flux_inputs())[0], expected)
+
+
+def test_group_offloading_of_diffusers_takes_weights_from_the_backward_pass(folder: Path) -> None:
+    # Why training keeps weights away by itself; `remove.py` has no backward pass.
+    base = transformer(folder)
+    base.enable_group_offload(onload_device=CPU, offload_type="leaf_level")
+    model = adapted(base, "plain")
+    for module in base.modules():
+        hook = getattr(module, "_diffusers_hook", None)
+        offloading = hook and hook.get_hook("group_offloading")
+        if offloading:
+            destroy_while_away(offloading.group)
+    output = model(**flux_inputs())[0]
+    assert bool(output.isfinite().all())
+    output.square().mean().backward()
+    trained = [p.grad for p in model.parameters() if p.requires_grad]
+    assert any(gradient is not None and bool(gradient.isnan().any()) for gradient in trained)
+
+
+def destroy_while_away(group: Any) -> None:
+    """Fill the weights of a group with NaN whenever it is offloaded."""
+    parameters = [p for module in group.modules for p in module.parameters()]
+    parameters += group.parameters
+    kept: dict[Tensor, Tensor] = {}
+
+    def offload() -> None:
+        for parameter in parameters:
+            if parameter not in kept:
+                kept[parameter] = parameter.data
+                parameter.data = torch.full_like(parameter, torch.nan)
+
+    def onload() -> None:
+        for parameter in list(kept):
+            parameter.data = kept.pop(parameter)
+
+    group.offload_, group.onload_ = offload, onload
+    offload()
