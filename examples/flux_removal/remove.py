@@ -20,8 +20,13 @@ import torch
 from diffusers import FluxFillPipeline
 from tqdm.auto import tqdm
 
+from flux_fill.inference_memory import (
+    add_memory_flags,
+    check_memory_flags,
+    load_trained_transformer,
+)
 from flux_fill.kind_hints import set_task_hint
-from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
+from flux_fill.models import Conditioner, load_pipeline
 from flux_fill.surroundings import add_surroundings_flags, check_surroundings
 from image_io.options import ReadingOptions, add_reading_flags, reading_options
 from image_io.padding import MULTIPLE
@@ -109,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_reading_flags(parser)
     add_surroundings_flags(parser)
+    add_memory_flags(parser)
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="where to run")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="of weights"
@@ -145,19 +151,21 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ReadingO
         parser.error(f"expected --crop_context to be >= 0, but got {args.crop_context}")
     try:
         check_surroundings(args)
+        check_memory_flags(args)
         return args, reading_options(args)
     except ValueError as error:
         parser.error(str(error))
 
 
 def load_model(args: argparse.Namespace) -> tuple[FluxFillPipeline, Conditioner]:
-    """Load the pipeline with the checkpoint, and what makes its prompt embeddings."""
-    pipe = load_pipeline(args.flux_fill_id, dtype=DTYPES[args.dtype], device=args.device)
-    load_checkpoint(pipe, args.checkpoint)
-    set_task_hint(pipe.transformer, args.task_hint)
+    """Load what encodes the prompt, encode it, and load the transformer with its checkpoint."""
+    dtype = DTYPES[args.dtype]
+    pipe = load_pipeline(args.flux_fill_id, dtype=dtype, device=args.device, transformer=False)
     conditioner = Conditioner(
         pipe, prompt=args.prompt, redux_id=args.flux_redux_id, redux_scale=args.redux_scale
     )
+    load_trained_transformer(pipe, args, dtype)
+    set_task_hint(pipe.transformer, args.task_hint)
     return pipe, conditioner
 
 

@@ -51,6 +51,7 @@ from training_run.parts import (
     build_hints,
     build_model,
     build_optimizer,
+    load_base,
 )
 from training_run.plan import describe, plan_run
 from training_run.schedule import build_schedule
@@ -185,7 +186,8 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     hints = build_hints(options, data.kinds)
 
     dtype = DTYPES[options.mixed_precision]
-    pipe = load_pipeline(options.flux_fill_id, dtype=dtype, device=accelerator.device)
+    device = accelerator.device
+    pipe = load_pipeline(options.flux_fill_id, dtype=dtype, device=device, transformer=False)
     conditioner = Conditioner(
         pipe,
         prompt=options.prompt,
@@ -193,16 +195,19 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
         redux_scale=options.redux_scale,
         captions=data.captions,
     )
-    model, encoder = build_model(pipe, options), LatentEncoder(pipe)
-    loss = build_loss(options, pipe.vae)
+    start, encoder = Progress(data=data.order), LatentEncoder(pipe)
+    progress, note = read_progress(resumed, data.order) if resumed else (start, None)
+    stream = data.stream(progress.position, encoder, conditioner)
+    if options.cache_latents:
+        conditioner.rest()
+
+    # What encodes prompts has left the device, so that it never shares it with the transformer.
+    load_base(pipe, options, device)
+    model, loss = build_model(pipe, options, device), build_loss(options, pipe.vae)
     decay, averages = options.ema_decay, None
     notes: list[str] = []
     if resumed:
         notes, averages = restore_weights(model, resumed, with_average=decay is not None)
-
-    start = Progress(data=data.order)
-    progress, note = read_progress(resumed, data.order) if resumed else (start, None)
-    stream = data.stream(progress.position, encoder, conditioner)
 
     optimizer, scheduler = build_optimizer(model, options, progress.step, data.total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)

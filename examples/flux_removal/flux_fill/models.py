@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import moe_lora
+from flux_fill.frozen_transformer import load_transformer
 from options.train_options import MixtureOptions
 
 DEFAULT_GUIDANCE = 30.0
@@ -42,7 +43,11 @@ def check_source(name: str) -> None:
 
 
 def load_pipeline(
-    flux_fill_id: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    flux_fill_id: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    transformer: bool = True,
 ) -> FluxFillPipeline:
     """Load the stock pipeline; transformer and VAE go to the device, frozen.
 
@@ -50,23 +55,32 @@ def load_pipeline(
         flux_fill_id: a folder or a hub id.
         dtype: of all weights.
         device: where to; text encoders stay on the CPU until they are needed.
+        transformer: load it; otherwise the pipeline has one without weights, on the meta device,
+            until `load_transformer`.
 
     Raises:
         FileNotFoundError: when there is no such folder.
         ValueError: when the transformer is not that of Flux Fill.
     """
     check_source(flux_fill_id)
-    parts = FluxFillPipeline.load_config(flux_fill_id)
-    absent = {name: None for name, (library, _) in named_parts(parts) if library is None}
-    pipe: FluxFillPipeline = FluxFillPipeline.from_pretrained(flux_fill_id, dtype=dtype, **absent)
-    channels = pipe.transformer.config.in_channels
+    config = FluxTransformer2DModel.load_config(flux_fill_id, subfolder="transformer")
+    channels = config.get("in_channels")
     if channels != 384:
         raise ValueError(
             f"Expected the transformer of {flux_fill_id} to have 384 input channels, as Flux Fill "
             f"has, but got {channels}."
         )
-    pipe.transformer.requires_grad_(False).to(device)
+    parts = FluxFillPipeline.load_config(flux_fill_id)
+    absent = {name: None for name, (library, _) in named_parts(parts) if library is None}
+    pipe: FluxFillPipeline = FluxFillPipeline.from_pretrained(
+        flux_fill_id, dtype=dtype, **absent | {"transformer": None}
+    )
     pipe.vae.requires_grad_(False).to(device)
+    if transformer:
+        load_transformer(pipe, flux_fill_id, dtype=dtype, device=device)
+    else:
+        with torch.device("meta"):
+            pipe.register_modules(transformer=FluxTransformer2DModel.from_config(config))
     return pipe
 
 
@@ -113,11 +127,17 @@ def load_checkpoint(pipe: FluxFillPipeline, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: when the folder is no checkpoint.
+        ValueError: when the checkpoint has a whole transformer, and the pipeline's is quantized.
     """
     transformer = pipe.transformer
     if (folder / "adapter_config.json").is_file():
         PeftModel.from_pretrained(transformer, str(folder)).eval()
     elif (folder / "transformer" / "config.json").is_file():
+        if getattr(transformer, "hf_quantizer", None) is not None:
+            raise ValueError(
+                f"Expected an adapter in {folder}, but got the whole transformer of a run without "
+                "LoRA, which does not load into quantized weights. Leave out `base_precision`."
+            )
         trained = FluxTransformer2DModel.from_pretrained(folder / "transformer")
         transformer.load_state_dict(trained.state_dict())
     else:
@@ -169,7 +189,8 @@ def load_redux(redux_id: str, dtype: torch.dtype, device: torch.device) -> Any:
 class Conditioner:
     """Give the transformer's prompt embeddings: of Redux, of the text encoders, or zeros.
 
-    A text is encoded once, and the encoders are dropped from the pipeline.
+    A text is encoded once, and the encoders are dropped from the pipeline. The transformer's
+    configuration is read, not its weights, which may be loaded afterwards.
 
     Args:
         pipe: the Fill pipeline.
@@ -195,10 +216,9 @@ class Conditioner:
         if prompt is not None and (redux_id is not None or pipe.text_encoder is None):
             reader = "Redux is the prompt" if redux_id else "the pipeline has no text encoders"
             raise ValueError(f"Expected no `prompt`, but got {prompt!r}: {reader}.")
-        transformer = pipe.transformer
-        self.device, self.dtype = transformer.device, transformer.dtype
+        self.device, self.dtype = pipe.vae.device, pipe.vae.dtype
         self.texts: list[Tensor] = []
-        self.redux_scale = float(redux_scale)
+        self.redux_scale, self.resting = float(redux_scale), False
         self.redux = None if redux_id is None else load_redux(redux_id, self.dtype, self.device)
         if pipe.text_encoder is not None and redux_id is None:
             pipe.text_encoder.to(self.device)
@@ -212,7 +232,7 @@ class Conditioner:
             # The prompt comes last, where the index -1 finds it.
             self.texts = [torch.cat(parts).cpu() for parts in zip(*texts, strict=True)]
         else:
-            config = transformer.config
+            config = pipe.transformer.config
             self.embeds = torch.zeros(1, 1, config.joint_attention_dim, device=self.device)
             self.pooled = torch.zeros(1, config.pooled_projection_dim, device=self.device)
         pipe.register_modules(
@@ -232,6 +252,12 @@ class Conditioner:
         parts = (self.redux.image_encoder, self.redux.image_embedder)
         values = [value for part in parts for value in part.state_dict().values()]
         return [torch.tensor(self.redux_scale), *values]
+
+    def rest(self) -> None:
+        """Keep Redux in CPU memory from now on, except while it encodes."""
+        self.resting = True
+        if self.redux is not None:
+            self.redux.to("cpu")
 
     def of_batch(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the embeddings that a batch already has, or make them."""
@@ -260,7 +286,10 @@ class Conditioner:
                 "prompt_embeds_scale": self.redux_scale,
                 "pooled_prompt_embeds_scale": self.redux_scale,
             }
+            self.redux.to(self.device)
             images = to_pil_images(ref)
             found = [self.redux(image, **scales, return_dict=False) for image in images]
             embeds, pooled = (torch.cat(parts) for parts in zip(*found, strict=True))
+            if self.resting:
+                self.redux.to("cpu")
         return embeds.to(self.dtype), pooled.to(self.dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from options.kind_options import KindOptions, check_kinds
+from options.memory_options import MemoryOptions, check_memory
 from options.optimizer_options import OptimizerOptions, check_optimizer
 from options.routing_options import (
     BalanceOptions,
@@ -143,7 +144,7 @@ class LossOptions(CourseOptions):
 
 
 @dataclass(kw_only=True)
-class RunOptions(OptimizerOptions, DataOptions):
+class RunOptions(OptimizerOptions, MemoryOptions, DataOptions):
     """Say on what, how long and how fast to train, and what to leave behind."""
 
     train_data_dir: str = field(
@@ -209,6 +210,7 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
         check_balance(self)
         check_course(self)
         check_optimizer(self)
+        check_memory(self)
         self.check_pixels()
         if self.plan and not self.mixed:
             raise ValueError("Expected a mixture with `plan`, but the run trains none.")

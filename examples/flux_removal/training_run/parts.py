@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import moe_lora
+from flux_fill.frozen_transformer import economize, load_transformer
 from flux_fill.kind_hints import KindHints
 from flux_fill.models import Conditioner, add_experts, router_parameters
 from moe_lora import RemovalLoss
@@ -99,19 +100,44 @@ def build_hints(options: TrainOptions, kinds: Sequence[str]) -> KindHints | None
     return KindHints(kinds, options.kind_experts, options.kind_hint, dropout=dropout)
 
 
-def build_model(pipe: FluxFillPipeline, options: TrainOptions) -> nn.Module:
-    """Put experts and router into the transformer, or make all of it trainable."""
+def load_base(pipe: FluxFillPipeline, options: TrainOptions, device: torch.device) -> None:
+    """Load the transformer in the precision, and to the place, that the options say."""
+    load_transformer(
+        pipe,
+        options.flux_fill_id,
+        dtype=DTYPES[options.mixed_precision],
+        device="cpu" if options.offload else device,
+        base_precision=options.base_precision,
+    )
+
+
+def build_model(
+    pipe: FluxFillPipeline, options: TrainOptions, device: torch.device | None = None
+) -> nn.Module:
+    """Put experts and router into the transformer, or make all of it trainable.
+
+    Args:
+        pipe: the pipeline.
+        options: the run's.
+        device: of the computation; the transformer's by default.
+    """
     transformer = pipe.transformer
     if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if not options.use_lora:
-        return transformer.float().requires_grad_(True).train()
-    if options.adapter == "lora":
-        return add_plain_lora(transformer, options).train()
-    model = add_experts(transformer, options, routed=options.routed).train()
-    if options.task_hint:
-        moe_lora.set_router_inputs(model, task_hint=options.task_hint)
-    return model
+        model: nn.Module = transformer.float().requires_grad_(True)
+    elif options.adapter == "lora":
+        model = add_plain_lora(transformer, options)
+    else:
+        model = add_experts(transformer, options, routed=options.routed)
+        if options.task_hint:
+            moe_lora.set_router_inputs(model, task_hint=options.task_hint)
+    if options.compile:
+        transformer.compile_repeated_blocks()  # compiled blocks make weights anew by themselves
+    elif options.use_lora:
+        dtype = DTYPES[options.mixed_precision]
+        economize(transformer, dtype, device or transformer.device, offload=options.offload)
+    return model.train()
 
 
 def add_plain_lora(transformer: nn.Module, options: TrainOptions) -> PeftModel:

@@ -36,6 +36,11 @@ def add_plan_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Keep all activations instead of recomputing each block.",
     )
+    command.add_argument(
+        "--offload",
+        action="store_true",
+        help="Keep the linear layers of the base model's blocks in CPU memory.",
+    )
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -61,5 +66,6 @@ def plan(options: argparse.Namespace) -> None:
         base_precision=options.base_precision,
         optimizer=options.optimizer,
         checkpointing=not options.no_checkpointing,
+        offload=options.offload,
     )
     print(json.dumps(found.as_dict(), indent=2) if options.json else found)

@@ -2,11 +2,18 @@
 
 from moe_lora.planning.base_models import example_call, model_on_meta
 from moe_lora.planning.step_memory import StepMemory, step_memory
-from moe_lora.planning.training_plan import OPTIMIZERS, PRECISIONS, TrainingPlan, plan_training
+from moe_lora.planning.training_plan import (
+    OPTIMIZERS,
+    PRECISIONS,
+    Fit,
+    TrainingPlan,
+    plan_training,
+)
 
 __all__ = [
     "OPTIMIZERS",
     "PRECISIONS",
+    "Fit",
     "StepMemory",
     "TrainingPlan",
     "example_call",

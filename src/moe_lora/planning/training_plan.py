@@ -56,7 +56,7 @@ PRECISIONS: Mapping[str, float] = MappingProxyType(
         "nf4": 0.5 + 4 / 64,  # one float32 for every 64 weights
     }
 )
-"""Bytes per weight of a base model's linear layers, by name; other weights have 4 or 2 bytes."""
+"""Bytes per weight of a base model's linear layers, by name; others stay in the model's dtype."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class TrainingPlan:
     Args:
         trained_parameters: experts and router.
         layers: the adapted layers.
-        base: weights of the base model.
+        base: weights of the base model, and the largest of those that a layer makes anew or copies
+            to compute with.
         adapter: weights of experts and router.
         optimizer: the optimizer's state.
         gradients: of the trained parameters.
@@ -127,16 +128,21 @@ class Fit(NamedTuple):
         r: rank of each expert.
         optimizer: name of the optimizer.
         memory: bytes.
+        offload: whether linear layers of the base model's blocks are in CPU memory.
+        checkpointing: whether the blocks' activations are computed again.
     """
 
     base_precision: str
     r: int
     optimizer: str
     memory: int
+    offload: bool = False
+    checkpointing: bool = True
 
     def __str__(self) -> str:
-        settings = f"{self.base_precision} base, r={self.r}, {self.optimizer}"
-        return f"{settings}: {_gib(self.memory)}"
+        settings = [f"{self.base_precision} base", f"r={self.r}", self.optimizer]
+        settings += ["offload"] * self.offload + ["checkpointing"] * self.checkpointing
+        return f"{', '.join(settings)}: {_gib(self.memory)}"
 
 
 def plan_training(
@@ -147,13 +153,14 @@ def plan_training(
     base_precision: str = "bf16",
     optimizer: str = "adamw",
     checkpointing: bool = True,
+    offload: bool = False,
     cards: tuple[int, ...] = (24, 48, 80),
 ) -> TrainingPlan:
     """Compute what a training needs, without memory for any weight.
 
     Experts, router, gradients and optimizer state are float32, as `cast_training_params` of
-    diffusers makes them. Counted is one process without sharding or offloading. Autoencoder, text
-    encoders and losses in pixel space are not counted.
+    diffusers makes them. Counted is one process without sharding. Autoencoder, text encoders and
+    losses in pixel space are not counted.
 
     Args:
         model: the base model, on any device (`model_on_meta`); it stays as it is.
@@ -163,8 +170,11 @@ def plan_training(
         base_precision: a name of `PRECISIONS`.
         optimizer: a name of `OPTIMIZERS`.
         checkpointing: whether the blocks' activations are computed again in the backward pass.
+        offload: whether the linear layers of the base model's blocks, the modules in an
+            `nn.ModuleList`, are in CPU memory, and copied one at a time.
         cards: memory of cards in GiB. For each, the best base precision and the highest rank that
-            fit are named, with the activations of the given rank and 1 GiB left free.
+            fit are named, with the activations of the given rank and 1 GiB left free. Offloading
+            is tried after all precisions.
 
     Raises:
         ValueError: for an unknown precision or optimizer, and as injection and `step_memory` raise.
@@ -177,12 +187,12 @@ def plan_training(
     layers = [module for module in adapted.modules() if isinstance(module, RoutedLayer)]
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
-    def plan(parameters: int, precision: str, name: str) -> TrainingPlan:
+    def plan(parameters: int, precision: str, name: str, away: bool) -> TrainingPlan:
         uses, gradients = OPTIMIZERS[name], 4 * parameters
         return TrainingPlan(
             trained_parameters=parameters,
             layers=len(layers),
-            base=_base_bytes(model, precision),
+            base=base_bytes(model, precision, offload=away),
             adapter=4 * parameters,
             optimizer=int(uses.state * parameters),
             gradients=gradients,
@@ -196,19 +206,20 @@ def plan_training(
     per_rank = sum(len(config.experts) * (_width(m) + m.out_features) for m in layers)
     router = trained - sum(p.numel() for m in layers for p in m.moe_lora_experts.parameters())
     fits: dict[int, Fit | None] = dict.fromkeys(cards)
-    for r, precision, name in _settings(config.r, optimizer):
-        memory = plan(per_rank * r + router, precision, name).total
+    for r, (precision, away), name in _settings(config.r, optimizer):
+        memory = plan(per_rank * r + router, precision, name, away).total
         for card in cards:
             if fits[card] is None and memory + HEADROOM <= card * GIB:
-                fits[card] = Fit(precision, r, name, memory)
-    return replace(plan(trained, base_precision, optimizer), fits=fits)
+                fits[card] = Fit(precision, r, name, memory, away, checkpointing)
+    return replace(plan(trained, base_precision, optimizer, offload), fits=fits)
 
 
-def _settings(r: int, optimizer: str) -> list[tuple[int, str, str]]:
-    """List ranks, precisions and optimizers in the order of preference."""
+def _settings(r: int, optimizer: str) -> list[tuple[int, tuple[str, bool], str]]:
+    """List ranks, precisions with or without offloading, and optimizers, best first."""
     ranks = [rank for rank in RANKS if rank <= r] or [r]
+    bases = [("bf16", False), ("int8", False), ("nf4", False), ("bf16", True)]
     optimizers = dict.fromkeys((optimizer, "adamw_8bit"))
-    return [(k, p, o) for k in ranks for p in ("bf16", "int8", "nf4") for o in optimizers]
+    return [(k, base, o) for k in ranks for base in bases for o in optimizers]
 
 
 def _adapted_on_meta(model: nn.Module, config: MoELoraConfig, checkpointing: bool) -> nn.Module:
@@ -234,11 +245,34 @@ def _adapted_on_meta(model: nn.Module, config: MoELoraConfig, checkpointing: boo
     return adapted
 
 
-def _base_bytes(model: nn.Module, precision: str) -> int:
+def base_bytes(model: nn.Module, precision: str, *, offload: bool = False) -> int:
+    """Return the bytes of a base model's weights on a device.
+
+    Args:
+        model: the base model, on any device.
+        precision: of the linear layers; a name of `PRECISIONS`.
+        offload: whether those of blocks are in CPU memory.
+
+    Returns:
+        All weights on the device, with the largest one that a layer makes in the model's dtype.
+    """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    other = 4.0 if precision == "fp32" else 2.0
-    sizes = [(p.numel(), id(p) in linear) for p in model.parameters()]
-    return int(sum(n * (PRECISIONS[precision] if quantized else other) for n, quantized in sizes))
+    blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    away = {
+        id(parameter)
+        for block in blocks
+        for layer in block.modules()
+        if offload and isinstance(layer, nn.Linear)
+        for parameter in layer.parameters(recurse=False)
+    }
+    stays, made = 0.0, 0.0
+    for p in model.parameters():
+        stored = PRECISIONS[precision] if id(p) in linear else p.element_size()
+        stays += 0 if id(p) in away else stored * p.numel()
+        if id(p) in away or (id(p) in linear and stored != p.element_size()):
+            copied = stored if id(p) in away and stored != p.element_size() else 0
+            made = max(made, (p.element_size() + copied) * p.numel())
+    return int(stays + made)
 
 
 def _autocast(model: nn.Module) -> torch.dtype | None:

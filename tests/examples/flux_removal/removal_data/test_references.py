@@ -15,6 +15,7 @@ import evaluate
 import remove
 import train
 from evaluation.measuring import run_pipeline
+from flux_fill import inference_memory
 from flux_fill.models import Conditioner, load_pipeline
 from options.parsing import parse_options
 from removal_data.batches import augment_masks, image_sizes
@@ -155,7 +156,7 @@ def test_a_diptych_is_trained_evaluated_and_cropped_after_removal(
             return type("Output", (), {"images": [given["image"]]})
 
     load = remove.load_pipeline
-    monkeypatch.setattr(remove, "load_checkpoint", lambda pipe, folder: None)
+    monkeypatch.setattr(inference_memory, "load_checkpoint", lambda pipe, folder: None)
     monkeypatch.setattr(remove, "load_pipeline", lambda *a, **k: Pipe(load(*a, **k)))
     files = {name: str(tmp_path / f"{name}.png") for name in ("image", "mask", "output")}
     files["ref"] = str(triplets / "ref" / "001.png")

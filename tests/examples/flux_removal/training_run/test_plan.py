@@ -8,8 +8,9 @@ import pytest
 from safetensors import safe_open
 
 import train
+from moe_lora.planning import Fit
 from options.parsing import parse_options
-from training_run.plan import describe, plan_run
+from training_run.plan import better, describe, flags_of, plan_run
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +61,37 @@ def test_precision_checkpointing_and_batch_size_change_the_plan(arguments: Argum
     less = plan_run(parse_options(arguments(gradient_checkpointing=True)), 64, 64)
     assert less.activations is not None
     assert less.activations < plan.activations
+
+
+def test_storage_and_offloading_change_the_plan(arguments: Arguments) -> None:
+    plain = plan_run(parse_options(arguments()), 64, 64, steps=False)
+    for memory in ({"base_precision": "nf4"}, {"offload": True}):
+        less = plan_run(parse_options([*arguments(**memory), "--plan"]), 64, 64, steps=False)
+        assert less.base < 0.7 * plain.base
+
+
+def test_settings_that_fit_are_named_by_flags_that_plan_the_same(arguments: Arguments) -> None:
+    flags = [*arguments(mixed_precision="bf16"), "--plan"]
+    plan = plan_run(parse_options(flags), 64, 64)
+    fit = plan.fits[24]
+    assert fit is not None
+    assert not fit.checkpointing
+    said = f"--base_precision bf16 --lora_r 2 --optimizer AdamW: {fit.memory / 2**30:.3f} GiB"
+    assert f"fits 24 GiB           {said}" in describe(plan)
+    small = Fit("nf4", 2, "adamw_8bit", 0, offload=False, checkpointing=True)
+    words = "--base_precision nf4 --lora_r 2 --optimizer bnb.AdamW8bit --gradient_checkpointing"
+    assert flags_of(small) == words
+    away = Fit("bf16", 2, "adamw", 0, offload=True, checkpointing=False)
+    assert flags_of(away) == "--base_precision bf16 --lora_r 2 --optimizer AdamW --offload"
+
+
+def test_the_higher_rank_is_the_better_setting() -> None:
+    own, other = Fit("nf4", 4, "adamw", 0), Fit("bf16", 8, "adamw", 0)
+    assert better(own, other) is other
+    assert better(own, Fit("bf16", 4, "adamw", 0)) is own
+    assert better(None, own) is own
+    assert better(own, None) is own
+    assert better(None, None) is None
 
 
 def test_a_run_without_experts_has_no_plan(arguments: Arguments) -> None:
