@@ -120,5 +120,6 @@ def _copy_expert(experts: MoELoraExperts, index: int, stored: StoredFactors) -> 
     # Rows of A beyond the file's rank keep what they were drawn as, so that they can be trained;
     # B is zero there.
     factors = stored.factors()
-    experts.lora_A[index, : factors.rank].copy_(factors.down)
-    experts.lora_B[:, index, : factors.rank].copy_(factors.up)
+    lora_A, lora_B = experts.expert(index)
+    lora_A[: factors.rank].copy_(factors.down)
+    lora_B[:, : factors.rank].copy_(factors.up)
