@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from options.composition_options import CompositionOptions, resolve_composition
 from options.routing_options import (
     BalanceOptions,
     CourseOptions,
@@ -51,7 +52,7 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
-class MixtureOptions(BalanceOptions):
+class MixtureOptions(CompositionOptions, BalanceOptions):
     """Describe the experts and their router."""
 
     use_lora: bool = option(True, "Train LoRA experts; false trains the whole transformer.")
@@ -201,6 +202,7 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
 
     def __post_init__(self) -> None:
         self.logging_dir = self.logging_dir or str(Path(self.output_dir) / "logs")
+        resolve_composition(self)
         self.check_losses()
         self.check_mixture()
         check_balance(self)

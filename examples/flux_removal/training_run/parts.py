@@ -22,6 +22,7 @@ from options.train_options import TrainOptions
 from removal_data.batches import LatentEncoder
 from reporting.reporter import Reporter
 from training_run.checkpoints import Progress
+from training_run.composition import compose_experts
 
 
 @dataclass
@@ -73,7 +74,10 @@ def build_model(pipe: FluxFillPipeline, options: TrainOptions) -> nn.Module:
         return transformer.float().requires_grad_(True).train()
     if options.adapter == "lora":
         return add_plain_lora(transformer, options).train()
-    model = add_experts(transformer, options, routed=options.routed).train()
+    if options.compose:
+        model = compose_experts(transformer, options).train()
+    else:
+        model = add_experts(transformer, options, routed=options.routed).train()
     if options.task_hint:
         moe_lora.set_router_inputs(model, task_hint=options.task_hint)
     return model
