@@ -76,6 +76,16 @@ def add_expert(
             be read, does not fit the base model, or adapts layers that the mixture does not; when
             experts are merged, sharded or offloaded; for a model in `DistributedDataParallel`; or
             inside of a context such as `moe_lora.route`. The model is then unchanged.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> config = MoELoraConfig(r=1, target_modules=["0"], expert_names=("shadow", "glow"))
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 3)), config)
+        >>> add_expert(model, "reflection")
+        >>> model.peft_config["default"].expert_names
+        ('shadow', 'glow', 'reflection')
+        >>> model.base_model.model[0].moe_lora_experts["default"].lora_A.shape
+        torch.Size([3, 1, 2])
     """
     target = find_target(model, adapter_name)
     config = with_experts(target.config, (*target.config.experts, name))

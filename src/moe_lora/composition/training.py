@@ -43,6 +43,15 @@ def train_only(
         ValueError: for an unknown expert, when nothing would be trained, when the adapter does not
             exist, when its weights are sharded or offloaded, for a model in
             `DistributedDataParallel`, or inside of a context such as `moe_lora.route`.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from moe_lora import MoELoraConfig
+        >>> config = MoELoraConfig(r=1, target_modules=["0"], expert_names=("shadow", "glow"))
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 3)), config)
+        >>> train_only(model, ["glow"])
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # (2 + 3) * r
+        5
     """
     if isinstance(experts, str):
         raise TypeError(f"Expected `experts` to be a list of names, but got {experts!r}.")

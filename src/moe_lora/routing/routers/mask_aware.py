@@ -41,8 +41,8 @@ class MaskAwareRouter(MaskedRouter):
         ...     torch.zeros(1, 16, 8), mask_info=masks.analyze(torch.ones(1, 1, 64, 64)),
         ...     grid_size=(4, 4),
         ... )
-        >>> MaskAwareRouter(4, input_dim=8).eval()(inputs).weights.round(decimals=1)
-        tensor([[0.2000, 0.2000, 0.2000, 0.2000]], grad_fn=<RoundBackward1>)
+        >>> MaskAwareRouter(5, input_dim=8).eval()(inputs).weights.detach().round(decimals=1)
+        tensor([[0.2000, 0.2000, 0.2000, 0.2000, 0.2000]])
     """
 
     def __init__(
