@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parallel import DataParallel
 
@@ -302,6 +303,22 @@ class TestFilesAndCopies:
         expected = output(model, images, weights)
         moe_lora.merge(model, weights)
         torch.testing.assert_close(output(model, images), expected)
+
+    @pytest.mark.parametrize("router", ["three_expert_removal", "mask_aware"])
+    def test_the_command_line_reads_grown_checkpoints(self, make_flux, tmp_path, capsys, router):
+        from moe_lora.cli import main
+
+        config = MoELoraConfig(r=2, target_modules=["to_q"], router=router)
+        model = get_peft_model(make_flux(), config)
+        moe_lora.add_expert(model, "glow", init=False)
+        model.save_pretrained(tmp_path / "grown")
+        assert main(["inspect", str(tmp_path / "grown")]) == 0
+        assert "glow" in capsys.readouterr().out
+        target = tmp_path / "glow.safetensors"
+        assert main(["export", str(tmp_path / "grown"), str(target), "--weights", "glow"]) == 0
+        moe_lora.export_lora(model, tmp_path / "same.safetensors", "glow")
+        expected, found = load_file(tmp_path / "same.safetensors"), load_file(target)
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
     def test_a_copy_is_independent(self, make_model, images):
         model = make_model()

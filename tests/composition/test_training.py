@@ -172,6 +172,13 @@ class TestUpdates:
         assert none_equal(router_values(model), of_router)
         set_trainable(model, "all")
 
+    def test_a_router_attached_later_is_trained(self, make_model, images):
+        model = make_model()
+        moe_lora.train_only(model, ["b"], router=False)
+        router = copy.deepcopy(next(m for m in model.modules() if isinstance(m, Router)))
+        moe_lora.attach_router(model, router)
+        assert all(p.requires_grad for p in router.parameters())
+
     def test_undoing_trains_everything(self, make_model, images):
         model = make_model()
         names = {n for n, p in model.named_parameters() if p.requires_grad}

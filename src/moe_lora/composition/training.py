@@ -23,7 +23,8 @@ def train_only(
     therefore changes them, by weight decay or momentum either, and none keeps a state for them;
     gradient clipping, `DistributedDataParallel` and FSDP2 do not see their gradients. Outputs and
     written checkpoints do not change. The setting is not saved: to resume, load the checkpoint and
-    call `train_only` again.
+    call `train_only` again. It lasts until the next call; experts that are added and routers that
+    are attached meanwhile are trained.
 
     Call it before you make the optimizer, `DistributedDataParallel` and FSDP2; an optimizer with
     parameters that it replaced raises in its next step. Every forward pass concatenates trained and

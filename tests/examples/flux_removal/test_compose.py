@@ -11,6 +11,7 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
+from two_processes import run_in_two_processes
 
 import train
 from options.parsing import parse_options
@@ -135,3 +136,13 @@ def test_experts_stay_in_float32_beside_a_bfloat16_base(
     checkpoint = run(flags_of(arguments, files, mixed_precision="bf16"))
     for index, pair in enumerate(files):
         assert is_as_in_its_file(factors(checkpoint, index), saved_factors(pair))
+
+
+def test_two_processes_train_one_expert_and_the_router(
+    arguments: Arguments, files: list[str], tmp_path: Path
+) -> None:
+    flags = flags_of(arguments, files, "--train_experts", "glow", batch_size=1)
+    run_in_two_processes(train.__file__, *flags)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert is_as_in_its_file(factors(checkpoint, 0), saved_factors(files[0]))
+    assert not is_as_in_its_file(factors(checkpoint, 1), saved_factors(files[1]))

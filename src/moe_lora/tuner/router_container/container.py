@@ -200,6 +200,7 @@ class AdapterRouters(nn.Module):
         _record_frozen_parameters(router)
         config.router = router.registered_name or type(router).__qualname__
         self.moe_lora_routers[adapter_name] = router
+        self.frozen_routers.discard(adapter_name)
         self._set_router_requires_grad(
             adapter_name, adapter_name in self.active_adapters and not config.inference_mode
         )
