@@ -37,6 +37,7 @@ SCENARIOS = [
     "fsdp-saving",
     "fsdp-mixed-precision",
 ]
+FROZEN = ["ddp-frozen-experts", "fsdp-frozen-experts"]
 
 
 def launch(folder: Path, names: list[str]) -> str:
@@ -159,6 +160,27 @@ def test_accelerate_gives_names_without_a_prefix(report_of):
 def test_a_router_in_a_unit_of_its_own_stays_in_float32(report_of):
     report = report_of("fsdp-mixed-precision")
     assert report == {"router": ["torch.float32"], "output": "torch.bfloat16", "missing": []}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_experts_stay_to_the_last_bit_and_runs_resume(
+    report_of, prepared, make_flux, make_flux_inputs, name
+):
+    report = report_of(name, FROZEN)
+    assert report["frozen"]
+    assert report["least_moved"] > 1e-5
+    assert report["loss"] < 1e-5
+    assert report["resumed"] < 1e-6
+    assert ("DistributedDataParallel" if name.startswith("ddp") else "sharded") in report["refused"]
+    folder = prepared / f"frozen_{name.partition('-')[0]}"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {name.rpartition(".")[2] for name in tensors if "moe_lora_experts" in name} == {
+        "lora_A",
+        "lora_B",
+    }
+    model = PeftModel.from_pretrained(make_flux(), folder)
+    assert model.peft_config["default"].experts[3:] == ("shadow",)
+    assert model(**make_flux_inputs(batch=2))[0].isfinite().all()
 
 
 @pytest.mark.skipif(

@@ -28,6 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint_reader": {"safetensors_io", "tuner"},
     "save_and_load": {"checkpoint_reader", "routing", "safetensors_io", "tuner"},
     "export": {"_version", "checkpoint_reader", "masks", "routing", "safetensors_io", "tuner"},
+    "composition": {"export", "routing", "safetensors_io", "tuner"},
     "schedules": {"losses", "routing"},
     "ablation": {"losses", "routing", "tuner"},
     "plots": {"ablation", "masks"},

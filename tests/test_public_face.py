@@ -38,11 +38,16 @@ TOP = {
     "load_experts",
     "export_lora",
     "from_loras",
+    "add_expert",
+    "remove_expert",
+    "rename_expert",
+    "train_only",
     "merge",
     "unmerge",
 }
 SUBMODULES = {
     "ablation",
+    "composition",
     "export",
     "families",
     "flow",

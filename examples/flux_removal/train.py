@@ -225,7 +225,7 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
         reporter.say(f"Going on from {resumed}, step {progress.step}.")
     elif options.resume_from_checkpoint:
         reporter.say(f"No checkpoint in {output_dir} yet: starting at step 0.")
-    if options.mixed:
+    if options.mixed and not options.compose:
         for line in describe(plan_run(options, 0, 0, steps=False)).splitlines():
             reporter.say(f"Plan: {line}")
     for text in notes:

@@ -6,6 +6,7 @@ are those of most training scripts; all others are public in their submodule.
 
 from moe_lora import (
     ablation,
+    composition,
     export,
     families,
     flow,
@@ -19,6 +20,7 @@ from moe_lora import (
     tuner,
 )
 from moe_lora._version import __version__ as __version__
+from moe_lora.composition import add_expert, remove_expert, rename_expert, train_only
 from moe_lora.export import export_lora, from_loras, load_experts, save_experts
 from moe_lora.losses import RemovalLoss, compute_removal_task_loss
 from moe_lora.masks import extract_mask_info_from_batch
@@ -58,7 +60,9 @@ __all__ = [
     "RouterInputs",
     "ThreeExpertRemovalRouter",
     "ablation",
+    "add_expert",
     "attach_router",
+    "composition",
     "compute_removal_task_loss",
     "current_routing",
     "export",
@@ -76,6 +80,8 @@ __all__ = [
     "planning",
     "plots",
     "register_router",
+    "remove_expert",
+    "rename_expert",
     "route",
     "router_inputs",
     "routing",
@@ -85,6 +91,7 @@ __all__ = [
     "schedules",
     "set_router_inputs",
     "set_routing_mode",
+    "train_only",
     "tuner",
     "unmerge",
 ]

@@ -62,9 +62,9 @@ def save_adapter(
         raise ValueError(
             f"Expected `adapter_name` to be one of {sorted(configs)}, but got {adapter_name!r}."
         )
+    check_in_memory(model, adapter_tensors(base, adapter_name, joined=False))
     tensors = adapter_tensors(base, adapter_name)
     _check_complete(base, adapter_name, tensors)
-    check_in_memory(model, tensors)
     check_finite(tensors)
     config = _prepare_config(configs[adapter_name], base)
     named = {PREFIX + name: tensor for name, tensor in tensors.items()}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cases import Case, ddp, fsdp
+from frozen_experts import train_and_resume
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -230,6 +231,8 @@ SCENARIOS: dict[str, Callable[[Path], Report]] = {
     "fsdp-cold-experts": lambda folder: cold_experts(folder, fsdp),
     "fsdp-saving": lambda folder: saves_and_resumes(folder, fsdp),
     "fsdp-mixed-precision": mixed_precision,
+    "ddp-frozen-experts": lambda folder: train_and_resume(folder, ddp, "frozen_ddp"),
+    "fsdp-frozen-experts": lambda folder: train_and_resume(folder, fsdp, "frozen_fsdp"),
     "deepspeed-2": lambda folder: deepspeed(folder, 2),
     "deepspeed-3": lambda folder: deepspeed(folder, 3),
 }

@@ -78,6 +78,17 @@ def kohya_lora(make_flux, file):
 
 
 class TestExactAtOneHotWeights:
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_experts_beside_a_base_in_bfloat16(self, make_flux, tmp_path, autocast):
+        peft_lora(make_flux, tmp_path / "peft", r=4, lora_alpha=4, target_modules=["to_q"])
+        files = {"removal_expert": tmp_path / "peft"}
+        model = from_loras(files, make_flux().bfloat16(), autocast_adapter_dtype=autocast)
+        experts = model.transformer_blocks[0].attn.to_q.moe_lora_experts["default"]
+        tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+        name = "base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight"
+        assert experts.lora_A.dtype == (torch.float32 if autocast else torch.bfloat16)
+        assert torch.equal(experts.lora_A[0], tensors[name].to(experts.lora_A.dtype))
+
     def test_files_of_every_layout_side_by_side(self, make_flux, make_flux_inputs, tmp_path):
         inputs = make_flux_inputs()
         stock = [

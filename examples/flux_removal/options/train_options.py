@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from options.composition_options import CompositionOptions, resolve_composition
 from options.kind_options import KindOptions, check_kinds
 from options.memory_options import MemoryOptions, check_memory
 from options.optimizer_options import OptimizerOptions, check_optimizer
@@ -54,7 +55,7 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
-class MixtureOptions(BalanceOptions, KindOptions):
+class MixtureOptions(CompositionOptions, BalanceOptions, KindOptions):
     """Describe the experts and their router."""
 
     use_lora: bool = option(True, "Train LoRA experts; false trains the whole transformer.")
@@ -204,6 +205,7 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
 
     def __post_init__(self) -> None:
         self.logging_dir = self.logging_dir or str(Path(self.output_dir) / "logs")
+        resolve_composition(self)
         check_kinds(self)
         self.check_losses()
         self.check_mixture()

@@ -31,6 +31,7 @@ from removal_data.batches import LatentEncoder
 from reporting.reporter import Reporter
 from training_run.averaging import WeightAverage
 from training_run.checkpoints import Progress
+from training_run.composition import compose_experts
 from training_run.optimizers import create_optimizer
 from training_run.sharding import configure_sharding
 
@@ -128,10 +129,12 @@ def build_model(
         model: nn.Module = transformer.float().requires_grad_(True)
     elif options.adapter == "lora":
         model = add_plain_lora(transformer, options)
+    elif options.compose:
+        model = compose_experts(transformer, options)
     else:
         model = add_experts(transformer, options, routed=options.routed)
-        if options.task_hint:
-            moe_lora.set_router_inputs(model, task_hint=options.task_hint)
+    if options.task_hint:
+        moe_lora.set_router_inputs(model, task_hint=options.task_hint)
     if options.compile:
         transformer.compile_repeated_blocks()  # compiled blocks make weights anew by themselves
     elif options.use_lora:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from torch import nn
 
 from moe_lora.export.expert_table import experts_by_layer
@@ -28,6 +28,7 @@ def from_loras(
     *,
     adapter_name: str = "default",
     skip: Sequence[str] = (),
+    autocast_adapter_dtype: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Build a mixture from plain LoRA files and inject it into a model, in place.
@@ -43,6 +44,8 @@ def from_loras(
         model: the base model.
         adapter_name: the adapter's name.
         skip: beginnings of keys to leave out, such as "lora_te" of a text encoder.
+        autocast_adapter_dtype: keep the experts in float32 where the base is float16 or bfloat16,
+            to train them; else they have the dtype of their base layer.
         options: further fields of `MoELoraConfig`, such as `router="three_expert_removal"`.
 
     Returns:
@@ -67,6 +70,8 @@ def from_loras(
     _check_bare(model, loras)
     with all_or_nothing(model):
         _inject(model, config, adapter_name)
+        if autocast_adapter_dtype:
+            cast_adapter_dtype(model, adapter_name)
         layers = experts_by_layer(model, adapter_name)
         for index, lora in enumerate(loras.values()):
             for path, stored in lora.items():
@@ -120,5 +125,6 @@ def _copy_expert(experts: MoELoraExperts, index: int, stored: StoredFactors) -> 
     # Rows of A beyond the file's rank keep what they were drawn as, so that they can be trained;
     # B is zero there.
     factors = stored.factors()
-    experts.lora_A[index, : factors.rank].copy_(factors.down)
-    experts.lora_B[:, index, : factors.rank].copy_(factors.up)
+    lora_A, lora_B = experts.expert(index)
+    lora_A[: factors.rank].copy_(factors.down)
+    lora_B[:, : factors.rank].copy_(factors.up)

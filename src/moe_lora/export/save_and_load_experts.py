@@ -187,8 +187,9 @@ def _copy_expert(experts: MoELoraExperts, index: int, stored: StoredFactors) -> 
     up = widened(stored.up)
     if stored.scaling != experts.base_scaling:
         up = up * (stored.scaling / experts.base_scaling)
-    experts.lora_A[index].copy_(stored.down)
-    experts.lora_B[:, index].copy_(up)
+    lora_A, lora_B = experts.expert(index)
+    lora_A.copy_(stored.down)
+    lora_B.copy_(up)
 
 
 def _plain_config(table: ExpertTable, alphas: dict[str, float]) -> LoraConfig:

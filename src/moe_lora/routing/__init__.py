@@ -23,6 +23,7 @@ from moe_lora.routing.routers.base import Router, RoutingDecision
 from moe_lora.routing.routers.features import MaskAwareFeatureExtractor
 from moe_lora.routing.routers.fixed import FixedRouter, UniformRouter
 from moe_lora.routing.routers.gating import HINT_BIAS, gate, task_hints
+from moe_lora.routing.routers.mask_aware import MaskAwareRouter
 from moe_lora.routing.routers.registry import register_router, router_names
 from moe_lora.routing.routers.three_expert_removal import ThreeExpertRemovalRouter
 from moe_lora.routing.routers.token_removal import TokenRemovalRouter
@@ -32,6 +33,7 @@ __all__ = [
     "HINT_BIAS",
     "FixedRouter",
     "MaskAwareFeatureExtractor",
+    "MaskAwareRouter",
     "Router",
     "RouterInputs",
     "RoutingDecision",

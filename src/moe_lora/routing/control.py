@@ -64,7 +64,8 @@ def teach_experts(model: nn.Module, expert_grad_mask: Tensor) -> Iterator[None]:
 
     Neither the output nor any other gradient changes, including that of the router. The mask
     applies to the forward passes inside the context; their backward passes may follow later. The
-    context affects only the thread or asyncio task that opened it.
+    context affects only the thread or asyncio task that opened it. Weight decay and momentum change
+    experts whose gradient is 0, too; `moe_lora.train_only` freezes them.
 
     Args:
         model: the adapted model, or a wrapper around it.

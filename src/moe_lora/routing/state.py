@@ -86,6 +86,21 @@ class RoutingState(RoutingContext):
             by_adapter.pop(adapter_name, None)
         self.routed_adapters.discard(adapter_name)
 
+    def update_experts(self, adapter_name: str, expert_names: tuple[str, ...]) -> None:
+        """Update an adapter's experts; the statistics are reset when their number changes."""
+        self.expert_names[adapter_name] = expert_names
+        stats = self.stats[adapter_name]
+        resized = len(expert_names) != len(stats.expert_names)
+        stats.expert_names = expert_names
+        if resized:
+            stats.reset()
+        self.thread_state.decisions.pop(adapter_name, None)
+
+    @property
+    def has_open_contexts(self) -> bool:
+        """Return whether a context, such as `route`, is open in any thread."""
+        return bool(self._open)
+
     def update_routed_adapters(self) -> None:
         """Update the adapters that must not be mixed uniformly outside of a pass."""
         self.routed_adapters.clear()

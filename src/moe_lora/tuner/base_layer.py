@@ -137,6 +137,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._keep_frozen_experts()
         self._notify_routers(
             lambda routers: routers.set_trainable_adapters(self.active_adapters, not inference_mode)
         )
@@ -151,8 +152,13 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
+        self._keep_frozen_experts()
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._notify_routers(lambda routers: routers.set_requires_grad(names, requires_grad))
+
+    def _keep_frozen_experts(self) -> None:
+        for experts in self.moe_lora_experts.values():
+            cast(MoELoraExperts, experts).keep_frozen()
 
     def delete_adapter(self, adapter_name: str) -> None:
         had_adapter = adapter_name in self.moe_lora_experts

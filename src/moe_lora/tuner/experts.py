@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_lora.routing.weights.checkpointing import check_version_in_backward
 from moe_lora.tracing import is_transformed
 from moe_lora.tuner.config import MoELoraConfig
+from moe_lora.tuner.expert_parameters import ExpertParameters
 from moe_lora.tuner.mixture_product.fused import add_mixture
 from moe_lora.tuner.mixture_product.plain import LinearParameters, apply_gate, mixture_operands
 
@@ -38,7 +39,7 @@ class Factors(NamedTuple):
         return delta.view(self.B.shape[0], *self.A.shape[2:])
 
 
-class MoELoraExperts(nn.Module):
+class MoELoraExperts(ExpertParameters):
     """Experts of one adapter in one linear layer.
 
     Args:
@@ -57,13 +58,12 @@ class MoELoraExperts(nn.Module):
         lora_alpha: float,
         config: MoELoraConfig,
     ) -> None:
-        super().__init__()
+        experts = len(config.experts)
+        super().__init__(torch.empty(experts, r, *in_shape), torch.empty(out_features, experts, r))
         self.r, self.lora_alpha = r, lora_alpha
         self.base_scaling = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.scaling = self.base_scaling
         self.dropout = nn.Dropout(config.lora_dropout)
-        self.lora_A = nn.Parameter(torch.empty(len(config.experts), r, *in_shape))
-        self.lora_B = nn.Parameter(torch.empty(out_features, len(config.experts), r))
         self.reset_parameters(config.init_lora_weights)
 
     @torch.no_grad()

@@ -112,7 +112,7 @@ def check_mergeable(
 def _fixed_weights(layer: RoutedLayer, adapter_name: str, weights: Tensor | None) -> Tensor | None:
     if weights is None:
         return layer.context.fixed_weights(adapter_name)
-    experts = cast(MoELoraExperts, layer.moe_lora_experts[adapter_name]).lora_A.shape[0]
+    experts = cast(MoELoraExperts, layer.moe_lora_experts[adapter_name]).num_experts
     if weights.shape != (experts,):
         raise ValueError(
             f"Expected `weights` to have shape (E,) with E={experts} for adapter "

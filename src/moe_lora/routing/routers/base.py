@@ -38,6 +38,7 @@ class Router(nn.Module, ABC):
     Class attributes:
         needs_mask: whether a call without a mask is an error.
         registered_name: the name of the class in configs and checkpoints; set by `register_router`.
+        new_expert_logit: the logit of an expert that `moe_lora.add_expert` adds, by default.
 
     Attributes:
         num_layers: `None`, or the number of adapted layers with separate weights: the logits are
@@ -58,6 +59,7 @@ class Router(nn.Module, ABC):
 
     needs_mask: ClassVar[bool] = False
     registered_name: ClassVar[str | None] = None
+    new_expert_logit: ClassVar[float] = -5.0
     init_kwargs: dict[str, Any]
     frozen_parameters: frozenset[str]
 
@@ -108,6 +110,42 @@ class Router(nn.Module, ABC):
         A mixture with fixed weights can be merged into the base model.
         """
         return None
+
+    def add_expert(self, logit: float) -> None:
+        """Add an expert after the others (called by `moe_lora.add_expert`, then `configure`).
+
+        An override keeps the logits of the other experts, replaces no parameter that it need not
+        change, and updates `init_kwargs`, from which a checkpoint rebuilds the router.
+
+        Args:
+            logit: the logit of the new expert for every input; training changes it.
+
+        Raises:
+            TypeError: unless a subclass overrides the method.
+            ValueError: for a logit that the router cannot have.
+        """
+        raise TypeError(
+            f"Expected a router to which experts can be added, but {type(self).__name__} has no "
+            "add_expert(logit). Define it, or attach another router with moe_lora.attach_router."
+        )
+
+    def remove_expert(self, index: int) -> None:
+        """Remove an expert (called by `moe_lora.remove_expert`, followed by `configure`).
+
+        An override keeps the logits of the other experts and updates `init_kwargs`.
+
+        Args:
+            index: the index of the expert.
+
+        Raises:
+            TypeError: unless a subclass overrides the method.
+            ValueError: for an expert that cannot be removed.
+        """
+        raise TypeError(
+            f"Expected a router from which experts can be removed, but {type(self).__name__} has "
+            "no remove_expert(index). Define it, or attach another router with "
+            "moe_lora.attach_router."
+        )
 
     def configure(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ class UniformRouter(_InputFreeRouter):
         tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
 
+    new_expert_logit: ClassVar[float] = 0.0
+
     def configure(
         self,
         expert_names: Sequence[str],
@@ -73,6 +76,20 @@ class UniformRouter(_InputFreeRouter):
                 f"logits are all equal, but got {strategy!r}."
             )
         return self
+
+    def add_expert(self, logit: float) -> None:
+        """Add an expert, with the weight 1/E of all.
+
+        Raises:
+            ValueError: for a logit other than 0, since all weights are equal.
+        """
+        if logit != 0:
+            raise ValueError(
+                f"Expected `router_logit` to be 0 for the uniform router, but got {logit}."
+            )
+
+    def remove_expert(self, index: int) -> None:
+        """Remove an expert; the others have the weight 1/E."""
 
     def _expert_logits(self) -> list[float]:
         if self.expert_names is None:
@@ -99,6 +116,8 @@ class FixedRouter(_InputFreeRouter):
         >>> FixedRouter([0.5, 0.5, 0.0]).fixed_weights()
         tensor([0.5000, 0.5000, 0.0000])
     """
+
+    new_expert_logit: ClassVar[float] = -math.inf
 
     def __init__(self, weights: Sequence[float]) -> None:
         super().__init__()
@@ -155,6 +174,38 @@ class FixedRouter(_InputFreeRouter):
                     f"{hint!r}, and the fixed weight of {name!r} is 0."
                 )
         return super().logits(inputs)
+
+    def add_expert(self, logit: float) -> None:
+        """Add an expert with the weight softmax(log(weights), logit); 0 for -inf, the default.
+
+        Args:
+            logit: any number.
+        """
+        odds = math.exp(-abs(logit))
+        share = 1 / (1 + odds) if logit > 0 else odds / (1 + odds)
+        self._set_weights([*(weight * (1 - share) for weight in self.weights), share])
+
+    def remove_expert(self, index: int) -> None:
+        """Remove an expert, and divide the other weights by their sum.
+
+        Args:
+            index: the index of the expert.
+
+        Raises:
+            ValueError: when the other weights are all 0.
+        """
+        others = [weight for place, weight in enumerate(self.weights) if place != index]
+        if not any(others):
+            raise ValueError(
+                f"Expected another expert with a weight > 0, but the weights are "
+                f"{list(self.weights)}. Attach a FixedRouter with other weights first."
+            )
+        total = sum(others) if self.weights[index] else 1.0
+        self._set_weights([weight / total for weight in others])
+
+    def _set_weights(self, weights: list[float]) -> None:
+        self.weights = tuple(weights)
+        self.init_kwargs["weights"] = weights
 
     def _expert_logits(self) -> list[float]:
         return [math.log(weight) if weight > 0 else -math.inf for weight in self.weights]

@@ -49,6 +49,50 @@ class SoftThreshold(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+class ExpertHead(nn.Linear):
+    """Logit of one expert on a hidden layer.
+
+    Args:
+        hidden_dim: the width of the hidden layer.
+        num_layers: the number of adapted layers with separate weights; `None` for shared weights.
+    """
+
+    layer_offsets: nn.Parameter | None
+
+    def __init__(self, hidden_dim: int, num_layers: int | None = None) -> None:
+        super().__init__(hidden_dim, 1)
+        # With zero weights, the hidden layer would get no gradient in the first step.
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+        offsets = None if num_layers is None else nn.Parameter(torch.zeros(num_layers, 1))
+        self.register_parameter("layer_offsets", offsets)
+
+    def set_constant(self, logit: float) -> None:
+        """Set the logit of every input to a constant.
+
+        Args:
+            logit: the logit.
+
+        Raises:
+            ValueError: for NaN or inf.
+        """
+        if not math.isfinite(logit):
+            raise ValueError(f"Expected `router_logit` to be finite, but got {logit}.")
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, logit)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return `(..., 1)`, or with `num_layers` `(..., num_layers, 1)`.
+
+        Args:
+            hidden: `(..., hidden_dim)`.
+        """
+        logit = super().forward(hidden)
+        if self.layer_offsets is None:
+            return logit
+        return logit.unsqueeze(-2) + self.layer_offsets
+
+
 def small_mlp(inputs: int, hidden_dim: int) -> nn.Sequential:
     """Return Linear, ReLU, Dropout(0.1), Linear with one logit per removal expert, near 0 at first.
 
@@ -81,8 +125,8 @@ def check_num_layers(num_layers: int) -> int:
     return num_layers
 
 
-class RemovalRouter(Router):
-    """Base class of the routers for removal, background and completion experts.
+class MaskedRouter(Router):
+    """Base class of the routers that read the mask and the visual tokens.
 
     Args:
         input_dim: the width of the visual tokens without mask channels.
@@ -134,6 +178,104 @@ class RemovalRouter(Router):
             )
         return {"input_dim": channels}
 
+
+class RemovalRouter(MaskedRouter):
+    """Base class of the routers for removal, background and completion experts, and further ones.
+
+    The three have rules; a further expert has an `ExpertHead` on the hidden layer of the network
+    `router`, which the subclass creates.
+
+    Args:
+        input_dim: the width of the visual tokens without mask channels.
+        time_aware: whether the noise level of the call is an input.
+        hidden_dim: the width of the hidden layer.
+        num_experts: the number of experts, the three included.
+        num_layers: the number of adapted layers with separate weights; `None` for shared weights.
+
+    Raises:
+        ValueError: for a `num_layers` that is not an integer >= 1, or fewer than three experts.
+    """
+
+    router: nn.Sequential
+    layer_offsets: nn.Parameter  # with `num_layers`
+
+    def __init__(
+        self,
+        input_dim: int,
+        time_aware: bool = False,
+        *,
+        hidden_dim: int,
+        num_experts: int = len(REMOVAL_EXPERTS),
+        num_layers: int | None = None,
+    ) -> None:
+        super().__init__(input_dim, time_aware)
+        self.hidden_dim = hidden_dim
+        self.num_layers = None if num_layers is None else check_num_layers(num_layers)
+        further = num_experts - len(REMOVAL_EXPERTS)
+        if further < 0:
+            raise ValueError(
+                f"Expected `num_experts` to be at least {len(REMOVAL_EXPERTS)} for "
+                f"{type(self).__name__}, but got {num_experts}."
+            )
+        self.further_experts = nn.ModuleList(
+            ExpertHead(hidden_dim, num_layers) for _ in range(further)
+        )
+
+    def network_logits(self, features: Tensor, rules: Tensor) -> Tensor:
+        """Return the logits of the network and the rules.
+
+        Args:
+            features: `(..., inputs)`, the network's input.
+            rules: `(..., 3)`, logits of the three experts.
+
+        Returns:
+            `(..., E)`, or with `num_layers` `(..., num_layers, E)`.
+        """
+        *layers, last = self.router
+        hidden = features
+        for layer in layers:
+            hidden = layer(hidden)
+        logits: Tensor = last(hidden) + rules
+        if self.num_layers is not None:
+            logits = logits.unsqueeze(1) + self.layer_offsets
+        if not self.further_experts:
+            return logits
+        # Heads of their own, so that the sums of the three do not depend on their number.
+        return torch.cat([logits, *(head(hidden) for head in self.further_experts)], dim=-1)
+
+    def add_expert(self, logit: float) -> None:
+        """Add an expert with a logit that does not depend on the input at first.
+
+        Args:
+            logit: the logit; finite.
+        """
+        head = ExpertHead(self.hidden_dim, self.num_layers)
+        head.set_constant(logit)
+        strengths = next(self.router.parameters())
+        self.further_experts.append(head.to(strengths.device, strengths.dtype))
+        self._record_num_experts()
+
+    def remove_expert(self, index: int) -> None:
+        """Remove an expert other than the three with rules.
+
+        Args:
+            index: the index of the expert.
+
+        Raises:
+            ValueError: for an expert with rules.
+        """
+        if index < len(REMOVAL_EXPERTS):
+            raise ValueError(
+                f"Expected an expert after the first {len(REMOVAL_EXPERTS)}, for which "
+                f"{type(self).__name__} has rules, but got number {index}. Attach another router "
+                "with moe_lora.attach_router first."
+            )
+        del self.further_experts[index - len(REMOVAL_EXPERTS)]
+        self._record_num_experts()
+
+    def _record_num_experts(self) -> None:
+        self.init_kwargs["num_experts"] = len(REMOVAL_EXPERTS) + len(self.further_experts)
+
     def configure(
         self,
         expert_names: Sequence[str],
@@ -145,17 +287,17 @@ class RemovalRouter(Router):
         """Set experts, strategy and temperature; see `Router.configure`.
 
         Raises:
-            ValueError: for another number of experts than three, or for names of `REMOVAL_EXPERTS`
-                in a different order.
+            ValueError: for another number of experts, or for names of `REMOVAL_EXPERTS` in a
+                different order.
         """
-        cls = type(self).__name__
-        if len(expert_names) != len(REMOVAL_EXPERTS):
+        cls, count = type(self).__name__, len(REMOVAL_EXPERTS) + len(self.further_experts)
+        if len(expert_names) != count:
             raise ValueError(
-                f"Expected exactly {len(REMOVAL_EXPERTS)} experts for {cls}, "
-                f"but got {len(expert_names)}."
+                f"Expected exactly {count} experts for {cls}, but got {len(expert_names)}. Choose "
+                'router="mask_aware" for any number of experts.'
             )
         for index, name in enumerate(expert_names):
-            if name in REMOVAL_EXPERTS and REMOVAL_EXPERTS[index] != name:
+            if name in REMOVAL_EXPERTS and REMOVAL_EXPERTS[index : index + 1] != (name,):
                 raise ValueError(
                     f"Expected `expert_names` in the order of {cls}'s logits, "
                     f"{list(REMOVAL_EXPERTS)}, but got {list(expert_names)}."

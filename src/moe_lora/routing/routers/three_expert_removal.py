@@ -12,7 +12,6 @@ from moe_lora.routing.routers.removal import (
     REMOVAL_EXPERTS,
     RemovalRouter,
     SoftThreshold,
-    check_num_layers,
     small_mlp,
 )
 
@@ -79,7 +78,7 @@ class ThreeExpertRemovalRouter(RemovalRouter):
 
     With `time_aware=True`, `noise_features(sigma)` is an additional input of the network. With
     `num_layers`, every adapted layer adds its own learned logits, zero at first; the network still
-    runs once.
+    runs once. Experts after the third have logits of the network alone.
 
     Args:
         input_dim: the width of the visual tokens without mask channels; 128 for FLUX Fill.
@@ -89,9 +88,10 @@ class ThreeExpertRemovalRouter(RemovalRouter):
         time_aware: whether the noise level of the call is an input.
         num_layers: the number of adapted layers, for separate weights in each; "auto" in
             `router_kwargs`.
+        num_experts: the number of experts, the three included; `moe_lora.add_expert` raises it.
 
     Raises:
-        ValueError: for a `num_layers` that is not an integer >= 1.
+        ValueError: for a `num_layers` that is not an integer >= 1, or fewer than three experts.
 
     Example:
         >>> from moe_lora import masks
@@ -114,26 +114,32 @@ class ThreeExpertRemovalRouter(RemovalRouter):
         prior_scale: float = 2.0,
         time_aware: bool = False,
         num_layers: int | None = None,
+        num_experts: int = len(REMOVAL_EXPERTS),
     ) -> None:
-        super().__init__(input_dim, time_aware)
+        super().__init__(
+            input_dim,
+            time_aware,
+            hidden_dim=hidden_dim,
+            num_experts=num_experts,
+            num_layers=num_layers,
+        )
         self.extractor = MaskAwareFeatureExtractor(input_dim, mode)
         self.rules = RemovalRules(prior_scale)
         self.router = small_mlp(
             self.extractor.feature_dim + MASK_FEATURES + self.noise_dim, hidden_dim
         )
         if num_layers is not None:
-            self.num_layers = check_num_layers(num_layers)
             self.layer_offsets = nn.Parameter(torch.zeros(num_layers, len(REMOVAL_EXPERTS)))
 
     def logits(self, inputs: RouterInputs) -> Tensor:
-        """Return the logits of removal, background and completion.
+        """Return the logits of removal, background, completion and further experts.
 
         Args:
             inputs: the inputs of the call: hidden states `(B, T, input_dim)`, the analyzed mask,
                 the grid size and, with `time_aware`, the timestep.
 
         Returns:
-            `(B, 3)`, or `(B, num_layers, 3)`.
+            `(B, E)`, or `(B, num_layers, E)`.
 
         Raises:
             ValueError: for tokens of another width than `input_dim`, or an unknown grid.
@@ -144,5 +150,4 @@ class ThreeExpertRemovalRouter(RemovalRouter):
         dtype = self.rules.strengths.dtype
         parts = [visual, mask_features, *self.noise_inputs(inputs)]
         features = torch.cat([part.to(dtype) for part in parts], dim=-1)
-        logits: Tensor = self.router(features) + self.rules(mask_features.to(dtype))
-        return logits if self.num_layers is None else logits.unsqueeze(1) + self.layer_offsets
+        return self.network_logits(features, self.rules(mask_features.to(dtype)))

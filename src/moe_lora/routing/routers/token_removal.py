@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from moe_lora.routing.inputs import RouterInputs
 from moe_lora.routing.routers.features import TOKEN_MASK_FEATURES, token_mask_features
 from moe_lora.routing.routers.registry import register_router
-from moe_lora.routing.routers.removal import RemovalRouter, SoftThreshold, small_mlp
+from moe_lora.routing.routers.removal import (
+    REMOVAL_EXPERTS,
+    RemovalRouter,
+    SoftThreshold,
+    small_mlp,
+)
 from moe_lora.routing.routers.three_expert_removal import MASK_FEATURES
 
 
@@ -57,13 +62,18 @@ class TokenRemovalRouter(RemovalRouter):
     where `router` is Linear, ReLU, Dropout(0.1), Linear, applied to every token h_t, and `rules`
     the learned `TokenRules`. The last Linear starts small, so that the rules dominate at first:
     tokens on the mask's edge favor removal, those outside background, those inside completion. With
-    `time_aware=True`, `noise_features(sigma)` is an additional input of the network.
+    `time_aware=True`, `noise_features(sigma)` is an additional input of the network. Experts after
+    the third have logits of the network alone.
 
     Args:
         input_dim: the width of the visual tokens without mask channels; 128 for FLUX Fill.
         hidden_dim: the width of the hidden layer.
         prior_scale: the initial strength of the rules, a logit; 0 disables them at first.
         time_aware: whether the noise level of the call is an input.
+        num_experts: the number of experts, the three included; `moe_lora.add_expert` raises it.
+
+    Raises:
+        ValueError: for fewer than three experts.
 
     Example:
         >>> from moe_lora import masks
@@ -85,22 +95,23 @@ class TokenRemovalRouter(RemovalRouter):
         *,
         prior_scale: float = 2.0,
         time_aware: bool = False,
+        num_experts: int = len(REMOVAL_EXPERTS),
     ) -> None:
-        super().__init__(input_dim, time_aware)
+        super().__init__(input_dim, time_aware, hidden_dim=hidden_dim, num_experts=num_experts)
         self.rules = TokenRules(prior_scale)
         self.router = small_mlp(
             input_dim + TOKEN_MASK_FEATURES + MASK_FEATURES + self.noise_dim, hidden_dim
         )
 
     def logits(self, inputs: RouterInputs) -> Tensor:
-        """Return every token's logits of removal, background and completion.
+        """Return every token's logits of removal, background, completion and further experts.
 
         Args:
             inputs: the inputs of the call: hidden states `(B, T, input_dim)`, the analyzed mask,
                 the grid size and, with `time_aware`, the timestep.
 
         Returns:
-            `(B, T, 3)`.
+            `(B, T, E)`.
 
         Raises:
             ValueError: for tokens of another width than `input_dim`, or an unknown grid.
@@ -120,5 +131,4 @@ class TokenRemovalRouter(RemovalRouter):
         dtype = self.rules.strengths.dtype
         parts = [tokens, token_features, sample_features]
         features = torch.cat([part.to(dtype) for part in parts], dim=-1)
-        logits: Tensor = self.router(features) + self.rules(token_features.to(dtype))
-        return logits
+        return self.network_logits(features, self.rules(token_features.to(dtype)))

@@ -21,6 +21,8 @@ def build_router(
 ) -> Router | None:
     """Build the router of an adapter's configuration, on the device of the model.
 
+    A constructor's parameter `num_experts` without a default gets the config's number of experts.
+
     Args:
         config: the adapter's configuration.
         model: the model to adapt, for the default arguments of the router.
@@ -40,8 +42,12 @@ def build_router(
     kwargs = {**cls.default_kwargs(model, config.router_kwargs), **config.router_kwargs}
     if num_layers is not None:
         kwargs["num_layers"] = num_layers
+    signature = inspect.signature(cls)
+    count = signature.parameters.get("num_experts")
+    if count is not None and count.default is inspect.Parameter.empty:
+        kwargs.setdefault("num_experts", len(config.experts))
     try:
-        inspect.signature(cls).bind(**kwargs)
+        signature.bind(**kwargs)
     except TypeError as error:
         raise TypeError(
             f"Expected `router_kwargs` to be arguments of {cls.__name__}, but got {kwargs} "

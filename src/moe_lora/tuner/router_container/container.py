@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class AdapterRouters(nn.Module):
         self.configs = configs
         self.adapted_model = model
         self._anchor = PickleAnchor(model)
+        self.frozen_routers: set[str] = set()
         self._layer_counts: dict[str, int] = {}
         self._status: AdapterStatus | None = None
 
@@ -124,15 +125,29 @@ class AdapterRouters(nn.Module):
 
     def set_trainable_adapters(self, adapter_names: Sequence[str], requires_grad: bool) -> None:
         """Set `requires_grad` of these adapters' routers, and freeze the others."""
-        for name, router in self.moe_lora_routers.items():
-            _set_requires_grad(router, requires_grad and name in adapter_names)
+        for name in self.moe_lora_routers:
+            self._set_router_requires_grad(name, requires_grad and name in adapter_names)
         self.refresh_active_adapters()
 
     def set_requires_grad(self, adapter_names: Sequence[str], requires_grad: bool) -> None:
         """Set `requires_grad` of these adapters' routers."""
         for name in adapter_names:
             if name in self.moe_lora_routers:
-                _set_requires_grad(self.moe_lora_routers[name], requires_grad)
+                self._set_router_requires_grad(name, requires_grad)
+
+    def freeze_router(self, adapter_name: str, frozen: bool) -> None:
+        """Freeze an adapter's router whatever its adapter does, or train it."""
+        if frozen:
+            self.frozen_routers.add(adapter_name)
+        else:
+            self.frozen_routers.discard(adapter_name)
+        self.set_requires_grad([adapter_name], True)
+
+    def _set_router_requires_grad(self, adapter_name: str, requires_grad: bool) -> None:
+        router = cast(Router, self.moe_lora_routers[adapter_name])
+        trained = requires_grad and adapter_name not in self.frozen_routers
+        for name, parameter in router.named_parameters():
+            parameter.requires_grad_(trained and name not in router.frozen_parameters)
 
     def add_adapter(self, adapter_name: str, layers: Sequence[str]) -> None:
         """Add an adapter.
@@ -151,6 +166,7 @@ class AdapterRouters(nn.Module):
         self._layer_counts[adapter_name] -= 1
         if not self._layer_counts[adapter_name]:
             del self._layer_counts[adapter_name]
+            self.frozen_routers.discard(adapter_name)
             self.state.remove_adapter(adapter_name)
             if adapter_name in self.moe_lora_routers:
                 del self.moe_lora_routers[adapter_name]
@@ -179,21 +195,31 @@ class AdapterRouters(nn.Module):
                 f"adapter {adapter_name!r}, {layers}, but got {router.num_layers}."
             )
         config = self.configs[adapter_name]
-        router.configure(
-            config.experts,
-            strategy=config.routing_strategy,
-            temperature=config.routing_temperature,
-            top_k=config.top_k,
-        )
+        _configure(router, config)
         router.expert_dropout = config.expert_dropout
         _record_frozen_parameters(router)
-        _set_requires_grad(
-            router, adapter_name in self.active_adapters and not config.inference_mode
-        )
         config.router = router.registered_name or type(router).__qualname__
-        config.router_kwargs = dict(router.init_kwargs)
         self.moe_lora_routers[adapter_name] = router
+        self.frozen_routers.discard(adapter_name)
+        self._set_router_requires_grad(
+            adapter_name, adapter_name in self.active_adapters and not config.inference_mode
+        )
         self.state.update_routed_adapters()
+
+    def update_experts(self, adapter_name: str, config: MoELoraConfig) -> None:
+        """Replace the configuration of an adapter whose experts were added, removed or renamed.
+
+        Args:
+            adapter_name: the adapter.
+            config: the new configuration; it gets the arguments of the router.
+
+        Raises:
+            ValueError: when the router does not support these experts.
+        """
+        if adapter_name in self.moe_lora_routers:
+            _configure(cast(Router, self.moe_lora_routers[adapter_name]), config)
+        self.configs[adapter_name] = config
+        self.state.update_experts(adapter_name, config.experts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_status": None}
@@ -215,10 +241,14 @@ def _record_frozen_parameters(router: Router) -> None:
         router.frozen_parameters = frozenset(frozen)
 
 
-def _set_requires_grad(router: nn.Module, requires_grad: bool) -> None:
-    assert isinstance(router, Router)
-    for name, parameter in router.named_parameters():
-        parameter.requires_grad_(requires_grad and name not in router.frozen_parameters)
+def _configure(router: Router, config: MoELoraConfig) -> None:
+    router.configure(
+        config.experts,
+        strategy=config.routing_strategy,
+        temperature=config.routing_temperature,
+        top_k=config.top_k,
+    )
+    config.router_kwargs = dict(router.init_kwargs)
 
 
 def begin_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

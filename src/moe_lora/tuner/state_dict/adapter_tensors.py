@@ -9,17 +9,22 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from moe_lora.routing.offloading import offload_groups
+from moe_lora.tuner.expert_parameters import ExpertParameters
 from moe_lora.tuner.state_dict.module_paths import bare_modules, bare_path, join_path
 
 EXPERTS, ROUTERS = "moe_lora_experts", "moe_lora_routers"
 
 
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+def adapter_tensors(
+    model: nn.Module, adapter_name: str, *, joined: bool = True
+) -> dict[str, Tensor]:
     """Return an adapter's own parameters and buffers, by their keys in a checkpoint.
 
     Args:
         model: the module with the injected adapter, or a `PeftModel`.
         adapter_name: the adapter.
+        joined: join the trained and the frozen part of a factor; false returns the parameters
+            themselves, under keys that a checkpoint does not have.
     """
     found: dict[str, Tensor] = {}
     for _, bare, module in bare_modules(model):
@@ -30,7 +35,10 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
                 join_path(bare, bare_path(name)): state[inner] for name, inner in names.items()
             }
     for _, bare, module in parts_of_adapter(model, adapter_name):
-        for name, tensor in module.state_dict(keep_vars=True).items():
+        state = module.state_dict(keep_vars=True)
+        if joined and isinstance(module, ExpertParameters):
+            state = module.join_state(state)
+        for name, tensor in state.items():
             found[f"{bare}.{bare_path(name)}"] = tensor
     return found
 
@@ -64,7 +72,7 @@ def check_in_memory(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     on_disk = {id(tensor) for tensor in _offloaded_to_disk(model)}
     for name, tensor in tensors.items():
-        is_factor = name.endswith((".lora_A", ".lora_B"))
+        is_factor = ".lora_A" in name or ".lora_B" in name
         if tensor.is_meta:
             where = "is on the meta device"
         elif id(tensor) in on_disk:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moe_lora.tuner.expert_parameters import EXPERT_DIMENSION, ExpertParameters
 from moe_lora.tuner.state_dict.adapter_tensors import (
     EXPERTS,
     ROUTERS,
@@ -79,21 +80,25 @@ def tensors_to_save(
     Raises:
         ValueError: when tensors are missing, or their values are not in memory.
     """
-    keys = _state_dict_keys(model, adapter_name)
-    missing = [key for key in keys.values() if key not in state_dict]
+    found, missing = {}, []
+    for path, bare, module in parts_of_adapter(model, adapter_name):
+        prefix = f"{state_dict_path(path)}.{adapter_name}."
+        keys = {name: f"{prefix}{name}" for name in module.state_dict()}
+        missing += [key for key in keys.values() if key not in state_dict]
+        state = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+        if isinstance(module, ExpertParameters):
+            state = module.join_state(state)
+        for name, tensor in state.items():
+            found[_with_adapter_name(f"{bare}.{bare_path(name)}", adapter_name)] = tensor
     if missing and state_dict:
         raise ValueError(
             f"Expected the state dict to have all keys of adapter {adapter_name!r}, but "
-            f"{len(missing)} of the {len(keys)} keys are missing, such as {missing[0]!r}. Pass the "
-            "state dict of the whole model, or save with moe_lora.save_adapter."
+            f"{len(missing)} of its keys are missing, such as {missing[0]!r}. Pass the state dict "
+            "of the whole model, or save with moe_lora.save_adapter."
         )
     if is_offloaded_to_disk(model):
-        check_in_memory(model, adapter_tensors(model, adapter_name))
-    return {
-        _with_adapter_name(bare, adapter_name): state_dict[key]
-        for bare, key in keys.items()
-        if key in state_dict
-    }
+        check_in_memory(model, adapter_tensors(model, adapter_name, joined=False))
+    return found
 
 
 def tensors_to_load(
@@ -106,12 +111,27 @@ def tensors_to_load(
         adapter_name: the adapter; the keys do not contain the name.
         state_dict: the checkpoint.
     """
-    model_keys = {
-        bare.removeprefix(PREFIX): key
-        for bare, key in _state_dict_keys(model, adapter_name).items()
+    places = {
+        f"{bare}.{bare_path(name)}".removeprefix(PREFIX): (
+            f"{state_dict_path(path)}.{adapter_name}.",
+            name,
+            module,
+        )
+        for path, bare, module in parts_of_adapter(model, adapter_name)
+        for name in _names_when_joined(module)
     }
     names = bare_names(state_dict, {path.removeprefix(PREFIX) for path in bare_paths(model)})
-    return {model_keys.get(names[key], key): tensor for key, tensor in state_dict.items()}
+    renamed = {}
+    for key, tensor in state_dict.items():
+        if names[key] not in places:
+            renamed[key] = tensor
+            continue
+        prefix, name, module = places[names[key]]
+        entries = {name: tensor}
+        if isinstance(module, ExpertParameters):
+            entries = module.split_state(name, tensor)
+        renamed |= {prefix + entry: value for entry, value in entries.items()}
+    return renamed
 
 
 def without_adapter_name(key: str, adapter_name: str) -> str | None:
@@ -169,13 +189,11 @@ def adapted_state_dict_hook(
     return found
 
 
-def _state_dict_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Map the keys of an adapter in a checkpoint to those in the model's state dict."""
-    return {
-        f"{bare}.{bare_path(name)}": f"{state_dict_path(path)}.{adapter_name}.{name}"
-        for path, bare, module in parts_of_adapter(model, adapter_name)
-        for name in module.state_dict()
-    }
+def _names_when_joined(module: nn.Module) -> list[str]:
+    """Return the names of a module's tensors in a checkpoint."""
+    if isinstance(module, ExpertParameters) and module.is_split:
+        return list(EXPERT_DIMENSION)
+    return list(module.state_dict())
 
 
 def _with_adapter_name(key: str, adapter_name: str) -> str:
