@@ -87,3 +87,14 @@ def test_tensors_of_a_split_factor_have_no_other_name() -> None:
     module.freeze_except([2])
     with pytest.raises(AttributeError, match="lora_C"):
         _ = module.lora_C
+
+
+def test_replicas_of_data_parallel_have_whole_factors() -> None:
+    module = ExpertParameters(*whole())
+    module.freeze_except([2])
+    replica = module._replicate_for_data_parallel()
+    for name, parameter in module.named_parameters():
+        setattr(replica, name, parameter.detach() * 2)  # plain tensors, as on another device
+    assert not list(replica.parameters())
+    assert torch.equal(replica.lora_A, 2 * module.lora_A)
+    assert torch.equal(replica.lora_B, 2 * module.lora_B)

@@ -65,7 +65,8 @@ class ExpertParameters(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in EXPERT_DIMENSION and self.__dict__.get("_runs"):
-            return self._join(name, dict(self._parameters))
+            # By attribute: replicas of DataParallel have no parameters.
+            return self._join(name, {name + p: getattr(self, name + p) for p in (TRAINED, FROZEN)})
         return super().__getattr__(name)
 
     def expert(self, index: int) -> tuple[Tensor, Tensor]:
@@ -168,12 +169,9 @@ class ExpertParameters(nn.Module):
             first += run.length
         return torch.cat(taken, dim)
 
-    def _join(self, name: str, parts: Mapping[str, Tensor | None]) -> Tensor:
-        dim, pieces = EXPERT_DIMENSION[name], []
-        for part, start, length in self._runs:
-            tensor = parts[name + part]
-            assert tensor is not None
-            pieces.append(tensor.narrow(dim, start, length))
+    def _join(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
+        dim = EXPERT_DIMENSION[name]
+        pieces = [parts[name + run.part].narrow(dim, run.start, run.length) for run in self._runs]
         return torch.cat(pieces, dim)
 
     def _locate(self, index: int) -> tuple[str, int]:

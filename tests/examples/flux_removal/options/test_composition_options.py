@@ -22,6 +22,15 @@ def test_files_decide_the_experts_and_the_run_is_routed(tmp_path: Path) -> None:
     assert not found.train_experts
 
 
+def test_kinds_name_the_experts_of_the_files(tmp_path: Path) -> None:
+    found = parse(tmp_path, "--kind_experts", "shadow", "lamp=glow")
+    assert found.expert_names == ["shadow", "glow"]
+    with pytest.raises(ValueError, match=r"\['shadow', 'glow'\], but got \['text'\]"):
+        parse(tmp_path, "--kind_experts", "text")
+    with pytest.raises(ValueError, match="those of `compose`"):
+        parse(tmp_path, "--expert_names", "glow", "shadow")
+
+
 def test_the_three_jobs_keep_their_router(tmp_path: Path) -> None:
     names = ("removal_expert", "background_expert", "completion_expert")
     assert parse(tmp_path, names=names).router == "three_expert_removal"
