@@ -16,6 +16,7 @@ from options.train_options import TrainOptions
 from removal_data.batches import BucketBatches, LatentEncoder, batch_stream, image_sizes
 from removal_data.cache import CachedDataset, fill_cache
 from removal_data.checks.before_training import open_checked
+from removal_data.dataset import RemovalDataset
 from removal_data.sources.shards import ShardBatches
 
 
@@ -58,7 +59,7 @@ class CheckedData(TrainingData):
 
     def __init__(self, options: TrainOptions, accelerator: Accelerator) -> None:
         self.options, self.accelerator = options, accelerator
-        self.dataset = open_checked(options, accelerator)
+        self.dataset = _open(options.train_data_dir, options, accelerator)
         self.captions = self.dataset.captions
         self.batches = BucketBatches(
             image_sizes(self.dataset),
@@ -112,6 +113,17 @@ class StreamedData(TrainingData):
     ) -> Iterator[dict[str, Tensor]]:
         self.batches.start = position
         return batch_stream(self.batches, self.batches, workers=self.workers)
+
+
+def _open(source: str, options: TrainOptions, accelerator: Accelerator) -> RemovalDataset:
+    return open_checked(
+        source,
+        options,
+        batch_size=options.batch_size,
+        pixels=options.check_data == "all",
+        skip_broken=options.skip_broken,
+        accelerator=accelerator,
+    )
 
 
 def _order(options: TrainOptions, accelerator: Accelerator, samples: int) -> dict[str, int]:
