@@ -14,7 +14,9 @@ from typing import Any
 
 from moe_lora import MoELoraConfig
 from moe_lora.cli.main import parser
+from options.sharing_options import SharingOptions
 from options.train_options import LossOptions, MixtureOptions, ModelOptions, RunOptions
+from options.validation_options import ValidationOptions
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "reference"
@@ -108,6 +110,8 @@ PAGES: dict[Path, dict[str, str]] = {
         "mixture": options_table(MixtureOptions),
         "losses": options_table(LossOptions),
         "run": options_table(RunOptions),
+        "validation": options_table(ValidationOptions),
+        "sharing": options_table(SharingOptions),
     },
     FOLDER / "cli.md": {name: command_table(command) for name, command in commands().items()},
 }

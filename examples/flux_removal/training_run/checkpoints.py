@@ -13,6 +13,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from diffusers import FluxTransformer2DModel
@@ -23,7 +24,11 @@ from torch.optim import Optimizer
 
 import moe_lora
 
+if TYPE_CHECKING:
+    from training_run.parts import Run
+
 ADAPTER, TRANSFORMER = "adapter_model.safetensors", "transformer"
+BEST = "checkpoint-best"
 OF_A_ROUTER = re.compile(r"(^|\.)moe_router\.")
 """The names of a router's parameters, in models and in files."""
 
@@ -68,9 +73,10 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
     """
     known = list_checkpoints(output_dir)
     if wanted is None:
-        if known:
+        kept = [folder for folder in (output_dir / BEST, *known) if folder.is_dir()]
+        if kept:
             raise FileExistsError(
-                f"{known[-1]} is there already. Go on from it with --resume_from_checkpoint "
+                f"{kept[-1]} is there already. Go on from it with --resume_from_checkpoint "
                 "latest, or choose another --output_dir."
             )
         return None
@@ -85,46 +91,37 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
     return folder
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    progress: Progress,
-    output_dir: Path,
-    *,
-    limit: int | None = None,
-) -> Path:
+def save_checkpoint(run: Run, output_dir: Path, *, limit: int | None = None) -> Path:
     """Write `output_dir/checkpoint-N`; called by every process.
 
     Args:
-        accelerator: the run's.
-        model: the prepared model, adapted by PEFT or trained whole.
-        optimizer: the run's.
-        progress: how far the run is.
+        run: its model, adapted by PEFT or trained whole, optimizer, progress and model card.
         output_dir: where the folder goes.
         limit: how many checkpoints stay, this one included.
 
     Returns:
         The folder.
     """
-    folder = output_dir / f"checkpoint-{progress.step}"
+    accelerator, optimizer = run.parts.accelerator, run.optimizer
+    model = accelerator.unwrap_model(run.parts.model)
+    folder = output_dir / f"checkpoint-{run.progress.step}"
     temporary = output_dir / f".{folder.name}.part"
     state = temporary / "training_state"
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
         state.mkdir(parents=True)
     accelerator.wait_for_everyone()
+    save_model(accelerator, model, temporary)
     if accelerator.is_main_process:
-        plain = accelerator.unwrap_model(model)
-        _save_model(plain, temporary)
+        run.card(temporary, run.progress.step)
         tensors = {
             f"{key}/{name}": value.detach().contiguous().cpu()
-            for name, parameter in plain.named_parameters()
+            for name, parameter in model.named_parameters()
             for key, value in optimizer.state.get(parameter, {}).items()
         }
         save_file(tensors, state / "optimizer.safetensors")
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        (state / "state.json").write_text(json.dumps(asdict(progress) | {"scaler": scaler}))
+        (state / "state.json").write_text(json.dumps(asdict(run.progress) | {"scaler": scaler}))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -135,7 +132,10 @@ def save_checkpoint(
     return folder
 
 
-def _save_model(model: nn.Module, folder: Path) -> None:
+def save_model(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
+    """Write the adapter and its experts, or the whole transformer; called by every process."""
+    if not accelerator.is_main_process:
+        return
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder))
         if isinstance(model.active_peft_config, moe_lora.MoELoraConfig):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,12 @@ from moe_lora import RemovalLoss
 from options.train_options import TrainOptions
 from removal_data.batches import LatentEncoder
 from reporting.reporter import Reporter
+from reporting.trackers import check_tracker
 from training_run.checkpoints import Progress
+from training_run.model_card import ModelCardWriter
+
+if TYPE_CHECKING:
+    from training_run.validation import Validator
 
 
 @dataclass
@@ -47,13 +53,25 @@ class Run:
     scheduler: LRScheduler
     progress: Progress
     reporter: Reporter
+    card: ModelCardWriter
+    validator: Validator | None = None
+
+    def validate(self) -> None:
+        """Validate, if it is due after this step."""
+        if self.validator is not None and self.validator.due(self.progress.step):
+            self.validator(self.progress.step)
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build_accelerator(options: TrainOptions) -> Accelerator:
-    """Return accelerate's handle of devices, processes, precision and trackers."""
+    """Return accelerate's handle of devices, processes, precision and trackers.
+
+    Raises:
+        ModuleNotFoundError: when the package of the tracker is not installed.
+    """
+    check_tracker(options.report_to)
     return Accelerator(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
