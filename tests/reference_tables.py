@@ -15,7 +15,9 @@ from typing import Any
 
 from moe_lora import MoELoraConfig
 from moe_lora.cli.main import parser
+from options.sharing_options import SharingOptions
 from options.train_options import LossOptions, MixtureOptions, ModelOptions, RunOptions
+from options.validation_options import ValidationOptions
 from remove import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +117,8 @@ PAGES: dict[Path, dict[str, str]] = {
         "mixture": options_table(MixtureOptions),
         "losses": options_table(LossOptions),
         "run": options_table(RunOptions),
+        "validation": options_table(ValidationOptions),
+        "sharing": options_table(SharingOptions),
     },
     FOLDER / "flux_example_removal_options.md": {
         "remove": command_table(

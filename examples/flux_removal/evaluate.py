@@ -34,6 +34,7 @@ from image_io.options import add_reading_flags, options_from
 from options.kind_options import HintForm
 from options.parsing import parse_options
 from options.train_options import BUNDLED_MODEL
+from removal_data.checks.before_training import open_checked
 from removal_data.dataset import RemovalDataset
 from removal_data.options import DataOptions
 
@@ -45,7 +46,11 @@ def run_models(args: argparse.Namespace, dataset: RemovalDataset) -> dict[str, R
     """Run the base model, the checkpoint, or both with the same noise, in the stock pipeline."""
     pipe = load_pipeline(args.flux_fill_id, dtype=DTYPES[args.dtype], device=args.device)
     conditioner = Conditioner(
-        pipe, prompt=args.prompt, redux_id=args.flux_redux_id, redux_scale=args.redux_scale
+        pipe,
+        prompt=args.prompt,
+        redux_id=args.flux_redux_id,
+        redux_scale=args.redux_scale,
+        captions=dataset.captions,
     )
     settings = {
         "steps": args.steps,
@@ -78,6 +83,11 @@ def write_images(found: Results, dataset: RemovalDataset, folder: Path) -> None:
         to_pil_images(image[None])[0].save(path)
 
 
+def checkpoint_path(text: str) -> Path | None:
+    """Return the path of a checkpoint, and None for `none`."""
+    return None if text == "none" else Path(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     cuda = torch.cuda.is_available()
@@ -88,7 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data_dir", required=True, help="a folder, a manifest, or datasets:NAME")
-    add("--checkpoint", type=Path, help="a folder checkpoint-N; the base model alone without it")
+    add(
+        "--checkpoint",
+        type=checkpoint_path,
+        help="a folder checkpoint-N or checkpoint-best, a folder with an adapter, a LoRA file "
+        "(.safetensors) that diffusers loads, or none, the default, for the base model alone",
+    )
     add("--base_model", action="store_true", help="measure the base model beside the checkpoint")
     add(
         "--ablate_experts",
@@ -99,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--kind_experts", nargs="+", metavar="KIND=EXPERT", help="as in training")
     add("--kind_hint", choices=get_args(HintForm), default="only", help="as in training")
+    add("--skip_broken", action="store_true", help="leave out samples with errors")
     add("--output_dir", type=Path, default=Path("outputs") / "evaluation", help="where all goes")
     add("--rows", type=int, default=8, help="samples on the contact sheet")
     add("--flux_fill_id", default=str(BUNDLED_MODEL), help="the base model")
@@ -141,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run as a program."""
     args = parse(arguments)
     output: Path = args.output_dir
-    samples = RemovalDataset(args.data_dir, reading=args.reading)
+    samples = open_checked(args.data_dir, args.reading, skip_broken=args.skip_broken)
     found, dataset = run_models(args, samples), samples.singles()
     means = {name: measure(results.images, dataset) for name, results in found.items()}
     names = ("steps", "seed", "outside", "seam", "feather")

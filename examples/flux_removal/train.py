@@ -17,11 +17,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from flux_fill.models import Conditioner, guidance_for, load_pipeline
+from flux_fill.models import Conditioner, load_pipeline
 from moe_lora import RemovalLoss, flow
 from moe_lora.losses import RemovalLossOutput
 from options.parsing import parse_options
 from options.train_options import TrainOptions
+from options.yaml_files import write_options
 from removal_data.batches import (
     LatentEncoder,
     augment_masks,
@@ -41,8 +42,11 @@ from training_run.checkpoints import (
     save_checkpoint,
 )
 from training_run.data import open_data
+from training_run.forward import predict_velocity
+from training_run.hub import open_repository, upload_result
 from training_run.interrupts import Interruption
 from training_run.losses import assign_signals, auxiliary_loss, build_loss, draw_sigma
+from training_run.model_card import ModelCardWriter
 from training_run.parts import (
     DTYPES,
     Parts,
@@ -55,6 +59,8 @@ from training_run.parts import (
 )
 from training_run.plan import describe, plan_run
 from training_run.schedule import build_schedule
+from training_run.timing import StepClock, describe_rest
+from training_run.validation import Validator
 
 __all__ = ["main", "parse_options", "train"]
 
@@ -75,22 +81,13 @@ def training_step(
     """
     options = parts.options
     latents = parts.encoder(batch)
-    prompt_embeds, pooled_embeds = parts.conditioner.of_batch(batch)
+    prompt = parts.conditioner.of_batch(batch)
     sigma = draw_sigma(len(latents.x0), options).to(latents.x0.device)
     noise = torch.randn_like(latents.x0)
     x_t = flow.interpolate(latents.x0, noise, sigma)
     criterion, teaching = assign_signals(parts.model, loss, sigma, options)
     with teaching:
-        velocity = parts.model(
-            hidden_states=torch.cat([x_t, latents.condition], dim=-1),
-            timestep=sigma.to(x_t.dtype),
-            guidance=guidance_for(parts.pipe.transformer, options.guidance_scale, len(sigma)),
-            pooled_projections=pooled_embeds,
-            encoder_hidden_states=prompt_embeds,
-            txt_ids=prompt_embeds.new_zeros(prompt_embeds.shape[1], 3),
-            img_ids=latents.image_ids,
-            return_dict=False,
-        )[0]
+        velocity = predict_velocity(parts.model, parts, latents, x_t, sigma, prompt)
     output = criterion(
         velocity,
         flow.velocity(latents.x0, noise),
@@ -148,20 +145,27 @@ def fit(run: Run) -> Path:
     accelerator, model, options = parts.accelerator, parts.model, parts.options
     schedule, output_dir = build_schedule(options), Path(options.output_dir)
     folder = output_dir / f"checkpoint-{progress.step}"
+    clock = StepClock(accelerator.device)
+    if progress.step == 0:
+        run.validate()
     with Interruption() as interruption, reporter.progress_bar(progress.step) as bar:
         while progress.step < reporter.total_steps:
             adapted = model if options.mixed else None
             mode = schedule.apply(adapted, run.loss, progress.step).mode
             assert mode is not None  # every phase of `build_schedule` has one
-            batch = optimizer_step(run)
+            with clock.measuring():
+                batch = optimizer_step(run)
             if batch is None:
                 continue
             bar.update()
+            if (seconds := clock.count()) is not None:
+                reporter.say(describe_rest(run, seconds))
             last = progress.step == reporter.total_steps
             if last or progress.step % options.logging_steps == 0:
                 curves = mask_curves(batch) if options.enable_mask_info else {}
                 curves["lr"] = float(run.scheduler.get_last_lr()[0])
                 bar.set_postfix_str(reporter.entry(progress.step, model, mode, curves, batch))
+            run.validate()
             stopping = interruption.agreed(accelerator)
             if last or stopping or progress.step % options.checkpointing_steps == 0:
                 limit = options.checkpoints_total_limit
@@ -181,9 +185,13 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     resumed = find_checkpoint(output_dir, options.resume_from_checkpoint)
+    repository = open_repository(options, accelerator)
+    if accelerator.is_main_process:
+        write_options(options)
 
     data = open_data(options, accelerator)
-    hints = build_hints(options, data.kinds)
+    hints, scenes = build_hints(options, data.kinds), data.validation
+    scene_hints = build_hints(options, scenes.kinds, training=False) if scenes else None
 
     dtype = DTYPES[options.mixed_precision]
     device = accelerator.device
@@ -236,7 +244,11 @@ def prepare(accelerator: Accelerator, options: TrainOptions) -> Run:
     if note:
         reporter.say(note, logging.WARNING)
     parts = Parts(accelerator, pipe, model, encoder, conditioner, options, hints)
-    return Run(parts, loss, stream, optimizer, scheduler, progress, reporter, average)
+    card = ModelCardWriter(options, data.description, data.total_steps, repository)
+    run = Run(parts, loss, stream, optimizer, scheduler, progress, reporter, card, average)
+    if scenes is not None:
+        run.validator = Validator(parts, scenes, reporter, card, scene_hints)
+    return run
 
 
 def train(options: TrainOptions) -> Path:
@@ -246,7 +258,9 @@ def train(options: TrainOptions) -> Path:
         The folder of the last checkpoint.
     """
     accelerator = build_accelerator(options)
-    folder = fit(prepare(accelerator, options))
+    run = prepare(accelerator, options)
+    folder = fit(run)
+    upload_result(run, folder)
     # The process group must outlive DDP: gloo's, destroyed by DDP's reducer, may wait for itself.
     accelerator.free_memory()
     accelerator.end_training()

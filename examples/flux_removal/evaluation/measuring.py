@@ -46,7 +46,6 @@ class Results:
     weights: list[Tensor] = field(default_factory=list)
 
 
-@torch.no_grad()
 def run_pipeline(
     pipe: FluxFillPipeline,
     conditioner: Conditioner,
@@ -70,45 +69,78 @@ def run_pipeline(
         guidance_scale: for models with guidance embeddings.
         hints: for the router, by the kind of each sample.
     """
-    images: dict[int, Tensor] = {}
-    weights: dict[int, Tensor] = {}
+    found: dict[int, tuple[Tensor, Tensor | None]] = {}
     pipe.set_progress_bar_config(disable=True)
     for indices in BucketBatches(image_sizes(dataset), batch_size, seed=0).epoch(0):
-        items = [dataset[index] for index in indices]
-        batch = {k: torch.stack([item[k] for item in items]) for k in ("src", "mask", "ref")}
-        seen: list[Tensor] = []
+        found |= predict(
+            pipe,
+            conditioner,
+            dataset,
+            indices,
+            steps=steps,
+            seed=seed,
+            guidance_scale=guidance_scale,
+            hints=hints,
+        )
+    ordered = [found[index] for index in sorted(found)]
+    weights = [weight for _, weight in ordered if weight is not None]
+    return Results([image for image, _ in ordered], weights)
 
-        def note(
-            pipe: FluxFillPipeline,
-            step: int,
-            timestep: Tensor,
-            values: dict[str, Any],
-            seen: list[Tensor] = seen,
-        ) -> dict[str, Any]:
-            decision = current_routing(pipe.transformer) if has_experts(pipe) else None
-            if decision is not None:
-                weights = decision.weights
-                seen.append(weights.mean(1) if weights.ndim == 3 else weights)
-            return {}
 
-        kinds = {"kind": torch.stack([item["kind"] for item in items])} if hints else {}
-        with hints.given(pipe.transformer, kinds) if hints else nullcontext():
-            filled = fill(
-                pipe,
-                conditioner,
-                batch,
-                steps=steps,
-                seeds=[seed * 1_000_003 + i for i in indices],
-                guidance_scale=guidance_scale,
-                callback_on_step_end=note,
-            )
-        if dataset.reading.diptych:
-            filled = filled.tensor_split(2, dim=-1)[1]
-        images |= dict(zip(indices, filled.float().cpu(), strict=True))
-        if seen:
-            mean = torch.stack(seen).mean(0).cpu()
-            weights |= dict(zip(indices, mean, strict=True))
-    return Results([images[i] for i in sorted(images)], [weights[i] for i in sorted(weights)])
+@torch.no_grad()
+def predict(
+    pipe: FluxFillPipeline,
+    conditioner: Conditioner,
+    dataset: RemovalDataset,
+    indices: Sequence[int],
+    *,
+    steps: int,
+    seed: int,
+    guidance_scale: float | None = None,
+    hints: KindHints | None = None,
+) -> dict[int, tuple[Tensor, Tensor | None]]:
+    """Run the stock pipeline on samples of one size.
+
+    Args:
+        pipe: with or without a checkpoint in its transformer.
+        conditioner: makes the prompt embeddings.
+        dataset: the triplets.
+        indices: of the samples.
+        steps: of denoising.
+        seed: of the noise.
+        guidance_scale: for models with guidance embeddings.
+        hints: for the router, by the kind of each sample.
+
+    Returns:
+        By index: the image `(3, H, W)` in [0, 1], and the routing weights `(E,)` as in `Results`.
+    """
+    items = [dataset[index] for index in indices]
+    batch = {k: torch.stack([item[k] for item in items]) for k in items[0] if k != "result"}
+    seen: list[Tensor] = []
+
+    def note(
+        pipe: FluxFillPipeline, step: int, timestep: Tensor, values: dict[str, Any]
+    ) -> dict[str, Any]:
+        decision = current_routing(pipe.transformer) if has_experts(pipe) else None
+        if decision is not None:
+            weights = decision.weights
+            seen.append(weights.mean(1) if weights.ndim == 3 else weights)
+        return {}
+
+    with hints.given(pipe.transformer, batch) if hints else nullcontext():
+        filled = fill(
+            pipe,
+            conditioner,
+            batch,
+            steps=steps,
+            seeds=[seed * 1_000_003 + i for i in indices],
+            guidance_scale=guidance_scale,
+            callback_on_step_end=note,
+        )
+    if dataset.reading.diptych:
+        filled = filled.tensor_split(2, dim=-1)[1]
+    weights = list(torch.stack(seen).mean(0).cpu()) if seen else [None] * len(items)
+    return dict(zip(indices, zip(filled.float().cpu(), weights, strict=True), strict=True))
 
 
 def apply_to_all(
@@ -146,7 +178,8 @@ def fill(
     Args:
         pipe: with or without a checkpoint in its transformer.
         conditioner: makes the prompt embeddings.
-        batch: `src` and `ref` `(B, 3, H, W)`, `mask` `(B, 1, H, W)`, in [0, 1].
+        batch: `src` and `ref` `(B, 3, H, W)`, `mask` `(B, 1, H, W)`, in [0, 1]; `caption` `(B,)`
+            where samples have their own.
         steps: of denoising.
         seeds: of every sample's noise.
         guidance_scale: for models with guidance embeddings.
@@ -156,7 +189,7 @@ def fill(
         `(B, 3, H, W)`, in [0, 1].
     """
     guidance = guidance_for(pipe.transformer, guidance_scale, 1)
-    prompt_embeds, pooled_embeds = conditioner(batch["ref"])
+    prompt_embeds, pooled_embeds = conditioner(batch["ref"], batch.get("caption"))
     images: Tensor = pipe(
         image=batch["src"],
         mask_image=batch["mask"],

@@ -119,17 +119,21 @@ def mixture_config(options: MixtureOptions, *, routed: bool) -> moe_lora.MoELora
 
 
 def load_checkpoint(pipe: FluxFillPipeline, folder: Path) -> None:
-    """Load a checkpoint of `train.py` into the pipeline's transformer, in place.
+    """Load a checkpoint of `train.py`, or a LoRA, into the pipeline's transformer, in place.
 
     Args:
         pipe: afterwards routes by itself, whatever calls it.
-        folder: with an adapter, or with the whole transformer of a run without LoRA.
+        folder: with an adapter, or with the whole transformer of a run without LoRA; or a LoRA file
+            of a layout that diffusers loads.
 
     Raises:
         FileNotFoundError: when the folder is no checkpoint.
         ValueError: when the checkpoint has a whole transformer, and the pipeline's is quantized.
     """
     transformer = pipe.transformer
+    if folder.is_file() and folder.suffix == ".safetensors":
+        pipe.load_lora_weights(str(folder.parent), weight_name=folder.name)
+        return
     if (folder / "adapter_config.json").is_file():
         PeftModel.from_pretrained(transformer, str(folder)).eval()
     elif (folder / "transformer" / "config.json").is_file():

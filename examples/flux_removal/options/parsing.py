@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from transformers import HfArgumentParser
 
 from options.train_options import TrainOptions
-
-
-def yaml_flags(path: Path) -> list[str]:
-    """Return the entries of a YAML file as flags, so that both are checked by the same parser."""
-    entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(entries, dict):
-        raise ValueError(f"Expected {path} to hold `option: value` lines, but got {entries!r}.")
-    flags: list[str] = []
-    for name, value in entries.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        flags.append(f"--{name}")
-        flags += [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
-    return flags
+from options.yaml_files import yaml_flags
 
 
 def enable_weighed_losses(flags: list[str]) -> list[str]:

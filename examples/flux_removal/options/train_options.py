@@ -19,6 +19,8 @@ from options.routing_options import (
     check_course,
     option,
 )
+from options.sharing_options import SharingOptions, check_sharing
+from options.validation_options import ValidationOptions, check_validation
 from removal_data.options import DataOptions
 
 BUNDLED_MODEL = Path(__file__).parents[2] / "tiny_flux_fill" / "model"
@@ -159,9 +161,6 @@ class RunOptions(OptimizerOptions, MemoryOptions, DataOptions):
     logging_dir: str | None = option(
         None, "Folder of training.log and TensorBoard events; logs in output_dir by default."
     )
-    report_to: Literal["tensorboard", "none"] = option(
-        "tensorboard", "Logger of scalars and figures."
-    )
     logging_steps: int = option(10, "Steps between log entries.")
     checkpointing_steps: int = option(500, "Steps between checkpoints.")
     checkpoints_total_limit: int | None = option(
@@ -200,7 +199,9 @@ class RunOptions(OptimizerOptions, MemoryOptions, DataOptions):
 
 
 @dataclass(kw_only=True)
-class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
+class TrainOptions(
+    ModelOptions, MixtureOptions, LossOptions, RunOptions, ValidationOptions, SharingOptions
+):
     """Hold all options of a training run; what cannot be honored raises here."""
 
     def __post_init__(self) -> None:
@@ -213,6 +214,8 @@ class TrainOptions(ModelOptions, MixtureOptions, LossOptions, RunOptions):
         check_course(self)
         check_optimizer(self)
         check_memory(self)
+        check_validation(self)
+        check_sharing(self)
         self.check_pixels()
         if self.plan and not self.mixed:
             raise ValueError("Expected a mixture with `plan`, but the run trains none.")

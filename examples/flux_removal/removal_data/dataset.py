@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +153,25 @@ class RemovalDataset(Dataset[dict[str, Tensor]]):
             raise ValueError(f"Expected a `ref` of sample {sample.name!r} with --diptych.")
         left = {"src": ref, "result": ref, "mask": torch.zeros_like(item["mask"])}
         return {part: torch.cat([image, item[part]], dim=-1) for part, image in left.items()}
+
+    def subset(self, indices: Sequence[int]) -> RemovalDataset:
+        """Return some of the samples, with the sizes and captions of the whole data set."""
+        copied = copy.copy(self)
+        copied.samples = [self.samples[index] for index in indices]
+        if self.buckets is not None:
+            copied.buckets = [self.buckets[index] for index in indices]
+        return copied
+
+    def with_captions(self, captions: Sequence[str]) -> RemovalDataset:
+        """Return the same samples, whose captions are indices in a longer list.
+
+        Args:
+            captions: with all of those of the data set.
+        """
+        copied = copy.copy(self)
+        copied.captions = list(captions)
+        copied.caption_indices = {None: -1, **{text: i for i, text in enumerate(captions)}}
+        return copied
 
     def singles(self) -> RemovalDataset:
         """Return the same samples without references beside them."""

@@ -1,4 +1,4 @@
-"""Tell how a run goes: `training.log`, `metrics.jsonl`, curves and figures in TensorBoard."""
+"""Tell how a run goes: `training.log`, `metrics.jsonl`, curves and images in trackers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -19,10 +20,13 @@ import moe_lora
 from moe_lora import RemovalLoss
 from moe_lora.losses import RemovalLossOutput
 from options.train_options import TrainOptions
+from options.yaml_files import given_options
 from reporting.routing_figures import RoutingFigures, usage_over_training
+from reporting.trackers import FigureWriter, log_image, start_trackers, takes_images
 
 RUN_NAME = "flux_removal"
 LOG, METRICS = "training.log", "metrics.jsonl"
+VALIDATIONS, SHEETS = "validation.jsonl", "validation"
 
 
 class TerminalHandler(logging.Handler):
@@ -34,7 +38,7 @@ class TerminalHandler(logging.Handler):
 
 def put_aside(folder: Path) -> None:
     """Rename the logs of an earlier run: training.log becomes training-1.log, and so on."""
-    names = (LOG, METRICS, RUN_NAME)
+    names = (LOG, METRICS, VALIDATIONS, SHEETS, RUN_NAME)
 
     def renamed(name: str, number: int) -> Path:
         path = folder / name
@@ -130,7 +134,7 @@ class Reporter:
                 handler.setFormatter(logging.Formatter("%(levelname)s - %(message)s"))
         else:
             self.logger.handlers = [logging.NullHandler()]
-        accelerator.init_trackers(RUN_NAME)
+        start_trackers(accelerator, RUN_NAME, given_options(options))
 
     def progress_bar(self, step: int) -> tqdm[NoReturn]:
         """Return a bar that stands at a step; the main process shows it."""
@@ -159,7 +163,7 @@ class Reporter:
             step: optimizer steps done.
             model: the adapted model, whose routing statistics start anew (this process's).
             mode: "routed" or "uniform".
-            curves: further numbers for TensorBoard.
+            curves: further numbers for the trackers.
             batch: the last one, whose masks the figures show; the weights are the model's last.
 
         Returns:
@@ -184,6 +188,28 @@ class Reporter:
         if self.options.mixed and self.accelerator.is_main_process:
             self._draw(step, model, batch)
         return f"loss {values['total']:.4f}, {mode}"
+
+    def validation(self, step: int, values: dict[str, float], sheet: Path, seconds: float) -> None:
+        """Write the results of a validation; called by every process.
+
+        Args:
+            step: optimizer steps done.
+            values: loss and metrics.
+            sheet: contact sheet, which exists on the main process.
+            seconds: that it took.
+        """
+        told = ", ".join(
+            f"{name}={value:.4f}" for name, value in values.items() if not name.startswith("ssim/")
+        )
+        self.say(f"Validation, Step {step}/{self.total_steps}: {told} ({seconds:.1f} s)")
+        if not self.accelerator.is_main_process:
+            return
+        curves = {f"validation/{name}": value for name, value in values.items()}
+        self.accelerator.log(curves, step=step)
+        with Image.open(sheet) as image:
+            log_image(self.accelerator, "validation/removals", image, step)
+        with (self.folder / VALIDATIONS).open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
 
     def _routing(self, model: nn.Module, mode: str) -> dict[str, float]:
         stats = moe_lora.routing_stats(model)
@@ -216,12 +242,11 @@ class Reporter:
         return found
 
     def _draw(self, step: int, model: nn.Module, batch: dict[str, Tensor] | None) -> None:
-        if self.options.report_to != "tensorboard":
+        if not any(map(takes_images, self.accelerator.trackers)):
             return
         if self.figures is None:
-            writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
             names = moe_lora.routing_stats(model).expert_names
-            self.figures = RoutingFigures(writer, names)
+            self.figures = RoutingFigures(FigureWriter(self.accelerator), names)
         decision = moe_lora.current_routing(model)
         if decision is not None:
             self.figures.note(decision.weights, self.window.sigma, batch)

@@ -1,4 +1,4 @@
-"""Figures of how a run routed, in TensorBoard and as files."""
+"""Figures of how a run routed, in trackers and as files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from moe_lora import masks, plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
+
+    from reporting.trackers import FigureWriter
 
 PIXELS_PER_TOKEN = 16
 """Of Flux, in height and in width."""
@@ -40,17 +41,17 @@ class TokenSample:
 
 
 class RoutingFigures:
-    """Draw in TensorBoard how samples were routed.
+    """Draw how samples were routed.
 
     A figure takes a few tenths of a second. So one batch is noted at every log entry, and what has
     come together is drawn at the 4th, 16th, 64th, … routed entry and at the end of the run.
 
     Args:
-        writer: of the run's curves.
+        writer: sends figures to the trackers of the run.
         expert_names: the experts.
     """
 
-    def __init__(self, writer: SummaryWriter, expert_names: tuple[str, ...]) -> None:
+    def __init__(self, writer: FigureWriter, expert_names: tuple[str, ...]) -> None:
         self.writer, self.expert_names = writer, expert_names
         self.entries, self.noted = 0, defaultdict[str, list[Tensor]](list)
         self.sample: TokenSample | None = None

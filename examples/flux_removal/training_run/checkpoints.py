@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 ADAPTER, TRANSFORMER = "adapter_model.safetensors", "transformer"
 STATE, TRAINED = "training_state", "weights"
+BEST = "checkpoint-best"
 
 
 @dataclass
@@ -76,9 +77,10 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
     """
     known = list_checkpoints(output_dir)
     if wanted is None:
-        if known:
+        kept = [folder for folder in (output_dir / BEST, *known) if folder.is_dir()]
+        if kept:
             raise FileExistsError(
-                f"{known[-1]} is there already. Go on from it with --resume_from_checkpoint "
+                f"{kept[-1]} is there already. Go on from it with --resume_from_checkpoint "
                 "latest, or choose another --output_dir."
             )
         return None
@@ -97,7 +99,7 @@ def save_checkpoint(run: Run, output_dir: Path, *, limit: int | None = None) -> 
     """Write `output_dir/checkpoint-N`; called by every process.
 
     Args:
-        run: its model, adapted by PEFT or trained whole, optimizer, progress and average.
+        run: its model, adapted by PEFT or trained whole, optimizer, average and model card.
         output_dir: where the folder goes.
         limit: how many checkpoints stay, this one included.
 
@@ -114,11 +116,12 @@ def save_checkpoint(run: Run, output_dir: Path, *, limit: int | None = None) -> 
         state.mkdir(parents=True)
     accelerator.wait_for_everyone()
     if has_average(optimizer, average):
-        _save_model(accelerator, model, state / TRAINED, experts=False)
+        save_model(accelerator, model, state / TRAINED, experts=False)
     with averaged(optimizer, average):
-        _save_model(accelerator, model, temporary)
+        save_model(accelerator, model, temporary)
     tensors, entries = save_state(optimizer, model)
     if accelerator.is_main_process:
+        run.card(temporary, run.progress.step)
         save_file(tensors, state / "optimizer.safetensors")
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         others = {"scaler": scaler, "optimizer": entries}
@@ -135,7 +138,7 @@ def save_checkpoint(run: Run, output_dir: Path, *, limit: int | None = None) -> 
     return folder
 
 
-def _save_model(
+def save_model(
     accelerator: Accelerator, model: nn.Module, folder: Path, *, experts: bool = True
 ) -> None:
     """Write a model, whose tensors all processes gather where it is sharded."""

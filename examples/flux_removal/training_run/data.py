@@ -16,6 +16,8 @@ from options.train_options import TrainOptions
 from removal_data.batches import BucketBatches, LatentEncoder, batch_stream, image_sizes
 from removal_data.cache import CachedDataset, fill_cache
 from removal_data.checks.before_training import open_checked
+from removal_data.dataset import RemovalDataset
+from removal_data.held_out import split
 from removal_data.sources.shards import ShardBatches
 
 
@@ -23,18 +25,37 @@ class TrainingData:
     """Data of a run.
 
     Attributes:
-        captions: prompts of the samples.
         kinds: of removal of the samples.
+        captions: prompts of all samples, those of the validation included.
+        validation: the held-out scenes; None for a run without validation.
+        description: a sentence for the model card.
         order: everything that the order of the data depends on; a run resumes it only unchanged.
         steps_per_epoch: optimizer steps of one pass over the data.
         total_steps: optimizer steps of the run.
     """
 
+    options: TrainOptions
     captions: Sequence[str] = ()
     kinds: Sequence[str] = ()
+    validation: RemovalDataset | None = None
+    description: str
     order: dict[str, int]
     steps_per_epoch: int
     total_steps: int
+
+    def _describe(self, counted: str) -> str:
+        """Return a sentence about what was counted, and where it is from, without its path."""
+        data = self.options.train_data_dir
+        name = Path(data).name if Path(data).exists() else data
+        held = f"; {len(self.validation)} held-out triplets" if self.validation else ""
+        return f"{counted} of `{name}`{held}."
+
+    def _share_captions(self, captions: Sequence[str]) -> None:
+        """Set the captions of training and validation, which have indices in one list."""
+        self.captions = captions
+        if self.validation is not None:
+            self.captions = list(dict.fromkeys([*captions, *self.validation.captions]))
+            self.validation = self.validation.with_captions(self.captions)
 
     @abstractmethod
     def stream(
@@ -60,8 +81,14 @@ class CheckedData(TrainingData):
 
     def __init__(self, options: TrainOptions, accelerator: Accelerator) -> None:
         self.options, self.accelerator = options, accelerator
-        self.dataset = open_checked(options, accelerator)
-        self.captions, self.kinds = self.dataset.captions, self.dataset.kinds
+        self.dataset = _open(options.train_data_dir, options, accelerator)
+        self.validation = _open_validation(options, accelerator)
+        if options.validation_share:
+            parts = split(self.dataset, options.validation_share, options.validation_seed)
+            self.dataset, self.validation = parts
+        self.kinds = self.dataset.kinds
+        self._share_captions(self.dataset.captions)
+        self.description = self._describe(f"{len(self.dataset)} triplets")
         self.batches = BucketBatches(
             image_sizes(self.dataset),
             options.batch_size,
@@ -95,7 +122,9 @@ class StreamedData(TrainingData):
 
     def __init__(self, options: TrainOptions, accelerator: Accelerator) -> None:
         assert options.max_train_steps is not None  # checked with the options
-        self.workers = options.dataloader_num_workers
+        self.options, self.workers = options, options.dataloader_num_workers
+        self.validation = _open_validation(options, accelerator)
+        self._share_captions(())
         self.batches = ShardBatches(
             options.train_data_dir,
             options,
@@ -107,6 +136,7 @@ class StreamedData(TrainingData):
             skip_broken=options.skip_broken,
         )
         self.order = _order(options, accelerator, len(self.batches.shards))
+        self.description = self._describe(f"{len(self.batches.shards)} shards")
         self.steps_per_epoch = self.total_steps = options.max_train_steps
 
     def stream(
@@ -114,6 +144,22 @@ class StreamedData(TrainingData):
     ) -> Iterator[dict[str, Tensor]]:
         self.batches.start = position
         return batch_stream(self.batches, self.batches, workers=self.workers)
+
+
+def _open(source: str, options: TrainOptions, accelerator: Accelerator) -> RemovalDataset:
+    return open_checked(
+        source,
+        options,
+        batch_size=options.batch_size,
+        pixels=options.check_data == "all",
+        skip_broken=options.skip_broken,
+        accelerator=accelerator,
+    )
+
+
+def _open_validation(options: TrainOptions, accelerator: Accelerator) -> RemovalDataset | None:
+    source = options.validation_data_dir
+    return None if source is None else _open(source, options, accelerator)
 
 
 def _order(options: TrainOptions, accelerator: Accelerator, samples: int) -> dict[str, int]:

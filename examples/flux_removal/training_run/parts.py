@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -29,11 +29,16 @@ from options.kind_options import read_kind_experts
 from options.train_options import TrainOptions
 from removal_data.batches import LatentEncoder
 from reporting.reporter import Reporter
-from training_run.averaging import WeightAverage
+from reporting.trackers import check_tracker
+from training_run.averaging import WeightAverage, averaged
 from training_run.checkpoints import Progress
 from training_run.composition import compose_experts
+from training_run.model_card import ModelCardWriter
 from training_run.optimizers import create_optimizer
 from training_run.sharding import configure_sharding
+
+if TYPE_CHECKING:
+    from training_run.validation import Validator
 
 
 @dataclass
@@ -60,14 +65,27 @@ class Run:
     scheduler: LRScheduler
     progress: Progress
     reporter: Reporter
+    card: ModelCardWriter
     average: WeightAverage | None = None
+    validator: Validator | None = None
+
+    def validate(self) -> None:
+        """Validate, if it is due after this step, with averaged weights if there are any."""
+        if self.validator is not None and self.validator.due(self.progress.step):
+            with averaged(self.optimizer, self.average):
+                self.validator(self.progress.step)
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build_accelerator(options: TrainOptions) -> Accelerator:
-    """Return accelerate's handle of devices, processes, precision and trackers."""
+    """Return accelerate's handle of devices, processes, precision and trackers.
+
+    Raises:
+        ModuleNotFoundError: when the package of the tracker is not installed.
+    """
+    check_tracker(options.report_to)
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         # As a plugin, because DeepSpeed's environment overrides the number.
@@ -83,8 +101,15 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
     return accelerator
 
 
-def build_hints(options: TrainOptions, kinds: Sequence[str]) -> KindHints | None:
-    """Return the task hints of the samples, if the run has any.
+def build_hints(
+    options: TrainOptions, kinds: Sequence[str], *, training: bool = True
+) -> KindHints | None:
+    """Return the task hints of samples, if the run has any.
+
+    Args:
+        options: the run's.
+        kinds: of the samples.
+        training: whether hints are dropped, and every kind of the options must be there.
 
     Raises:
         ValueError: for experts of kinds that the data do not have.
@@ -92,12 +117,12 @@ def build_hints(options: TrainOptions, kinds: Sequence[str]) -> KindHints | None
     if not options.kind_experts:
         return None
     absent = sorted(set(read_kind_experts(options.kind_experts)) - set(kinds))
-    if absent:
+    if absent and training:
         raise ValueError(
             f"Expected `kind_experts` for kinds of the data, {sorted(kinds)}, but got {absent}. "
             "The key `kind` in a manifest names the kind of a sample."
         )
-    dropout = options.hint_dropout
+    dropout = options.hint_dropout if training else 0.0
     return KindHints(kinds, options.kind_experts, options.kind_hint, dropout=dropout)
 
 

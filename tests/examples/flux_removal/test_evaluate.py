@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
+import moe_lora
 import train
+from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
 from options.parsing import parse_options
 
 pytestmark = pytest.mark.slow
@@ -106,6 +111,68 @@ def test_the_base_model_is_measured_alone(
     assert "specialization" not in found
     assert "gain" not in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "contact_sheet.png").height < 2 * (2 * 64)
+
+
+def test_none_is_the_base_model(run: Callable[..., dict]) -> None:
+    assert set(run("--checkpoint", "none")["psnr"]) == {"base"}
+
+
+def test_plain_loras_are_measured_from_folders_and_files(
+    run: Callable[..., dict], checkpoint: Path, random_flux_fill: Path, tmp_path: Path
+) -> None:
+    expert = checkpoint / "experts" / "removal_expert"
+    of_folder = run("--checkpoint", expert, "--base_model")["psnr"]
+    pipe = load_pipeline(str(random_flux_fill))
+    load_checkpoint(pipe, checkpoint)
+    alone = torch.tensor([1.0, 0.0, 0.0])
+    moe_lora.export_lora(pipe.transformer, tmp_path / "expert.safetensors", weights=alone)
+    of_file = run("--checkpoint", tmp_path / "expert.safetensors")["psnr"]
+    assert of_file["trained"] == pytest.approx(of_folder["trained"], abs=1e-3)
+    assert of_file["trained"]["whole"] != pytest.approx(of_folder["base"]["whole"], abs=1e-3)
+
+
+def test_a_manifest_is_measured_with_its_captions(
+    run: Callable[..., dict],
+    triplets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manifest, asked = tmp_path / "manifest.jsonl", list[int]()
+    lines = [
+        {part: str(triplets / part / f"{index:03d}.png") for part in ("src", "mask", "result")}
+        | ({"caption": caption} if caption else {})
+        for index, caption in enumerate(["sea", "", "wall"])
+    ]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    build = Conditioner.__init__
+
+    def note(self: Conditioner, *given: Any, captions: Any = (), **more: Any) -> None:
+        assert captions == ["sea", "wall"]
+        build(self, *given, **more)
+
+    def embed(self: Conditioner, ref: torch.Tensor, caption: torch.Tensor) -> Any:
+        asked.extend(caption.tolist())
+        return self.embeds.expand(len(ref), -1, -1), self.pooled.expand(len(ref), -1)
+
+    monkeypatch.setattr(Conditioner, "__init__", note)
+    monkeypatch.setattr(Conditioner, "__call__", embed)
+    found = run("--data_dir", manifest)
+    assert len(found["samples"]["base"]) == 3
+    assert sorted(asked) == [-1, 0, 1]
+
+
+def test_broken_samples_raise_before_the_model_is_loaded_or_are_left_out(
+    run: Callable[..., dict], triplets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(triplets, data)
+    (data / "result" / "001.png").write_bytes(b"broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "load_pipeline", lambda *_, **__: pytest.fail("a model was loaded"))
+        with pytest.raises(ValueError, match=r"001"):
+            run("--data_dir", data)
+    found = run("--data_dir", data, "--skip_broken")
+    assert [sample["stem"] for sample in found["samples"]["base"]] == ["000", "002", "003", "004"]
 
 
 def test_experts_are_ablated_by_the_losses_of_the_files(

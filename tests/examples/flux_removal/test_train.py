@@ -17,6 +17,7 @@ import train
 from moe_lora.losses import ExpertSignals
 from options.parsing import parse_options
 from removal_data.cache import CachedDataset
+from reporting import trackers
 from training_run import data
 
 pytestmark = pytest.mark.slow
@@ -375,15 +376,33 @@ def test_without_lora_the_whole_transformer_is_trained(
 def test_old_checkpoints_are_deleted(arguments: Arguments, tmp_path: Path) -> None:
     run(arguments(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2))
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["checkpoint-3", "checkpoint-4"]
+    assert names == ["checkpoint-3", "checkpoint-4", "options.yaml"]
 
 
 def test_checkpoints_come_at_the_given_steps_and_at_the_end(
     arguments: Arguments, tmp_path: Path
 ) -> None:
     run(arguments(max_train_steps=5, checkpointing_steps=2))
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
     assert names == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+
+
+def test_the_options_of_a_run_start_it_again(
+    arguments: Arguments, all_losses: dict[str, Any], tmp_path: Path
+) -> None:
+    first = run(arguments(**all_losses, target_modules="to_q", router_kwargs='{"prior_scale": 0}'))
+    again = run([str(tmp_path / "out" / "options.yaml"), "--output_dir", str(tmp_path / "again")])
+    assert again == tmp_path / "again" / first.name
+    assert same(adapter(again), adapter(first))
+
+
+def test_a_missing_tracker_raises_before_the_model_is_loaded(
+    arguments: Arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "get_available_trackers", list)
+    monkeypatch.setattr(train, "load_pipeline", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ModuleNotFoundError, match="pip install trackio"):
+        run(arguments(report_to="trackio"))
 
 
 def test_an_unknown_hint_raises(arguments: Arguments, all_losses: dict[str, Any]) -> None:

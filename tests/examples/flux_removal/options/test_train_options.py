@@ -10,6 +10,7 @@ from options.train_options import TrainOptions
 
 DATA = ["--train_data_dir", "data"]
 EXAMPLES = Path(options.__file__).parents[2]
+HELD = ["--validation_data_dir", "held_out"]
 CONFIGS = [
     *sorted((EXAMPLES / "flux_removal" / "configs").glob("*.yaml")),
     EXAMPLES / "demo" / "demo.yaml",
@@ -116,6 +117,22 @@ def test_specialized_losses_need_mask_info(name: str) -> None:
         (["--expert_dropout", "0.1"], "`expert_dropout`"),
         (["--orthogonality_weight", "1", "--num_experts", "1"], "`orthogonality_weight`"),
         (["--orthogonality_weight", "1", "--adapter", "lora"], "`orthogonality_weight`"),
+        (["--report_to", "paper"], "`report_to` to be one of aim, all, "),
+        (["--hub_model_id", "me/it"], "--push_to_hub together with `hub_model_id`"),
+        (["--hub_private"], "--push_to_hub together with `hub_private`"),
+        (["--push_to_hub", "--hub_model_id", "a/b/c"], "`hub_model_id` to be NAME or ACCOUNT/NAME"),
+        (["--validation_steps", "5"], "`validation_share` together with `validation_steps`"),
+        (["--validation_metric", "loss"], "`validation_share` together with `validation_metric`"),
+        (["--validation_share", "1"], r"`validation_share` to be in \[0, 1\), but got 1.0"),
+        ([*HELD, "--validation_share", "0.1"], "one of `validation_data_dir` and"),
+        ([*HELD, "--validation_steps", "0"], "`validation_steps` to be >= 1, but got 0"),
+        ([*HELD, "--validation_samples", "0"], "`validation_samples` to be >= 1, but got 0"),
+        ([*HELD, "--validation_denoising_steps", "0"], "`validation_denoising_steps` to be >= 1"),
+        ([*HELD, "--validation_metric", "psnr"], "`validation_metric` to be one of loss, "),
+        (
+            ["--validation_share", "0.1", "--train_data_dir", "shards:d", "--max_train_steps", "1"],
+            "`validation_data_dir` in place of `validation_share`",
+        ),
         (["--entropy_floor", "0.3"], "`entropy_floor_weight` together"),
         (["--specialized_warmup_steps", "5"], "`specialized_warmup_steps`"),
         (["--router_phase", "alone"], "`router_phase_steps` together"),
