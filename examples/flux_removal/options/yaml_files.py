@@ -21,7 +21,7 @@ def yaml_flags(path: Path) -> list[str]:
         raise ValueError(f"Expected {path} to hold `option: value` lines, but got {entries!r}.")
     flags: list[str] = []
     for name, value in entries.items():
-        if value is None:
+        if value is None or value == []:
             continue
         values = value if isinstance(value, list) else [value]
         words = [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]

@@ -17,6 +17,7 @@ import remove
 from flux_fill import base_precision
 from flux_fill.base_precision import PACKAGES
 from flux_fill.models import load_checkpoint, load_pipeline
+from object_removal.removing import remove_object
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +44,7 @@ def flags(checkpoint: Path, random_flux_fill: Path, triplets: Path) -> list[str]
 def remove_with(flags: list[str], triplets: Path) -> tuple[FluxFillPipeline, Any]:
     pipe, conditioner = remove.load_model(remove.parse(flags)[0])
     image, mask = (Image.open(triplets / name / "000.png") for name in ("src", "mask"))
-    result = remove.remove_object(pipe, conditioner, image, mask, steps=2)
+    result = remove_object(pipe, conditioner, image, mask, steps=2)
     return pipe, np.array(result).astype(int)
 
 

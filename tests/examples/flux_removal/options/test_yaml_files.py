@@ -32,7 +32,8 @@ def parser() -> HfArgumentParser:
 
 def others(name: str) -> list[Any]:
     """Return values of an option that differ from its default, and are hard to write."""
-    kinds = typing.get_args(TYPES[name]) if "None" in str(TYPES[name]) else (TYPES[name],)
+    arguments = typing.get_args(TYPES[name])
+    kinds = arguments if type(None) in arguments else (TYPES[name],)
     kind, default = kinds[0], FIELDS[name].default
     if typing.get_origin(kind) is Literal:
         return [value for value in typing.get_args(kind) if value != default]

@@ -17,6 +17,7 @@ import train
 from evaluation.measuring import run_pipeline
 from flux_fill import inference_memory
 from flux_fill.models import Conditioner, load_pipeline
+from object_removal.removing import remove_object
 from options.parsing import parse_options
 from removal_data.batches import augment_masks, image_sizes
 from removal_data.dataset import RemovalDataset
@@ -189,7 +190,7 @@ def test_redux_is_shown_the_masked_source_in_removal(
         Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), ((4, 20), (10, 30)))),
     ]
     with pytest.raises(Stop):
-        remove.remove_object(pipe, conditioner, *images)
+        remove_object(pipe, conditioner, *images)
     assert (seen[0][0, :, 4:12, 10:18] == 0.5).all()
     outside = np.array(images[0])[14:]
     assert np.array_equal((seen[0][0, :, 14:].permute(1, 2, 0) * 255).round().numpy(), outside)
