@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -165,3 +166,23 @@ def test_what_deepspeed_cannot_do_raises(
 ) -> None:
     with pytest.raises(AssertionError, match=told):
         launch_with_accelerate(CONFIGS / f"{config}.yaml", *flags(tmp_path, **changed))
+
+
+@pytest.mark.parametrize("config", KINDS)
+def test_a_run_with_validation_trains_as_one_without_and_keeps_its_best(
+    config: str, trained: Callable[[str], Path], flags: Flags, triplets: Path, tmp_path: Path
+) -> None:
+    plain = trained(config) / "checkpoint-4"
+    checks = {"validation_data_dir": triplets, "validation_steps": 2}
+    checked = flags(tmp_path, **checks, validation_denoising_steps=1, validation_at_start=True)
+    launch_with_accelerate(CONFIGS / f"{config}.yaml", *checked)
+    found, wanted = everything(tmp_path / "out" / "checkpoint-4"), everything(plain)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    lines = (tmp_path / "logs" / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 2, 4]
+    record = json.loads((tmp_path / "out" / "checkpoint-best" / "validation.json").read_text())
+    best = load_file(tmp_path / "out" / "checkpoint-best" / WEIGHTS)
+    kept = load_file(tmp_path / "out" / f"checkpoint-{record['step']}" / WEIGHTS)
+    assert best.keys() == kept.keys()
+    assert all(torch.equal(best[name], kept[name]) for name in best)
