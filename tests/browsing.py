@@ -19,14 +19,18 @@ CHROMIUM = next(
 FLAGS = ["--no-sandbox", "--enable-unsafe-swiftshader"]
 """A canvas with WebGL, without a graphics card; tests run as root, which a sandbox refuses."""
 
-PATIENCE = 120_000
+PATIENCE = 60_000
 """Milliseconds, for machines that do other things, too."""
 
 SCREENSHOTS = os.environ.get("APP_SCREENSHOTS")
 """A folder that receives what the tests see; none by default."""
 
-IDLE = """() => !document.querySelector('[data-testid=status-tracker]:not(.hide)')
-    && !document.querySelector('.generating, .pending')"""
+IDLE = """() => [...document.querySelectorAll('[data-testid=status-tracker]:not(.hide)')]
+    .every(tracker => tracker.querySelector('.error'))"""
+
+
+WAITING = """() => [...document.querySelectorAll('[data-testid=status-tracker]:not(.hide)')]
+    .map(tracker => tracker.parentElement.id + ': ' + tracker.innerText)"""
 
 
 class Visitor:
@@ -43,7 +47,7 @@ class Visitor:
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.goto(address)
         self.page.wait_for_function(
-            "() => /\\d%/.test(document.querySelector('#editor')?.innerText ?? '')"
+            "() => /pixels/.test(document.querySelector('#photo')?.innerText ?? '')"
         )
         self.settle()
 
@@ -57,7 +61,15 @@ class Visitor:
         """Wait until nothing is on its way."""
         for _ in range(2):
             self.page.wait_for_timeout(400)
-            self.page.wait_for_function(IDLE)
+            try:
+                self.page.wait_for_function(IDLE)
+            except Exception as error:
+                raise AssertionError(f"Expected an idle page, but got {self.waiting()}.") from error
+
+    def waiting(self) -> list[str]:
+        """Return what the page is waiting for."""
+        found: list[str] = self.page.evaluate(WAITING)
+        return found
 
     def upload(self, button: str, file: Path) -> None:
         self.page.set_input_files(f"[data-testid='{button}-upload-button']", str(file))
@@ -66,6 +78,7 @@ class Visitor:
     def act(self, selector: str) -> None:
         self.page.click(selector)
         self.settle()
+        assert self.page.locator("[data-testid=toast-body]").count() == 0, self.message()
 
     def remove(self, button: str = "#run") -> str:
         """Click a button that runs the model; return the line about the result."""
@@ -73,18 +86,28 @@ class Visitor:
         self.page.click(button)
         self.page.wait_for_function(
             "before => { const t = document.querySelector('#told').innerText;"
-            " return t.includes('steps') && t !== before; }",
+            " return document.querySelector('[data-testid=toast-body]')"
+            " || (t.includes('steps') && t !== before); }",
             arg=before,
         )
+        assert self.page.locator("[data-testid=toast-body]").count() == 0, self.message()
         self.settle()
         return self.page.inner_text("#told")
 
     def paint(self, *points: tuple[float, float]) -> None:
-        """Draw a stroke through points, as shares of the editor's canvas."""
-        box = self.box(self.page.locator("#editor canvas").first)
-        places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
-        self.drag(places)
-        self.page.wait_for_timeout(500)
+        """Draw a stroke through points, as shares of the editor's canvas.
+
+        The canvas drops it when the image arrives late.
+        """
+        undo = self.page.locator("#editor button[aria-label=Undo]")
+        for _ in range(10):
+            box = self.box(self.page.locator("#editor canvas").first)
+            left, top, width, height = (box[name] for name in ("x", "y", "width", "height"))
+            self.drag([(left + x * width, top + y * height) for x, y in points])
+            self.page.wait_for_timeout(1500)
+            if undo.is_enabled():
+                return
+        raise AssertionError("Expected a stroke, but the canvas takes none.")
 
     def drag(self, places: list[tuple[float, float]]) -> None:
         mouse = self.page.mouse

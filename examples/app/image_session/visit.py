@@ -41,7 +41,8 @@ class Visit:
         removals: the results of the last request.
         chosen: index of the one that is shown and downloaded.
         previous: the image that was shown before the last request.
-        folder: holds the files of the visit.
+        folder: holds the files of the photograph.
+        retired: holds those of the photograph before, which a page may still be loading.
     """
 
     photo: Photo | None = None
@@ -51,6 +52,7 @@ class Visit:
     chosen: int = 0
     previous: Image.Image | None = None
     folder: Path | None = None
+    retired: Path | None = None
 
     @property
     def loaded(self) -> Photo:
@@ -96,7 +98,7 @@ class Visit:
         """
         photo = open_photo(path, most_megapixels=most_megapixels)
         found = photo.holes if mask is None else mask_from_file(mask, photo)
-        self.close()
+        self._retire_folder()
         self.photo, self.mask, self.used_mask = photo, found, None
         self.removals, self.chosen, self.previous = [], 0, None
 
@@ -215,8 +217,19 @@ class Visit:
             self.folder = Path(tempfile.mkdtemp(prefix="visit_", dir=root))
         return self.folder
 
+    def _retire_folder(self) -> None:
+        if self.folder is not None:
+            delete(self.retired)
+            self.retired, self.folder = self.folder, None
+
     def close(self) -> None:
         """Delete the files of the visit."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder = None
+        delete(self.folder)
+        delete(self.retired)
+        self.folder = self.retired = None
+
+
+def delete(folder: Path | None) -> None:
+    """Delete a folder, if there is one."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)

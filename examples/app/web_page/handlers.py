@@ -60,7 +60,9 @@ class Handlers:
 
     @told
     def open_first(self, visit: Visit) -> Updates:
-        """Load the first sample when the page opens."""
+        """Load the first sample when the page opens, unless its visitor was quicker."""
+        if visit.photo is not None:
+            return self._shown_editor(visit)
         return self._open(visit, self.samples[0].photo, self.samples[0].mask)
 
     @told
@@ -179,7 +181,12 @@ class Handlers:
     def _shown_editor(self, visit: Visit) -> Updates:
         image = self._file(visit, with_mask(visit.loaded.image, visit.current_mask))
         value: Editor = {"background": image, "layers": [], "composite": None}
-        return {self.state: visit, self.editor.editor: value}
+        photo, covered = visit.loaded, visit.current_mask.mean()
+        told = (
+            f"{photo.image.width} × {photo.image.height} pixels, {covered:.1%} masked. "
+            "Paint orange what shall go, and blue what shall stay."
+        )
+        return {self.state: visit, self.editor.editor: value, self.editor.told: told}
 
     def _file(self, visit: Visit, image: Image.Image) -> str:
         return str(visit.picture(editor_image(image), self.folder))

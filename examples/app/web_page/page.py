@@ -96,7 +96,7 @@ def connect_editor(
     page: gr.Blocks, handlers: Handlers, state: gr.State, part: EditorPart, result: ResultPart
 ) -> None:
     """Connect what needs no model: photographs, masks, comparisons."""
-    shown = [state, part.editor]
+    shown = [state, part.editor, part.told]
     opened = [
         *shown,
         *(result.slider, result.told, result.beside, result.gallery),

@@ -36,6 +36,7 @@ class EditorPart:
     upload: gr.UploadButton
     upload_mask: gr.UploadButton
     editor: gr.ImageEditor
+    told: gr.Markdown
     pixels: gr.Number
     grow: gr.Button
     invert: gr.Button
@@ -48,7 +49,6 @@ def editor_part(samples: Sequence[Path]) -> EditorPart:
         [str(path) for path in samples],
         show_label=False,
         columns=6,
-        height="auto",
         allow_preview=False,
         object_fit="cover",
         interactive=False,
@@ -87,7 +87,7 @@ def editor_part(samples: Sequence[Path]) -> EditorPart:
         buttons=[],
         elem_id="editor",
     )
-    gr.Markdown("Paint over what shall go in orange; paint with blue what shall stay.")
+    told = gr.Markdown("", elem_id="photo")
     with gr.Row():
         grow = gr.Button("Grow by", size="md", min_width=120, elem_id="grow")
         pixels = gr.Number(
@@ -103,7 +103,7 @@ def editor_part(samples: Sequence[Path]) -> EditorPart:
         )
         invert = gr.Button("Invert", size="md", min_width=70, elem_id="invert")
         clear = gr.Button("Clear", size="md", min_width=70, elem_id="clear")
-    return EditorPart(gallery, upload, upload_mask, editor, pixels, grow, invert, clear)
+    return EditorPart(gallery, upload, upload_mask, editor, told, pixels, grow, invert, clear)
 
 
 @dataclass(frozen=True)

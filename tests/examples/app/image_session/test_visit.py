@@ -135,9 +135,14 @@ def test_a_new_photograph_drops_the_old_work(
     file = visit.export(session, tmp_path, "diffusers")
     assert file.is_file()
     visit.open(photo_file, most_megapixels=1)
-    assert not file.exists()
     assert visit.removals == []
     assert not visit.current_mask.any()
+    visit.picture(visit.loaded.image, tmp_path)
+    assert file.exists()  # a page may still be loading it
+    visit.open(photo_file, most_megapixels=1)
+    assert not file.exists()
+    visit.close()
+    assert not list(tmp_path.glob("visit_*"))
 
 
 def test_pictures_never_share_a_file(visit: Visit, tmp_path: Path) -> None:
