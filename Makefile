@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+WEB    := $(VENV)/.web
 
-.PHONY: demo gpu test test-quick test-slow docs clean
+.PHONY: demo app gpu test test-quick test-slow docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
@@ -12,6 +13,14 @@ demo: $(READY)
 # GPU_ARGS=--small runs every part at its smallest, also without a GPU.
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
+
+# The page of the bundled model and the checkpoint of `make demo`; APP_ARGS are further flags.
+app: $(WEB)
+	$(BIN)/python examples/app/app.py $(APP_ARGS)
+
+$(WEB): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[flux,app]"
+	touch $(WEB)
 
 # One process a core, each with one thread. Each gets a run of whole files, so that tests share
 # set-ups, and takes over from the others at the end. PYTEST_ARGS are further flags of pytest,
