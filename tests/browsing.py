@@ -143,6 +143,9 @@ class Visitor:
         toast.wait_for()
         text = re.sub(r"\s+", " ", toast.inner_text())
         toast.get_by_role("button").first.click()
+        self.page.wait_for_function(
+            "() => document.querySelector('[data-testid=toast-body]') === null"
+        )
         return text
 
     def screenshot(self, name: str, take: Callable[[Path], object] | None = None) -> None:
