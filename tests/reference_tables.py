@@ -15,8 +15,10 @@ from typing import Any
 
 from moe_lora import MoELoraConfig
 from moe_lora.cli.main import parser
+from options.loss_options import LossOptions
+from options.mixture_options import MixtureOptions
 from options.sharing_options import SharingOptions
-from options.train_options import LossOptions, MixtureOptions, ModelOptions, RunOptions
+from options.train_options import ModelOptions, RunOptions
 from options.validation_options import ValidationOptions
 from remove import build_parser
 

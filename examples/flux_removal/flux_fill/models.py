@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import moe_lora
 from flux_fill.frozen_transformer import load_transformer
-from options.train_options import MixtureOptions
+from options.mixture_options import MixtureOptions
 
 DEFAULT_GUIDANCE = 30.0
 
