@@ -12,24 +12,29 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from training_run.averaging import has_average
+
 if TYPE_CHECKING:
     from training_run.parts import Run
 
 MEASURED_STEPS = 10
 
 
-def checkpoint_bytes(model: nn.Module, optimizer: Optimizer, *, experts: bool) -> int:
+def checkpoint_bytes(
+    model: nn.Module, optimizer: Optimizer, *, experts: bool, average: bool = False
+) -> int:
     """Return the bytes of the tensors in a checkpoint, once the optimizer has its state.
 
     Args:
         model: the unwrapped model.
         optimizer: the run's.
         experts: whether the checkpoint also has every expert as a plain LoRA.
+        average: whether it has the weights before averaging, too.
     """
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     states = [value for state in optimizer.state.values() for value in state.values()]
     kept = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
-    return trained * (2 if experts else 1) + kept
+    return trained * (1 + experts + average) + kept
 
 
 class StepClock:
@@ -75,7 +80,12 @@ def describe_rest(run: Run, seconds: float) -> str:
     # That of this step is still to be written.
     checkpoints = total // every - (step - 1) // every + (total % every != 0)
     model = run.parts.accelerator.unwrap_model(run.parts.model)
-    size = checkpoint_bytes(model, run.optimizer, experts=options.mixed)
+    size = checkpoint_bytes(
+        model,
+        run.optimizer,
+        experts=options.mixed,
+        average=has_average(run.optimizer, run.average),
+    )
     return forecast(seconds, total - step, checkpoints, size)
 
 

@@ -45,12 +45,16 @@ def test_a_step_may_have_several_batches(seconds: list[float]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changed", [{}, {"adapter": "lora"}], ids=["mixture", "plain lora"])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"adapter": "lora"}, {"ema_decay": 0.9}],
+    ids=["mixture", "plain lora", "averaged"],
+)
 def test_the_log_tells_time_and_disk_after_ten_steps(
     changed: dict[str, Any], arguments: Arguments, tmp_path: Path
 ) -> None:
     folder = train.train(
-        parse_options(arguments(**changed, max_train_steps=12, checkpointing_steps=5, lora_r=32))
+        parse_options(arguments(**changed, max_train_steps=12, checkpointing_steps=5, lora_r=64))
     )
     log = (tmp_path / "logs" / "training.log").read_text()
     (line,) = [line for line in log.splitlines() if "Time: " in line]
