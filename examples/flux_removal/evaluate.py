@@ -27,6 +27,7 @@ from evaluation.measuring import (
     table,
 )
 from evaluation.specialization import measure_specialization
+from flux_fill.frozen_transformer import load_transformer
 from flux_fill.kind_hints import KindHints
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline, to_pil_images
 from flux_fill.surroundings import add_surroundings_flags, check_surroundings
@@ -44,7 +45,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def run_models(args: argparse.Namespace, dataset: RemovalDataset) -> dict[str, Results]:
     """Run the base model, the checkpoint, or both with the same noise, in the stock pipeline."""
-    pipe = load_pipeline(args.flux_fill_id, dtype=DTYPES[args.dtype], device=args.device)
+    place = {"dtype": DTYPES[args.dtype], "device": args.device}
+    pipe = load_pipeline(args.flux_fill_id, **place, transformer=False)
     conditioner = Conditioner(
         pipe,
         prompt=args.prompt,
@@ -52,6 +54,7 @@ def run_models(args: argparse.Namespace, dataset: RemovalDataset) -> dict[str, R
         redux_scale=args.redux_scale,
         captions=dataset.captions,
     )
+    load_transformer(pipe, args.flux_fill_id, **place)
     settings = {
         "steps": args.steps,
         "seed": args.seed,

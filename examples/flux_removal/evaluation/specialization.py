@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from evaluation.measuring import SMALLEST_REGION, cut, fill
+from flux_fill.frozen_transformer import load_transformer
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
 from moe_lora import metrics
 from moe_lora.ablation import Specialization, specialization
@@ -45,9 +46,10 @@ def measure_specialization(
         steps: of denoising.
     """
     accelerator = Accelerator()
-    pipe = load_pipeline(options.flux_fill_id, device=accelerator.device)
+    pipe = load_pipeline(options.flux_fill_id, device=accelerator.device, transformer=False)
     pipe.set_progress_bar_config(disable=True)
     conditioner = Conditioner(pipe, prompt=options.prompt, redux_id=options.flux_redux_id)
+    load_transformer(pipe, options.flux_fill_id, device=accelerator.device)
     load_checkpoint(pipe, checkpoint)
     model = pipe.transformer.to(accelerator.device)
     parts = Parts(accelerator, pipe, model, LatentEncoder(pipe), conditioner, options)

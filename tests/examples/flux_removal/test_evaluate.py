@@ -113,6 +113,21 @@ def test_the_base_model_is_measured_alone(
     assert Image.open(tmp_path / "out" / "contact_sheet.png").height < 2 * (2 * 64)
 
 
+def test_prompts_are_encoded_before_the_transformer_is_loaded(
+    run: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str] = []
+
+    class Watched(Conditioner):
+        def __init__(self, pipe: Any, **settings: Any) -> None:
+            devices.extend({p.device.type for p in pipe.transformer.parameters()})
+            super().__init__(pipe, **settings)
+
+    monkeypatch.setattr(evaluate, "Conditioner", Watched)
+    run("--checkpoint", "none")
+    assert devices == ["meta"]
+
+
 def test_none_is_the_base_model(run: Callable[..., dict]) -> None:
     assert set(run("--checkpoint", "none")["psnr"]) == {"base"}
 
