@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxFillPipeline
+from numpy.typing import NDArray
 from torch import Tensor
 
-from photographs import jitter_colors, load_photograph, random_crop, random_photograph
-from scenes import MASK_KINDS, cover, random_mask, random_scene
+from photographs import (
+    Array,
+    Rng,
+    jitter_colors,
+    load_photograph,
+    random_crop,
+    random_photograph,
+)
+from scenes import MASK_KINDS, Scene, compose, cover, random_mask, random_scene
 
 
 def to_tensor(images: list[np.ndarray]) -> Tensor:
@@ -16,12 +26,37 @@ def to_tensor(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
 
 
-def draw_image(rng: np.random.Generator, split: str) -> np.ndarray:
-    """Draw a 128 x 128 image: a plain crop, or at times a scene with an object."""
-    if rng.random() < 0.25:
-        return random_scene(rng, split).src
-    crop = random_crop(rng, load_photograph(random_photograph(rng, split)), 128)
-    return jitter_colors(rng, crop) if split == "train" and rng.random() < 0.7 else crop
+class Source:
+    """Draw images of a split from the demo's photographs and, for training, from `more` of them.
+
+    Args:
+        more: photographs `(H, W, 3)`, in 0-255; four fifths of the plain crops come from them.
+    """
+
+    def __init__(self, split: str, more: Sequence[NDArray[np.uint8]] = ()) -> None:
+        self.split, self.more = split, more
+
+    def crop(self, rng: Rng) -> Array:
+        """Cut a random square out of a random photograph, `(128, 128, 3)`, in [0, 1]."""
+        if self.more and rng.random() < 0.8:
+            photograph = self.more[int(rng.integers(len(self.more)))] / np.float32(255)
+            chance = 0.3
+        else:
+            photograph = load_photograph(random_photograph(rng, self.split))
+            chance = 0.7
+        crop = random_crop(rng, photograph, 128)
+        return jitter_colors(rng, crop) if self.split == "train" and rng.random() < chance else crop
+
+    def scene(self, rng: Rng) -> Scene:
+        """Compose a scene with an object."""
+        if self.more and rng.random() < 0.8:
+            background = self.crop(rng)
+            return compose(rng, background, background)
+        return random_scene(rng, self.split)
+
+    def image(self, rng: Rng) -> Array:
+        """Draw a 128 x 128 image: a plain crop, or at times a scene with an object."""
+        return self.scene(rng).src if rng.random() < 0.25 else self.crop(rng)
 
 
 def pack(x: Tensor) -> Tensor:
@@ -34,7 +69,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     return pack(torch.nn.functional.pixel_unshuffle(mask, 8))
 
 
-def draw_examples(rng: np.random.Generator, split: str) -> tuple[Tensor, Tensor, Tensor]:
+def draw_examples(rng: Rng, source: Source) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one scene and make five inpainting examples of it.
 
     Two masks cover the object: it is gone in the target, *its shadow stays*. One mask lies anywhere
@@ -43,8 +78,8 @@ def draw_examples(rng: np.random.Generator, split: str) -> tuple[Tensor, Tensor,
     Returns:
         Images to mask, targets `(5, 3, 128, 128)` in [-1, 1], and masks `(5, 1, 128, 128)`.
     """
-    scene = random_scene(rng, split)
-    crop = draw_image(rng, split)
+    scene = source.scene(rng)
+    crop = source.image(rng)
     kinds = rng.choice(MASK_KINDS, 4)
     free = [random_mask(rng, 128, str(kind)) for kind in kinds[:3]]
     masks = [scene.mask, cover(rng, scene.alpha, str(kinds[3])), *free]
@@ -62,9 +97,9 @@ class LatentPool:
         self.masks = torch.empty(size, 64, 256, dtype=torch.uint8)
 
     @torch.no_grad()
-    def add(self, rng: np.random.Generator, split: str) -> None:
+    def add(self, rng: Rng, source: Source) -> None:
         """Draw five examples of a scene and encode them; the oldest give way."""
-        seen, wanted, mask = draw_examples(rng, split)
+        seen, wanted, mask = draw_examples(rng, source)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = self.vae.encode(torch.cat([wanted, seen * (1 - mask)])).latent_dist
         shift, scale = self.vae.config.shift_factor, self.vae.config.scaling_factor
@@ -77,7 +112,7 @@ class LatentPool:
         self.masks[rows] = pack_mask(mask).to(torch.uint8)
         self.count += len(mask)
 
-    def draw(self, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor]:
+    def draw(self, rng: Rng, batch: int) -> tuple[Tensor, Tensor]:
         """Return targets `(B, 64, 64)` and conditions `(B, 64, 64 + 256)`."""
         rows = torch.from_numpy(rng.integers(0, min(self.count, len(self.masks) - 4), batch))
         target, mean, std = self.latents[:, rows].float()

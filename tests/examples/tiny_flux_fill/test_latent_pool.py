@@ -34,7 +34,7 @@ def test_packed_mask_is_that_of_the_stock_pipeline(vae: AutoencoderKL) -> None:
 
 def test_targets_lose_the_object_and_keep_its_shadow() -> None:
     rng = np.random.default_rng(0)
-    seen, wanted, mask = latent_pool.draw_examples(rng, "train")
+    seen, wanted, mask = latent_pool.draw_examples(rng, latent_pool.Source("train"))
     assert seen.shape == wanted.shape == (5, 3, 128, 128)
     outside = (1 - mask).expand_as(seen) > 0
     torch.testing.assert_close(seen[outside], wanted[outside], atol=0.05, rtol=0)
@@ -52,7 +52,7 @@ def test_pool_gives_back_what_was_encoded(
     monkeypatch.setattr(latent_pool, "draw_examples", lambda *_: (images, images, mask))
     pool = latent_pool.LatentPool(vae, 30)
     for _ in range(8):
-        pool.add(np.random.default_rng(0), "train")
+        pool.add(np.random.default_rng(0), latent_pool.Source("train"))
     assert pool.count == 40
     target, condition = pool.draw(np.random.default_rng(0), 4)
     assert target.shape == (4, 64, 64)
@@ -62,3 +62,15 @@ def test_pool_gives_back_what_was_encoded(
     nearest = torch.cdist(target.flatten(1), expected.flatten(1)).min(1).values
     assert nearest.max() < 0.05 * expected.flatten(1).norm(dim=1).max()
     torch.testing.assert_close(condition[..., 64:], latent_pool.pack_mask(mask[:4]))
+
+
+def test_more_photographs_are_drawn_for_crops_and_for_scenes() -> None:
+    flat = np.zeros((160, 160, 3), dtype=np.uint8)
+    flat[:, ::2] = (0, 255, 0)
+    source = latent_pool.Source("train", [flat])
+    rng = np.random.default_rng(0)
+    crops = [source.crop(rng) for _ in range(40)]
+    backgrounds = [source.scene(rng).result for _ in range(10)]
+    for images, least in ((crops, 24), (backgrounds, 5)):
+        one_channel = [(image.max((0, 1)) > 0.2).sum() == 1 for image in images]
+        assert least <= sum(one_channel) < len(images)

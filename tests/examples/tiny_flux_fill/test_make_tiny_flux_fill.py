@@ -11,6 +11,7 @@ import torch
 from diffusers import FluxFillPipeline
 
 import make_tiny_flux_fill as tiny
+from autoencoder import build_autoencoder, psnr
 
 BUNDLED = Path(tiny.__file__).parent / "model"
 NO_TEXT = {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}
@@ -32,7 +33,7 @@ def test_bundle_is_small_and_holds_only_safetensors() -> None:
 def test_bundle_is_what_the_script_builds(bundled: FluxFillPipeline) -> None:
     for part, built in (
         (bundled.transformer, tiny.build_base()),
-        (bundled.vae, tiny.build_autoencoder()),
+        (bundled.vae, build_autoencoder()),
     ):
         shapes = {name: tuple(p.shape) for name, p in part.state_dict().items()}
         assert shapes == {name: tuple(p.shape) for name, p in built.state_dict().items()}
@@ -45,5 +46,5 @@ def test_bundle_keeps_what_is_outside_the_mask(bundled: FluxFillPipeline) -> Non
     mask = torch.from_numpy(scene.mask)[None, None]
     filled = tiny.fill(bundled, src, mask, steps=4)
     assert filled.shape == src.shape
-    assert tiny.psnr(filled, src, 1 - mask) > 18
-    assert tiny.psnr(filled, src, mask) < tiny.psnr(filled, src, 1 - mask)
+    assert psnr(filled, src, 1 - mask) > 18
+    assert psnr(filled, src, mask) < psnr(filled, src, 1 - mask)
