@@ -199,5 +199,13 @@ class SurroundingsRouter(HeadedRouter):
         Raises:
             ValueError: for tokens of another width than `input_dim`, or an unknown grid.
         """
-        frames = self.frames(inputs).to(next(self.network.parameters()).dtype)
-        return self.head_logits(self.network(frames).mean((2, 3)))
+        return self.frame_logits(self.frames(inputs))
+
+    def frame_logits(self, frames: Tensor) -> Tensor:
+        """Return the logits of the experts for frames, which a training can compute once.
+
+        Args:
+            frames: `(B, channels / patch_size² + 2, 16, 16)`, from `frames`.
+        """
+        hidden = self.network(frames.to(next(self.network.parameters()).dtype))
+        return self.head_logits(hidden.mean((2, 3)))
