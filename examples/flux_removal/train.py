@@ -99,7 +99,8 @@ def training_step(
         width=latents.width,
         step=step,
     )
-    return output.total + auxiliary_loss(parts.model, options), output, sigma
+    labels = parts.hints.labels(batch["kind"], options.experts) if parts.hints else None
+    return output.total + auxiliary_loss(parts.model, options, labels), output, sigma
 
 
 def optimizer_step(run: Run) -> dict[str, Tensor] | None:

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from moe_lora.routing.auxiliary_losses import entropy_floor_loss, load_balancing_loss, router_z_loss
+from moe_lora.routing.auxiliary_losses import (
+    entropy_floor_loss,
+    load_balancing_loss,
+    router_supervision_loss,
+    router_z_loss,
+)
 from moe_lora.routing.routers.gating import gate
 
 SHAPES = [(6, 3), (1, 4), (2, 5, 3)]
@@ -128,3 +133,42 @@ def test_the_entropy_of_one_expert_raises():
 def test_other_shapes_raise(loss, shape):
     with pytest.raises(ValueError, match=r"to have shape \(B, E\) or \(B, T, E\), but got"):
         loss(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 4, 3)])
+def test_supervision_is_the_cross_entropy_of_labeled_samples(shape):
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([2, -1, 0, 1, -1])
+    loss = router_supervision_loss(logits, labels, label_smoothing=0.1)
+    logs = logits.detach().log_softmax(-1).reshape(5, -1, 3)
+    expected = [
+        -(0.9 * logs[i, :, label] + 0.1 * logs[i].mean(-1)).mean()
+        for i, label in enumerate(labels.tolist())
+        if label >= 0
+    ]
+    torch.testing.assert_close(loss.detach(), torch.stack(expected).mean())
+    loss.backward()
+    assert not logits.grad[1].any()
+    assert logits.grad[0].any()
+
+
+def test_supervision_without_labels_is_zero_with_a_gradient():
+    logits = torch.randn(2, 3, requires_grad=True)
+    loss = router_supervision_loss(logits, torch.tensor([-1, -1]))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(logits.grad, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("labels", "kwargs", "message"),
+    [
+        (torch.tensor([0, 3]), {}, "number of experts"),
+        (torch.tensor([0]), {}, "2 integers"),
+        (torch.tensor([0.0, 1.0]), {}, "2 integers"),
+        (torch.tensor([0, 1]), {"label_smoothing": 1.0}, "`label_smoothing`"),
+    ],
+)
+def test_labels_are_checked(labels, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        router_supervision_loss(torch.zeros(2, 3), labels, **kwargs)

@@ -46,6 +46,7 @@ class KindHints:
             )
         named = [experts.get(kind) for kind in kinds]
         # The index -1, of samples without a kind, finds the last entry.
+        self.experts = [*named, None]
         self.hints = [
             f"{expert.removesuffix('_expert')}_{form}" if expert else None for expert in named
         ] + [None]
@@ -63,6 +64,23 @@ class KindHints:
             return hints
         kept = torch.rand(len(hints), generator=generator) >= self.dropout
         return [hint if keep else None for hint, keep in zip(hints, kept.tolist(), strict=True)]
+
+    def labels(self, kind: Tensor, expert_names: Sequence[str]) -> Tensor:
+        """Return the index of the expert of each sample, -1 for none, `(B,)`.
+
+        Args:
+            kind: `(B,)`, indices of kinds, -1 for none.
+            expert_names: of the mixture.
+
+        Example:
+            >>> hints = KindHints(["glow", "shadow"], ["shadow"], "only")
+            >>> hints.labels(torch.tensor([1, 0]), ["text", "shadow"])
+            tensor([ 1, -1])
+        """
+        experts = [self.experts[index] for index in kind.tolist()]
+        names = list(expert_names)
+        found = [-1 if expert is None else names.index(expert) for expert in experts]
+        return torch.tensor(found, device=kind.device)
 
     def given(
         self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator | None = None

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from moe_lora import MoELoraConfig
 from options.routing_options import option
 
 if TYPE_CHECKING:
@@ -36,6 +35,9 @@ class KindOptions:
         "only", "Task hint of a kind: its expert alone, or focus for more weight."
     )
     hint_dropout: float = option(0.0, "Share of the training samples without their task hint.")
+    router_supervision_weight: float = option(
+        0.0, "Weight of the loss that teaches the router the expert of each kind."
+    )
 
 
 def read_kind_experts(entries: Sequence[str]) -> dict[str, str]:
@@ -77,7 +79,7 @@ def check_kinds(options: TrainOptions) -> None:
         options.num_experts = len(names)
     experts = read_kind_experts(options.kind_experts)
     if not experts:
-        for name in ("kind_hint", "hint_dropout"):
+        for name in ("kind_hint", "hint_dropout", "router_supervision_weight"):
             if getattr(options, name) != KindOptions.__dataclass_fields__[name].default:
                 raise ValueError(f"Expected `kind_experts` together with `{name}`.")
         return
@@ -86,16 +88,21 @@ def check_kinds(options: TrainOptions) -> None:
             "Expected a routed run with `kind_experts`: LoRA experts, more than one of them, and a "
             "boundary, consistency or detail loss or `routing` always."
         )
-    named = MoELoraConfig(num_experts=options.num_experts, expert_names=tuple(names) or None)
-    unknown = sorted(set(experts.values()) - set(named.experts))
+    unknown = sorted(set(experts.values()) - set(options.experts))
     if unknown:
         raise ValueError(
-            f"Expected `kind_experts` to name experts of {list(named.experts)}, but got {unknown}."
+            f"Expected `kind_experts` to name experts of {list(options.experts)}, but got "
+            f"{unknown}."
         )
     if options.task_hint:
         raise ValueError("Expected either `task_hint` or `kind_experts`, but got both.")
     if options.streamed:
         raise ValueError("Expected no data in shards with `kind_experts`: they name no kinds.")
+    if options.router_supervision_weight and options.router == "uniform":
+        raise ValueError(
+            "Expected a router that learns with `router_supervision_weight`, for example "
+            "surroundings, but got uniform."
+        )
     if not 0 <= options.hint_dropout < 1:
         raise ValueError(
             f"Expected `hint_dropout` to be in [0, 1), but got {options.hint_dropout}."

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from moe_lora import MoELoraConfig
 from options.composition_options import CompositionOptions
 from options.kind_options import KindOptions
 from options.routing_options import BalanceOptions, option
@@ -61,6 +62,12 @@ class MixtureOptions(CompositionOptions, BalanceOptions, KindOptions):
     router_learning_rate: float | None = option(
         None, "Learning rate of the router; learning_rate by default."
     )
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Return the names of the experts."""
+        names = tuple(self.expert_names) or None
+        return MoELoraConfig(num_experts=self.num_experts, expert_names=names).experts
 
     @property
     def targets(self) -> list[str] | str:

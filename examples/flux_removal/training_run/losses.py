@@ -62,8 +62,16 @@ def assign_signals(
     return partial(signals, assignment=assignment), teaching
 
 
-def auxiliary_loss(model: nn.Module, options: TrainOptions) -> Tensor | float:
-    """Return what keeps the router balanced and the experts apart, after a forward pass."""
+def auxiliary_loss(
+    model: nn.Module, options: TrainOptions, labels: Tensor | None = None
+) -> Tensor | float:
+    """Return what teaches and balances the router and keeps experts apart, after a forward pass.
+
+    Args:
+        model: the transformer.
+        options: of the run.
+        labels: `(B,)`, the expert of each sample, -1 for unknown.
+    """
     total: Tensor | float = 0.0
     decision = moe_lora.current_routing(model) if options.mixed else None
     if decision is not None and options.load_balancing_weight:
@@ -74,6 +82,9 @@ def auxiliary_loss(model: nn.Module, options: TrainOptions) -> Tensor | float:
     if decision is not None and options.entropy_floor_weight:
         decided = entropy_floor_loss(decision.weights, options.entropy_floor)
         total = total + options.entropy_floor_weight * decided
+    if decision is not None and labels is not None and options.router_supervision_weight:
+        taught = moe_lora.routing.router_supervision_loss(decision.logits, labels)
+        total = total + options.router_supervision_weight * taught
     if options.orthogonality_weight:
         total = total + options.orthogonality_weight * orthogonality_loss(model)
     return total

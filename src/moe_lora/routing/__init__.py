@@ -3,6 +3,7 @@
 from moe_lora.routing.auxiliary_losses import (
     entropy_floor_loss,
     load_balancing_loss,
+    router_supervision_loss,
     router_z_loss,
 )
 from moe_lora.routing.control import (
@@ -25,6 +26,7 @@ from moe_lora.routing.routers.fixed import FixedRouter, UniformRouter
 from moe_lora.routing.routers.gating import HINT_BIAS, gate, task_hints
 from moe_lora.routing.routers.mask_aware import MaskAwareRouter
 from moe_lora.routing.routers.registry import register_router, router_names
+from moe_lora.routing.routers.surroundings import SurroundingsRouter
 from moe_lora.routing.routers.three_expert_removal import ThreeExpertRemovalRouter
 from moe_lora.routing.routers.token_removal import TokenRemovalRouter
 from moe_lora.routing.statistics import RoutingStats
@@ -38,6 +40,7 @@ __all__ = [
     "RouterInputs",
     "RoutingDecision",
     "RoutingStats",
+    "SurroundingsRouter",
     "ThreeExpertRemovalRouter",
     "TokenRemovalRouter",
     "UniformRouter",
@@ -52,6 +55,7 @@ __all__ = [
     "routed_checkpoint",
     "router_inputs",
     "router_names",
+    "router_supervision_loss",
     "router_z_loss",
     "routing_mode_for",
     "routing_stats",

@@ -1,10 +1,11 @@
-"""Auxiliary losses of a router: load balancing, z-loss and an entropy floor."""
+"""Auxiliary losses of a router: load balancing, z-loss, an entropy floor, and labels."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -97,6 +98,54 @@ def entropy_floor_loss(weights: Tensor, floor: float = 0.5) -> Tensor:
     logs = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
     entropy = -(weights * logs).sum(-1).mean() / math.log(num_experts)
     return (floor - entropy).clamp_min(0)
+
+
+def router_supervision_loss(
+    logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Teach a router the expert of each sample: the cross-entropy of its logits.
+
+    −mean over labeled samples of log softmax(logits)_label. Samples with a negative label do not
+    count. For weights per token or per layer, the label holds for all of them.
+
+    Args:
+        logits: `(B, E)`, `(B, T, E)` or `(B, L, E)` router logits, before temperature and hint.
+        labels: `(B,)` integers, the index of the expert, or -1 for unknown.
+        label_smoothing: the part of the target that all experts share, in [0, 1).
+
+    Returns:
+        A non-negative scalar; 0, with gradients of 0, without any label.
+
+    Raises:
+        ValueError: for another number of dimensions, labels of another shape, that are no integers
+            or no experts, or a `label_smoothing` outside [0, 1).
+
+    Example:
+        >>> router_supervision_loss(torch.tensor([[2.0, 0.0], [0.0, 9.0]]), torch.tensor([0, -1]))
+        tensor(0.1269)
+    """
+    _check_experts_last("logits", logits)
+    num_experts = logits.shape[-1]
+    if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"Expected `labels` to be {len(logits)} integers, one per sample, but got "
+            f"{tuple(labels.shape)} in {labels.dtype}."
+        )
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"Expected `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
+    known = labels >= 0
+    if (labels >= num_experts).any():
+        raise ValueError(
+            f"Expected `labels` below the number of experts, {num_experts}, but got "
+            f"{int(labels.max())}."
+        )
+    if not known.any():
+        return logits.sum() * 0.0
+    chosen = logits[known].reshape(len(labels[known]), -1, num_experts)
+    repeated = labels[known].long().unsqueeze(1).expand(chosen.shape[:2])
+    return F.cross_entropy(
+        chosen.flatten(0, 1), repeated.flatten(), label_smoothing=label_smoothing
+    )
 
 
 def _check_experts_last(name: str, value: Tensor) -> None:

@@ -90,6 +90,21 @@ def test_samples_without_a_hint_train_all_experts(
     assert any(not torch.equal(found["none"][k], found["dropped"][k]) for k in found["none"])
 
 
+def test_a_supervised_router_learns_the_kinds_that_hints_name(
+    arguments: Arguments, manifest: Path
+) -> None:
+    lines = [line for line in manifest.read_text().splitlines() if '"kind"' in line]
+    manifest.write_text("\n".join(lines))
+    taught = ("--kind_experts", "shadow", "glow", "--router_supervision_weight", "5")
+    flags = flags_of(arguments, manifest, *taught, router="surroundings", max_train_steps=3)
+    tensors = adapter(train.train(parse_options(flags)))
+    biases = {k: v.item() for k, v in tensors.items() if "heads" in k and k.endswith("bias")}
+    third = next(value for name, value in biases.items() if ".2." in name)
+    # No sample is of the third kind, and hints alone give a router no gradient.
+    assert len(biases) == 3
+    assert third < 0 < sum(biases.values()) - third
+
+
 def test_the_form_of_the_hint_counts(arguments: Arguments, manifest: Path, tmp_path: Path) -> None:
     found = []
     for form in ("only", "focus"):

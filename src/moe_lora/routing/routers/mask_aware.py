@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from moe_lora.routing.inputs import RouterInputs
 from moe_lora.routing.routers.features import FeatureMode, MaskAwareFeatureExtractor
+from moe_lora.routing.routers.headed import HeadedRouter
 from moe_lora.routing.routers.registry import register_router
-from moe_lora.routing.routers.removal import ExpertHead, MaskedRouter, check_num_layers
 from moe_lora.routing.routers.three_expert_removal import MASK_FEATURES
 
 
 @register_router("mask_aware")
-class MaskAwareRouter(MaskedRouter):
+class MaskAwareRouter(HeadedRouter):
     """Router between any number of experts, from mask and visual tokens.
 
     logits_e = head_e(hidden([extractor(hidden_states, mask) ‖ mask features]))
@@ -55,17 +55,11 @@ class MaskAwareRouter(MaskedRouter):
         time_aware: bool = False,
         num_layers: int | None = None,
     ) -> None:
-        super().__init__(input_dim, time_aware)
-        if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
-            raise ValueError(
-                f"Expected `num_experts` to be an integer >= 1, but got {num_experts}."
-            )
-        self.num_layers = None if num_layers is None else check_num_layers(num_layers)
+        super().__init__(input_dim, time_aware, hidden_dim=hidden_dim, num_layers=num_layers)
         self.extractor = MaskAwareFeatureExtractor(input_dim, mode)
         width = self.extractor.feature_dim + MASK_FEATURES + self.noise_dim
-        self.hidden_dim = hidden_dim
         self.hidden = nn.Sequential(nn.Linear(width, hidden_dim), nn.ReLU(), nn.Dropout(0.1))
-        self.heads = nn.ModuleList(ExpertHead(hidden_dim, num_layers) for _ in range(num_experts))
+        self.create_heads(num_experts)
 
     def logits(self, inputs: RouterInputs) -> Tensor:
         """Return the logits of the experts.
@@ -85,26 +79,4 @@ class MaskAwareRouter(MaskedRouter):
         parts = [visual, inputs.mask_info.features(), *self.noise_inputs(inputs)]
         dtype = next(self.hidden.parameters()).dtype
         hidden = self.hidden(torch.cat([part.to(dtype) for part in parts], dim=-1))
-        # Heads of their own, so that the sums of one do not depend on the number of experts.
-        return torch.cat([head(hidden) for head in self.heads], dim=-1)
-
-    def add_expert(self, logit: float) -> None:
-        """Add an expert with a logit that does not depend on the input at first.
-
-        Args:
-            logit: the logit; finite.
-        """
-        first = next(self.hidden.parameters())
-        head = ExpertHead(self.hidden_dim, self.num_layers)
-        head.set_constant(logit)
-        self.heads.append(head.to(first.device, first.dtype))
-        self.init_kwargs["num_experts"] = len(self.heads)
-
-    def remove_expert(self, index: int) -> None:
-        """Remove an expert.
-
-        Args:
-            index: the index of the expert.
-        """
-        del self.heads[index]
-        self.init_kwargs["num_experts"] = len(self.heads)
+        return self.head_logits(hidden)

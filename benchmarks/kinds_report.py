@@ -1,0 +1,247 @@
+"""What `removal_kinds.py` tells of its rows: a JSON file with all numbers, and tables."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+SETS = {"test": "3 test photographs", "others": "31 other photographs"}
+PACKAGES = ("torch", "peft", "diffusers")
+MERGE = "best merge"
+HINTED, TOLD, PLAIN = "composed, hinted", "plain, told the kind", "plain"
+LEARNED = "composed, learned, many photographs"
+MAIN = (
+    *("base", MERGE),
+    *("plain, rank of one expert", PLAIN, TOLD),
+    "joint, learned",
+    *("composed, learned", "composed, learned, top-1", LEARNED),
+    *("composed, learned, top-1, many photographs", HINTED, "joint, hinted"),
+)
+REGIONS = ("effect", "inside", "outside")
+
+Results = dict[str, Any]
+
+
+def collect(out: Path) -> Results:
+    """Return all finished rows of a folder, and where and when they were measured.
+
+    Raises:
+        FileNotFoundError: when no row is finished.
+    """
+    entries = [json.loads(p.read_text(encoding="utf-8")) for p in out.glob("seed-*/rows/*.json")]
+    if not entries:
+        raise FileNotFoundError(f"Expected finished rows in {out}, but there are none.")
+    rows: dict[str, dict[str, Any]] = {}
+    for entry in sorted(entries, key=lambda entry: (entry["row"], entry["seed"])):
+        kept = {name: entry[name] for name in ("psnr", "accuracy") if name in entry}
+        rows.setdefault(entry["row"], {})[str(entry["seed"])] = kept
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, float32",
+        "versions": versions,
+        "rows": rows,
+    }
+
+
+def values(
+    results: Results, row: str, scenes: str, region: str, kind: str = "mean"
+) -> dict[str, float]:
+    """Return the PSNR of a row by seed."""
+    found = {}
+    for seed, entry in results["rows"].get(row, {}).items():
+        number = entry["psnr"].get(scenes, {}).get(kind, {}).get(region)
+        if number is not None:
+            found[seed] = number
+    return found
+
+
+def spread(numbers: Iterable[float], digits: int = 2) -> str:
+    """Write mean ± standard deviation.
+
+    >>> spread([20.0, 22.0]), spread([])
+    ('21.00 ± 1.41', '–')
+    """
+    there = list(numbers)
+    if not there:
+        return "–"
+    text = f"{statistics.fmean(there):.{digits}f}"
+    return f"{text} ± {statistics.stdev(there):.{digits}f}" if len(there) > 1 else text
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main_table(results: Results) -> str:
+    """Return the mean over the kinds, by row, region and scenes."""
+    heads = ["row", *(f"{region}, {scenes}" for scenes in SETS for region in REGIONS)]
+    rows = []
+    for row in MAIN:
+        cells = [spread(values(results, row, s, r).values()) for s in SETS for r in REGIONS]
+        rows.append([row, *cells])
+    return table(heads, rows)
+
+
+def kind_table(results: Results) -> str:
+    """Return the effect region on the test scenes, by row and kind."""
+    kinds = [k for k in next(iter(results["rows"]["base"].values()))["psnr"]["test"] if k != "mean"]
+    singles = [f"LoRA for {kind}" for kind in kinds]
+    rows = []
+    for row in (*MAIN[:1], *singles, *MAIN[1:]):
+        cells = [spread(values(results, row, "test", "effect", kind).values()) for kind in kinds]
+        rows.append([row, *cells])
+    return table(["row", *kinds], rows)
+
+
+def merge_table(results: Results) -> str:
+    """Return PEFT's merges on the test scenes, the best first."""
+    merges = [row for row in results["rows"] if row.startswith("merge ")]
+    found = {row: values(results, row, "test", "effect") for row in merges}
+    merges.sort(key=lambda row: -statistics.fmean(found[row].values()))
+    return table(
+        ["merge, weight of each LoRA", "effect", "inside"],
+        (
+            [
+                row.removeprefix("merge "),
+                spread(found[row].values()),
+                spread(values(results, row, "test", "inside").values()),
+            ]
+            for row in merges
+        ),
+    )
+
+
+def growth_table(results: Results) -> str:
+    """Return the effect region of each kind after every addition."""
+    rows = []
+    for row in (
+        "LoRA for shadow",
+        *(f"plain, {n} kinds one by one{r}" for r in ("", ", replay") for n in (2, 3)),
+        "composed, hinted, 2 kinds",
+        HINTED,
+        "composed, learned, 2 kinds",
+        LEARNED,
+    ):
+        kinds = ("shadow", "glow", "reflection")
+        known = 1 if row.startswith("LoRA") else 2 if "2 kinds" in row else 3
+        cells = [
+            spread(values(results, row, "test", "effect", kind).values()) if i < known else ""
+            for i, kind in enumerate(kinds)
+        ]
+        rows.append([row, *cells])
+    return table(["row", "shadow", "glow", "reflection"], rows)
+
+
+def accuracy_table(results: Results) -> str:
+    """Return the share of scenes whose largest logit is that of their kind."""
+    rows = []
+    for row, seeds in results["rows"].items():
+        if "learned" not in row or "top-1" in row or "2 kinds" in row:
+            continue
+        cells = [
+            spread([100 * e["accuracy"][s] for e in seeds.values() if s in e["accuracy"]], 0)
+            for s in SETS
+        ]
+        rows.append([row, *cells])
+    return table(["router of the row", *(f"{title}, %" for title in SETS.values())], rows)
+
+
+def difference(results: Results, row: str, other: str, scenes: str = "test") -> list[float]:
+    """Return how far a row is ahead of another in the effect region, by seed."""
+    ours, theirs = (values(results, name, scenes, "effect") for name in (row, other))
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def goal_table(results: Results) -> str:
+    """Return what was hoped for, and what was found in each seed."""
+    singles = max(
+        (PLAIN, MERGE),
+        key=lambda row: statistics.fmean(values(results, row, "test", "effect").values()),
+    )
+    gains = [
+        g / whole
+        for g, whole in zip(
+            difference(results, LEARNED, MERGE), difference(results, HINTED, MERGE), strict=True
+        )
+    ]
+    checks = [
+        (
+            "hinted composition over the best merge, dB",
+            ">= 2.0",
+            difference(results, HINTED, MERGE),
+            2.0,
+        ),
+        (
+            "hinted composition over the plain LoRA that is told the kind, dB",
+            ">= -0.2",
+            difference(results, HINTED, TOLD),
+            -0.2,
+        ),
+        (
+            f"learned router over the best adapter that is not told the kind ({singles}), dB",
+            ">= 0.5",
+            difference(results, LEARNED, singles),
+            0.5,
+        ),
+        (
+            "learned router's share of the gain from the best merge to the hinted composition",
+            ">= 0.70",
+            gains,
+            0.7,
+        ),
+        (
+            "shadows after a second kind was added, hinted, dB",
+            ">= -0.05",
+            [
+                b - a
+                for a, b in zip(
+                    values(results, "LoRA for shadow", "test", "effect", "shadow").values(),
+                    values(results, HINTED, "test", "effect", "shadow").values(),
+                    strict=True,
+                )
+            ],
+            -0.05,
+        ),
+    ]
+    return table(
+        ["goal, test scenes, effect region", "wanted", "found by seed", "held"],
+        (
+            [
+                text,
+                wanted,
+                ", ".join(f"{v:+.2f}" for v in found),
+                "yes" if found and all(v >= least for v in found) else "no",
+            ]
+            for text, wanted, found, least in checks
+        ),
+    )
+
+
+def tables(results: Results) -> dict[str, str]:
+    """Return all tables by name."""
+    return {
+        "regions": main_table(results),
+        "goals": goal_table(results),
+        "kinds": kind_table(results),
+        "merges": merge_table(results),
+        "growth": growth_table(results),
+        "accuracy": accuracy_table(results),
+    }
+
+
+def write_report(out: Path) -> str:
+    """Write `kinds.json` and `report.md` into the folder, and return the report."""
+    results = collect(out)
+    (out / "kinds.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    report = "\n".join(f"## {name}\n\n{text}" for name, text in tables(results).items())
+    (out / "report.md").write_text(report, encoding="utf-8")
+    return report

@@ -1,0 +1,259 @@
+"""Train adapters and routers on the scenes of `removal_kinds.py`, and measure them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from diffusers import FluxFillPipeline, FluxTransformer2DModel
+from kinds_scenes import Scenes
+from torch import Tensor, nn
+
+import moe_lora
+from moe_lora import RouterInputs, flow, masks, metrics
+from moe_lora.routing import SurroundingsRouter, router_supervision_loss
+
+BATCH = 8
+WARMUP = 20
+TOKENS = 8
+TEXT_WIDTH = 64
+SMALLEST_REGION = 16
+REGIONS = ("whole", "inside", "outside", "effect")
+
+Prompt = tuple[Tensor, Tensor]
+Means = dict[str, dict[str, float]]
+
+
+def prompts(kinds: Tensor, told: bool) -> Prompt:
+    """Return prompt embeddings `(B, 1, 64)` and pooled ones `(B, 64)` for the kinds of samples.
+
+    Args:
+        kinds: `(B,)`, indices of kinds.
+        told: a random vector for each kind; otherwise zeros, the bundled model's own prompt.
+    """
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(16, 2, TEXT_WIDTH, generator=generator) * told
+    text, pooled = table[kinds].unbind(1)
+    return text.unsqueeze(1), pooled
+
+
+def call(model: nn.Module, x_t: Tensor, condition: Tensor, sigma: Tensor, prompt: Prompt) -> Tensor:
+    """Return the velocity that the transformer predicts, `(B, T, 64)`."""
+    text, pooled = prompt
+    ids = FluxFillPipeline._prepare_latent_image_ids(1, TOKENS, TOKENS, "cpu", torch.float32)
+    velocity: Tensor = model(
+        hidden_states=torch.cat([x_t, condition], dim=-1),
+        timestep=sigma,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        txt_ids=torch.zeros(text.shape[1], 3),
+        img_ids=ids,
+        return_dict=False,
+    )[0]
+    return velocity
+
+
+def hints_of(kinds: Tensor, names: Sequence[str]) -> list[str]:
+    """Return the task hint of each sample's kind."""
+    return [f"{names[index]}_only" for index in kinds.tolist()]
+
+
+def fit(
+    model: nn.Module,
+    scenes: Scenes,
+    *,
+    steps: int,
+    seed: int,
+    learning_rate: float,
+    names: Sequence[str] = (),
+    told: bool = False,
+    supervision: float = 0.0,
+) -> None:
+    """Train the trainable parameters by flow matching, with a cosine schedule.
+
+    Args:
+        model: the adapted transformer.
+        scenes: to train on.
+        steps: of training, with 8 scenes each.
+        seed: of the scenes' order, the noise levels and the noise.
+        learning_rate: the highest.
+        names: experts by kind, to be hinted; without them there are no hints.
+        told: whether the prompt tells the kind.
+        supervision: weight of the loss that teaches the router the kinds.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
+    order = torch.empty(0, dtype=torch.long)
+    for step in range(steps):
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / WARMUP) * cosine
+        while len(order) < BATCH:
+            order = torch.cat([order, torch.randperm(len(scenes), generator=generator)])
+        rows, order = order[:BATCH], order[BATCH:]
+        x0, kinds = scenes.target[rows], scenes.kind[rows]
+        sigma = torch.rand(len(rows), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        x_t = flow.interpolate(x0, noise, sigma)
+        hinted = (
+            moe_lora.router_inputs(model, task_hint=hints_of(kinds, names))
+            if names
+            else nullcontext()
+        )
+        with hinted:
+            found = call(model, x_t, scenes.condition[rows], sigma, prompts(kinds, told))
+        loss = (found - flow.velocity(x0, noise)).square().mean()
+        if supervision:
+            decision = moe_lora.current_routing(model)
+            assert decision is not None
+            loss = loss + supervision * router_supervision_loss(decision.logits, kinds)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+def router_inputs(scenes: Scenes) -> RouterInputs:
+    """Return what a router sees of scenes; the noisy latents are zeros."""
+    latents = scenes.condition[..., :64]
+    return RouterInputs(
+        torch.cat([torch.zeros_like(latents), latents], dim=-1),
+        mask_info=masks.analyze(scenes.mask.float()),
+        grid_size=(TOKENS, TOKENS),
+    )
+
+
+def fit_router(
+    router: SurroundingsRouter, scenes: Scenes, *, steps: int, seed: int, noise: float = 0.1
+) -> None:
+    """Train a router by the kinds of scenes, without the transformer.
+
+    Args:
+        router: of a model, whose experts are in the order of the kinds.
+        scenes: with labels.
+        steps: of training, with 64 scenes each.
+        seed: of the scenes' order, the noise and dropout.
+        noise: standard deviation of the noise on the frames, which are computed once.
+    """
+    optimizer = torch.optim.AdamW(router.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    frames = router.frames(router_inputs(scenes))
+    router.train()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for _ in range(steps):
+            rows = torch.randint(len(scenes), (min(64, len(scenes)),))
+            seen = frames[rows] + noise * torch.randn_like(frames[rows])
+            logits = router.frame_logits(seen)
+            loss = router_supervision_loss(logits, scenes.kind[rows], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    router.eval()
+
+
+@torch.no_grad()
+def accuracy(router: SurroundingsRouter, scenes: Scenes) -> float:
+    """Return the share of the scenes whose largest logit is that of their kind."""
+    found = router(router_inputs(scenes)).logits.argmax(-1)
+    return float((found == scenes.kind).float().mean())
+
+
+class Judge:
+    """Denoise scenes with an adapted transformer as the stock pipeline does, and measure them.
+
+    Args:
+        folder: the base model's.
+        steps: of denoising.
+    """
+
+    def __init__(self, folder: Path, *, steps: int = 4) -> None:
+        absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+        self.pipe = FluxFillPipeline.from_pretrained(folder, **absent)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.folder, self.steps = folder, steps
+
+    def transformer(self) -> FluxTransformer2DModel:
+        """Return a new transformer of the base model, frozen."""
+        loaded = FluxTransformer2DModel.from_pretrained(self.folder, subfolder="transformer")
+        frozen: FluxTransformer2DModel = loaded.requires_grad_(False)
+        return frozen
+
+    @torch.no_grad()
+    def images(
+        self, model: nn.Module, scenes: Scenes, *, names: Sequence[str] = (), told: bool = False
+    ) -> Tensor:
+        """Return the predictions, `(N, 3, H, W)`, in [0, 1].
+
+        Args:
+            model: the adapted transformer.
+            scenes: to edit.
+            names: experts by kind, to be hinted.
+            told: whether the prompt tells the kind.
+        """
+        vae = self.pipe.vae
+        sigmas = [1 - step / self.steps for step in range(self.steps + 1)]
+        found = []
+        for rows in torch.arange(len(scenes)).split(24):
+            prompt = prompts(scenes.kind[rows], told)
+            noise = [
+                torch.randn(
+                    1, 16, 2 * TOKENS, 2 * TOKENS, generator=torch.Generator().manual_seed(i)
+                )
+                for i in rows.tolist()
+            ]
+            planes = torch.cat(noise)
+            x_t = FluxFillPipeline._pack_latents(planes, *planes.shape)
+            hinted = (
+                moe_lora.router_inputs(model, task_hint=hints_of(scenes.kind[rows], names))
+                if names
+                else nullcontext()
+            )
+            with hinted:
+                for sigma, after in pairwise(sigmas):
+                    level = torch.full((len(rows),), sigma)
+                    velocity = call(model, x_t, scenes.condition[rows], level, prompt)
+                    x_t = x_t + (after - sigma) * velocity
+            latents = FluxFillPipeline._unpack_latents(x_t, 16 * TOKENS, 16 * TOKENS, 8)
+            latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+            found.append((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))
+        return torch.cat(found)
+
+    def measure(
+        self,
+        model: nn.Module,
+        scenes: Scenes,
+        kinds: Sequence[str],
+        *,
+        names: Sequence[str] = (),
+        told: bool = False,
+    ) -> Means:
+        """Return the mean PSNR in dB by kind and region, and over the kinds as `mean`."""
+        images = self.images(model, scenes, names=names, told=told)
+        return measure(images, scenes, kinds)
+
+
+def measure(images: Tensor, scenes: Scenes, kinds: Sequence[str]) -> Means:
+    """Return the mean PSNR in dB of predictions by kind and region, and over kinds as `mean`."""
+    found = metrics.measure(images, scenes.result / 255, scenes.mask.float(), scenes.source / 255)
+    means: Means = {}
+    for index, kind in enumerate(kinds):
+        of_kind = (scenes.kind == index).tolist()
+        if not any(of_kind):
+            continue
+        means[kind] = {}
+        for region in REGIONS:
+            values = found[f"psnr/{region}"].tolist(SMALLEST_REGION)
+            there = [v for v, ours in zip(values, of_kind, strict=True) if ours and v is not None]
+            means[kind][region] = round(statistics.fmean(there), 3)
+    means["mean"] = {
+        region: round(statistics.fmean(means[kind][region] for kind in means), 3)
+        for region in REGIONS
+    }
+    return means
