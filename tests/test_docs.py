@@ -137,13 +137,48 @@ def test_commands_for_many_devices_or_the_hub_are_parsed(shell: Shell) -> None:
         shell.run(f"python train.py --flux_fill_id {HUB_ID} --train_data_dir data --no_such_flag")
 
 
-LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)#:]+)(?:#[\w-]+)?\)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)#:\s]*)(?:#([\w-]+))?\)")
+FENCED = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
+EVERY_PAGE = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not {"_build", "outputs", "node_modules"} & {*path.parts}
+    and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as GitHub and MyST make them."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#{1,6} +(.+?) *$", text, re.MULTILINE)
+    kept = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+def dead_links(page: Path) -> list[str]:
+    """Return the links to files or headings that do not exist."""
+    found = []
+    for path, anchor in LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
+        target = page.parent / path if path else page
+        missing = not target.exists()
+        if missing or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            found.append(f"{path}#{anchor}")
+    return found
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    links = LINK.findall(page.read_text(encoding="utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    assert dead_links(page) == []
+
+
+def test_dead_links_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# Some `code`, and more\n\n```sh\n# no heading\n```\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Title\n[a](other.md#some-code-and-more) [b](#title) [c](other.md#no-heading) [d](no.md)"
+        " ![e](no.png) [f](https://example.org/x#y)\n"
+    )
+    assert dead_links(page) == ["other.md#no-heading", "no.md#", "no.png#"]
 
 
 def test_random_batches_carry_their_mask() -> None:
