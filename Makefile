@@ -5,10 +5,13 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 WEB    := $(VENV)/.web
 
-.PHONY: demo app gpu test test-quick test-slow docs clean
+.PHONY: demo demo-kinds app gpu test test-quick test-slow docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
+
+demo-kinds: $(READY)
+	$(BIN)/python examples/demo/demo_kinds.py
 
 # GPU_ARGS=--small runs every part at its smallest, also without a GPU.
 gpu: $(READY)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
+from collections.abc import Sequence
 
-from evaluation.measuring import REGIONS, SMALLEST_REGION, measure_one
+import torch
+from diffusers import FluxFillPipeline
+from torch import Tensor, nn
+
+from evaluation.measuring import REGIONS, SMALLEST_REGION, measure_one, run_pipeline
+from flux_fill.models import Conditioner
 from moe_lora import metrics
+from moe_lora.ablation import Specialization, specialization
 from removal_data.dataset import RemovalDataset
 
 Means = dict[str, dict[str, float | None]]
@@ -36,6 +43,38 @@ def measure_by_kind(images: list[Tensor], dataset: RemovalDataset) -> Means:
             name: found[f"psnr/{region}"].mean(SMALLEST_REGION) for name, region in REGIONS.items()
         }
     return means
+
+
+def specialization_by_kind(
+    pipe: FluxFillPipeline,
+    conditioner: Conditioner,
+    dataset: RemovalDataset,
+    experts: Sequence[str],
+    *,
+    steps: int,
+) -> Specialization:
+    """Leave out one expert at a time, and see what the effect region of each kind loses, in dB.
+
+    Args:
+        pipe: with a mixture in its transformer.
+        conditioner: makes the prompt embeddings.
+        dataset: the triplets, whose manifest names kinds.
+        experts: of the kinds, in the order of `samples_of_kinds`.
+        steps: of denoising.
+    """
+    indices = samples_of_kinds(dataset)
+
+    def evaluate(model: nn.Module, dataset: RemovalDataset) -> dict[str, Tensor]:
+        images = run_pipeline(pipe, conditioner, dataset, steps=steps).images
+        measured = [measure_one(image, dataset[i]) for i, image in enumerate(images)]
+        effect = [found["psnr/effect"].tolist(SMALLEST_REGION)[0] for found in measured]
+        numbers = torch.tensor([math.nan if value is None else value for value in effect])
+        return {kind: numbers[indices[kind]] for kind in indices}
+
+    pairs = dict(zip(experts, indices, strict=True))
+    return specialization(
+        pipe.transformer, [dataset], evaluate, higher_is_better=list(indices), pairs=pairs
+    )
 
 
 def kind_table(means: Means, base: Means | None = None) -> str:

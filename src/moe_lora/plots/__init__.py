@@ -9,6 +9,7 @@ has the same color in all figures. matplotlib is imported on the first call; ins
 
 from moe_lora.plots.expert_usage import usage_over_training
 from moe_lora.plots.figures import expert_colors
+from moe_lora.plots.kinds import weights_by_kind
 from moe_lora.plots.scatter import (
     weights_by_area,
     weights_by_edge_complexity,
@@ -24,5 +25,6 @@ __all__ = [
     "usage_over_training",
     "weights_by_area",
     "weights_by_edge_complexity",
+    "weights_by_kind",
     "weights_over_sigma",
 ]
