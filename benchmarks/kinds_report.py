@@ -262,9 +262,17 @@ def goal_table(results: Results) -> str:
     )
 
 
+def measured(results: Results) -> str:
+    """Return where and when the rows were measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    seeds = len(results["rows"]["base"])
+    return f"Measured on {results['date']} with {versions}; {results['machine']}; seeds: {seeds}.\n"
+
+
 def tables(results: Results) -> dict[str, str]:
     """Return all tables by name."""
     return {
+        "measured": measured(results),
         "regions": main_table(results),
         "goals": goal_table(results),
         "kinds": kind_table(results),
