@@ -40,7 +40,11 @@ def collect(out: Path) -> Results:
         raise FileNotFoundError(f"Expected finished rows in {out}, but there are none.")
     rows: dict[str, dict[str, Any]] = {}
     for entry in sorted(entries, key=lambda entry: (entry["row"], entry["seed"])):
-        kept = {name: entry[name] for name in ("psnr", "accuracy") if name in entry}
+        kept = {
+            name: entry[name]
+            for name in ("psnr", "accuracy", "specialization", "weights")
+            if name in entry
+        }
         rows.setdefault(entry["row"], {})[str(entry["seed"])] = kept
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
@@ -93,7 +97,7 @@ def main_table(results: Results) -> str:
 
 def kind_table(results: Results) -> str:
     """Return the effect region on the test scenes, by row and kind."""
-    kinds = [k for k in next(iter(results["rows"]["base"].values()))["psnr"]["test"] if k != "mean"]
+    kinds = found_kinds(results)
     singles = [f"LoRA for {kind}" for kind in kinds]
     rows = []
     for row in (*MAIN[:1], *singles, *MAIN[1:]):
@@ -153,6 +157,38 @@ def accuracy_table(results: Results) -> str:
         ]
         rows.append([row, *cells])
     return table(["router of the row", *(f"{title}, %" for title in SETS.values())], rows)
+
+
+def specialist_table(results: Results) -> str:
+    """Return what each kind loses without each expert, and the diagonal share."""
+    rows = []
+    for row, seeds in results["rows"].items():
+        found = [entry["specialization"] for entry in seeds.values() if "specialization" in entry]
+        if not found:
+            continue
+        for expert, losses in found[0]["rises"].items():
+            cells = [spread(f["rises"][expert][kind] for f in found) for kind in losses]
+            rows.append([row, f"without {expert}", *cells, ""])
+        share = spread(f["score"] for f in found)
+        rows.append([row, "diagonal share", *[""] * len(found[0]["rises"]), share])
+    kinds = list(found_kinds(results))
+    return table(["row", "", *kinds, "share"], rows)
+
+
+def weight_table(results: Results) -> str:
+    """Return the mean routing weights by kind."""
+    rows = []
+    for row, seeds in results["rows"].items():
+        found = [entry["weights"] for entry in seeds.values() if "weights" in entry]
+        for kind in found[0] if found else ():
+            cells = [spread(numbers) for numbers in zip(*(f[kind] for f in found), strict=True)]
+            rows.append([row, kind, *cells])
+    return table(["row", "scenes", *(f"{kind} expert" for kind in found_kinds(results))], rows)
+
+
+def found_kinds(results: Results) -> list[str]:
+    means = next(iter(results["rows"]["base"].values()))["psnr"]["test"]
+    return [kind for kind in means if kind != "mean"]
 
 
 def difference(results: Results, row: str, other: str, scenes: str = "test") -> list[float]:
@@ -226,15 +262,25 @@ def goal_table(results: Results) -> str:
     )
 
 
+def measured(results: Results) -> str:
+    """Return where and when the rows were measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    seeds = len(results["rows"]["base"])
+    return f"Measured on {results['date']} with {versions}; {results['machine']}; seeds: {seeds}.\n"
+
+
 def tables(results: Results) -> dict[str, str]:
     """Return all tables by name."""
     return {
+        "measured": measured(results),
         "regions": main_table(results),
         "goals": goal_table(results),
         "kinds": kind_table(results),
         "merges": merge_table(results),
         "growth": growth_table(results),
         "accuracy": accuracy_table(results),
+        "specialists": specialist_table(results),
+        "weights": weight_table(results),
     }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import moe_lora
 from moe_lora import RouterInputs, flow, masks, metrics
+from moe_lora.ablation import Specialization, specialization
 from moe_lora.routing import SurroundingsRouter, router_supervision_loss
 
 BATCH = 8
@@ -165,6 +166,16 @@ def accuracy(router: SurroundingsRouter, scenes: Scenes) -> float:
     return float((found == scenes.kind).float().mean())
 
 
+@torch.no_grad()
+def weights_by_kind(
+    router: SurroundingsRouter, scenes: Scenes, kinds: Sequence[str]
+) -> dict[str, list[float]]:
+    """Return the mean routing weights of the experts by kind."""
+    weights = router(router_inputs(scenes)).weights
+    means = {kind: weights[scenes.kind == index].mean(0) for index, kind in enumerate(kinds)}
+    return {kind: [round(weight, 4) for weight in mean.tolist()] for kind, mean in means.items()}
+
+
 class Judge:
     """Denoise scenes with an adapted transformer as the stock pipeline does, and measure them.
 
@@ -225,6 +236,17 @@ class Judge:
             found.append((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))
         return torch.cat(found)
 
+    def specialization(
+        self, model: nn.Module, scenes: Scenes, kinds: Sequence[str]
+    ) -> Specialization:
+        """Leave out one expert at a time, and see what each kind loses in the effect region."""
+
+        def evaluate(model: nn.Module, scenes: Scenes) -> dict[str, Tensor]:
+            return effect_psnr(self.images(model, scenes), scenes, kinds)
+
+        pairs = {kind: kind for kind in kinds}
+        return specialization(model, [scenes], evaluate, higher_is_better=kinds, pairs=pairs)
+
     def measure(
         self,
         model: nn.Module,
@@ -237,6 +259,14 @@ class Judge:
         """Return the mean PSNR in dB by kind and region, and over the kinds as `mean`."""
         images = self.images(model, scenes, names=names, told=told)
         return measure(images, scenes, kinds)
+
+
+def effect_psnr(images: Tensor, scenes: Scenes, kinds: Sequence[str]) -> dict[str, Tensor]:
+    """Return the PSNR in dB in the effect region of each scene by kind; NaN for no region."""
+    found = metrics.measure(images, scenes.result / 255, scenes.mask.float(), scenes.source / 255)
+    values = found["psnr/effect"].tolist(SMALLEST_REGION)
+    effect = torch.tensor([math.nan if value is None else value for value in values])
+    return {kind: effect[scenes.kind == index] for index, kind in enumerate(kinds)}
 
 
 def measure(images: Tensor, scenes: Scenes, kinds: Sequence[str]) -> Means:

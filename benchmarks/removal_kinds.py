@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "flux_removal"))
 
 from kinds_report import write_report
 from kinds_scenes import Scenes, draw_folder, draw_split, kept
-from kinds_training import Judge, accuracy, fit, fit_router
+from kinds_training import Judge, accuracy, fit, fit_router, weights_by_kind
 
 import moe_lora
 from moe_lora import MoELoraConfig
@@ -40,6 +40,7 @@ from moe_lora.routing import SurroundingsRouter
 from moe_lora.routing.routers.gating import RoutingStrategy
 from options.mixture_options import ATTENTION_AND_FEED_FORWARD
 from options.train_options import BUNDLED_MODEL
+from reporting.contact_sheet import contact_sheet, show_mask
 
 KINDS = ("shadow", "glow", "reflection")
 TARGETS = list(ATTENTION_AND_FEED_FORWARD)
@@ -50,6 +51,8 @@ MERGES = (
 MERGE_WEIGHTS = (1 / 3, 0.6)
 SEEDS = {"train": 11, "test": 12, "others": 13, "router": 14}
 SUPERVISION = 0.1
+SPECIALISTS = ("composed, learned, many photographs", "joint, learned")
+"""Rows whose experts are also left out one at a time."""
 
 
 class Bench:
@@ -217,6 +220,10 @@ class Bench:
                 if any(isinstance(module, SurroundingsRouter) for module in model.modules()):
                     right = accuracy(router_of(model), chosen)
                     entry.setdefault("accuracy", {})[label] = round(right, 4)
+        if name in SPECIALISTS:
+            found = self.judge.specialization(model, self.tests["test"], KINDS)
+            entry["specialization"] = found.as_dict()
+            entry["weights"] = weights_by_kind(router_of(model), self.tests["test"], KINDS)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
         effect = {label: means["mean"]["effect"] for label, means in entry["psnr"].items()}
@@ -256,6 +263,7 @@ class Bench:
             lambda: self.plain(r, name="plain_small", scenes=self.train, parts=every),
         )
         self.growth()
+        self.draw()
 
     def merged(self, how: str, weight: float) -> PeftModel:
         """Return one of PEFT's merges of the LoRAs of all kinds."""
@@ -280,6 +288,29 @@ class Bench:
             entry = json.loads((self.folder / "rows" / f"{name}.json").read_text(encoding="utf-8"))
             found.append(entry["psnr"]["test"]["mean"]["effect"])
         self.record("best merge", partial(self.merged, *every[found.index(max(found))]))
+
+    def draw(self) -> None:
+        """Draw a scene of each kind: each expert alone, and the weights of the learned router."""
+        path = self.folder / "experts.jpg"
+        if path.exists():
+            return
+        tests = self.tests["test"].first(2 * len(KINDS))
+        scenes = Scenes(**{name: value[len(KINDS) :] for name, value in vars(tests).items()})
+        columns = {"source": scenes.source / 255}
+        composed = self.composed()
+        for kind in KINDS:
+            columns[f"{kind} expert"] = self.judge.images(
+                composed, scenes, names=[kind] * len(KINDS)
+            )
+        learned = self.learned(list(self.router_scenes.values())[-1])
+        columns["learned router"] = self.judge.images(learned, scenes)
+        columns["target"] = scenes.result / 255
+        rows = [
+            {"mask": show_mask(scenes.source[i] / 255, scenes.mask[i].float())}
+            | {title: images[i] for title, images in columns.items()}
+            for i in range(len(KINDS))
+        ]
+        contact_sheet(rows, path, scale=1, labels=KINDS)
 
     def growth(self) -> None:
         """Let an adapter for shadows learn the other kinds, one after the other."""

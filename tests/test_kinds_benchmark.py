@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import kinds_report
+import numpy as np
 import pytest
 import removal_kinds
 import torch
@@ -13,6 +14,7 @@ from diffusers import FluxFillPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from kinds_scenes import Scenes, draw_split, encode
 from kinds_training import Judge, accuracy, fit_router, measure, prompts
+from PIL import Image
 from reference_tables import written_into
 
 from moe_lora.routing import SurroundingsRouter
@@ -74,7 +76,19 @@ def test_a_small_run_goes_on_and_has_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(removal_kinds, "MERGES", ("linear", "ties"))
-    sizes = {"steps": 1, "r": 2, "train_scenes": 60, "scenes": 6, "router_steps": 2}
+    sizes: dict[str, object] = {
+        "steps": 1,
+        "r": 2,
+        "train_scenes": 60,
+        "scenes": 6,
+        "router_steps": 2,
+    }
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    noise = np.random.default_rng(0).integers(60, 255, (2, 140, 160, 3), np.uint8)
+    for index, image in enumerate(noise):
+        Image.fromarray(image).save(photographs / f"{index}.png")
+    sizes |= {"router_scenes": 6, "router_photographs": photographs}
     flags = [f"--{name}={value}" for name, value in sizes.items()]
     flags += ["--denoising_steps=1", f"--out={tmp_path}", "--seeds"]
     assert removal_kinds.main([*flags, "1"]) == 0
@@ -92,7 +106,7 @@ def test_a_small_run_goes_on_and_has_a_report(
         hinted = kinds_report.values(found, "composed, hinted", "test", "effect", kind)
         assert hinted["1"] == pytest.approx(alone["1"], abs=0.002)
     capsys.readouterr()
-    found["rows"]["composed, learned, many photographs"] = found["rows"]["composed, learned"]
+    assert (tmp_path / "seed-1" / "experts.jpg").is_file()
     tables = kinds_report.tables(found)
     assert "| best merge | " in tables["regions"]
     merges = [
