@@ -6,6 +6,7 @@ from moe_lora.routing.auxiliary_losses import (
     router_supervision_loss,
     router_z_loss,
 )
+from moe_lora.routing.calibration import fit_temperature
 from moe_lora.routing.control import (
     adapted_layers,
     attach_router,
@@ -48,6 +49,7 @@ __all__ = [
     "attach_router",
     "current_routing",
     "entropy_floor_loss",
+    "fit_temperature",
     "gate",
     "load_balancing_loss",
     "register_router",

@@ -124,6 +124,28 @@ def router_supervision_loss(
         >>> router_supervision_loss(torch.tensor([[2.0, 0.0], [0.0, 9.0]]), torch.tensor([0, -1]))
         tensor(0.1269)
     """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"Expected `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
+    rows, targets = labeled_logits(logits, labels)
+    if not len(rows):
+        return logits.sum() * 0.0
+    return F.cross_entropy(rows, targets, label_smoothing=label_smoothing)
+
+
+def labeled_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Select the logits of labeled samples, with one label for each row.
+
+    Args:
+        logits: `(B, E)`, `(B, T, E)` or `(B, L, E)` router logits.
+        labels: `(B,)` integers, the index of the expert, or -1 for unknown.
+
+    Returns:
+        `(N, E)` logits and `(N,)` labels in int64; N is 0 without any label.
+
+    Raises:
+        ValueError: for another number of dimensions, or labels of another shape, that are no
+            integers or no experts.
+    """
     _check_experts_last("logits", logits)
     num_experts = logits.shape[-1]
     if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
@@ -131,21 +153,15 @@ def router_supervision_loss(
             f"Expected `labels` to be {len(logits)} integers, one per sample, but got "
             f"{tuple(labels.shape)} in {labels.dtype}."
         )
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"Expected `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
-    known = labels >= 0
     if (labels >= num_experts).any():
         raise ValueError(
             f"Expected `labels` below the number of experts, {num_experts}, but got "
             f"{int(labels.max())}."
         )
-    if not known.any():
-        return logits.sum() * 0.0
-    chosen = logits[known].reshape(len(labels[known]), -1, num_experts)
-    repeated = labels[known].long().unsqueeze(1).expand(chosen.shape[:2])
-    return F.cross_entropy(
-        chosen.flatten(0, 1), repeated.flatten(), label_smoothing=label_smoothing
-    )
+    known = labels >= 0
+    targets = labels[known].long()
+    rows = logits[known].reshape(len(targets), math.prod(logits.shape[1:-1]), num_experts)
+    return rows.flatten(0, 1), targets.repeat_interleave(rows.shape[1])
 
 
 def _check_experts_last(name: str, value: Tensor) -> None:
