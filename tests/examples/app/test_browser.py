@@ -291,6 +291,8 @@ def test_files_that_are_no_photographs_are_refused(visitor: Visitor, tmp_path: P
     Image.new("RGB", (2000, 1000)).save(tmp_path / "wide.png")
     visitor.upload("Load a photograph", tmp_path / "wide.png")
     assert "at most 1 megapixels" in visitor.message()
+    for _ in range(2):  # the editor takes part in further requests
+        visitor.act("#invert")
     assert "steps" in visitor.remove()  # the first sample is still there
 
 
