@@ -154,6 +154,6 @@ class Visitor:
         """Keep what the page shows, when a folder is asked for."""
         if SCREENSHOTS:
             path = Path(SCREENSHOTS) / f"{name}.jpg"
-            self.page.evaluate("window.scrollTo(0, 0)")
+            self.page.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
             self.page.wait_for_timeout(500)
             self.page.screenshot(path=path, full_page=True, quality=80, type="jpeg")

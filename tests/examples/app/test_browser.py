@@ -327,6 +327,7 @@ def test_a_phone_shows_all_of_it(server: Server, browser: Any) -> None:
         for selector in ("#upload", "#editor", "#run", "#result", "#download", "#bars"):
             box = visitor.box(visitor.page.locator(selector))
             assert 0 <= box["x"] < box["x"] + box["width"] <= size["width"], selector
+        assert visitor.box(visitor.page.locator("#samples"))["height"] < 90  # one row, no gap
         visitor.screenshot("app_phone")
 
 
