@@ -32,6 +32,9 @@ IDLE = """() => [...document.querySelectorAll('[data-testid=status-tracker]:not(
 WAITING = """() => [...document.querySelectorAll('[data-testid=status-tracker]:not(.hide)')]
     .map(tracker => tracker.parentElement.id + ': ' + tracker.innerText)"""
 
+RESULT = """() => [...document.querySelectorAll('#result img')].map(image => image.src).join()"""
+"""Every result has a file of its own; the line about it may read as that of the last one."""
+
 
 class Visitor:
     """Does in a browser what a person does."""
@@ -82,12 +85,11 @@ class Visitor:
 
     def remove(self, button: str = "#run") -> str:
         """Click a button that runs the model; return the line about the result."""
-        before = self.page.inner_text("#told")
+        before = self.page.evaluate(RESULT)
         self.page.click(button)
         self.page.wait_for_function(
-            "before => { const t = document.querySelector('#told').innerText;"
-            " return document.querySelector('[data-testid=toast-body]')"
-            " || (t.includes('steps') && t !== before); }",
+            "before => document.querySelector('[data-testid=toast-body]')"
+            f" || ({RESULT})() !== before",
             arg=before,
         )
         assert self.page.locator("[data-testid=toast-body]").count() == 0, self.message()
@@ -142,7 +144,7 @@ class Visitor:
         toast = self.page.locator("[data-testid=toast-body]").first
         toast.wait_for()
         text = re.sub(r"\s+", " ", toast.inner_text())
-        toast.get_by_role("button").first.click()
+        toast.get_by_test_id("toast-close").click()
         self.page.wait_for_function(
             "() => document.querySelector('[data-testid=toast-body]') === null"
         )
@@ -152,6 +154,6 @@ class Visitor:
         """Keep what the page shows, when a folder is asked for."""
         if SCREENSHOTS:
             path = Path(SCREENSHOTS) / f"{name}.jpg"
-            self.page.evaluate("window.scrollTo(0, 0)")
+            self.page.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
             self.page.wait_for_timeout(500)
             self.page.screenshot(path=path, full_page=True, quality=80, type="jpeg")

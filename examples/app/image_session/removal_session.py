@@ -16,9 +16,10 @@ from torch import Tensor
 import moe_lora
 from flux_fill.models import Conditioner, load_checkpoint, load_pipeline
 from flux_fill.surroundings import OUTSIDE
-from image_session.remove_call import remove_from_image
+from image_session.remove_call import count_crops, remove_from_image
 from image_session.routing_trace import (
     ObservedPipeline,
+    OnStep,
     RoutingTrace,
     has_experts,
     router_of,
@@ -44,6 +45,7 @@ class RemovalSettings:
         seed: of the noise of the first image.
         count: images with consecutive seeds, in [1, MOST_SEEDS].
         outside: what becomes of the image outside of the mask, see `remove.py --outside`.
+        crop: run on crops around the mask, as `remove.py` does, instead of on the whole image.
         task_hint: for the router, such as "removal_focus"; `None` lets it decide by itself.
         weights: one per expert, instead of the router's; they are divided by their sum.
         without: the expert that is left out; the others keep their weights.
@@ -53,6 +55,7 @@ class RemovalSettings:
     seed: int = 0
     count: int = 1
     outside: str = "keep"
+    crop: bool = False
     task_hint: str | None = None
     weights: tuple[float, ...] | None = None
     without: str | None = None
@@ -85,7 +88,8 @@ class Removal:
         image: mode RGB, of the source's size.
         seed: of its noise.
         settings: of the request.
-        trace: the routing weights that acted; `None` for a model without experts.
+        trace: the routing weights that acted, in the last of several crops; `None` for a model
+            without experts.
     """
 
     image: Image.Image
@@ -164,16 +168,11 @@ class RemovalSession:
         if mask.getextrema()[1] == 0:
             raise ValueError("Expected a mask that covers something, but nothing is painted.")
         without = self._index_of(settings.without)
+        calls = count_crops(self.pipe, mask) if settings.crop else 1
         removals = []
         with self._lock, self._steered(settings):
             for index in range(settings.count):
-                label = f"Image {index + 1} of {settings.count}"
-
-                def report(done: int, steps: int, index: int = index, label: str = label) -> None:
-                    share = (index + done / steps) / settings.count
-                    on_progress(share, f"{label}: step {done} of {steps}")
-
-                on_progress(index / settings.count, label)
+                report = progress_of(on_progress, index, settings.count, calls)
                 observed = ObservedPipeline(self.pipe, report)
                 result = remove_from_image(
                     observed,
@@ -183,6 +182,7 @@ class RemovalSession:
                     steps=settings.steps,
                     seed=settings.seed + index,
                     outside=settings.outside,
+                    crop=settings.crop,
                 )
                 trace = observed.trace(weights=settings.weights, without=without)
                 removals.append(Removal(result, settings.seed + index, settings, trace))
@@ -236,3 +236,23 @@ class RemovalSession:
             if settings.without is not None:
                 stack.enter_context(moe_lora.ablation.ablate_expert(transformer, settings.without))
             yield
+
+
+def progress_of(on_progress: OnProgress, index: int, count: int, calls: int) -> OnStep:
+    """Announce one of several images, and return what reports the steps of its calls.
+
+    Args:
+        on_progress: of the visitor.
+        index: of the image.
+        count: how many images.
+        calls: how often the pipeline is called for each.
+    """
+    label = f"Image {index + 1} of {count}"
+    on_progress(index / count, label)
+
+    def report(call: int, done: int, steps: int) -> None:
+        part = "" if calls == 1 else f", crop {call + 1} of {calls}"
+        share = (index + (call + done / steps) / calls) / count
+        on_progress(share, f"{label}{part}: step {done} of {steps}")
+
+    return report

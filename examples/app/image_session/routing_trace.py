@@ -14,8 +14,8 @@ from torch import Tensor
 import moe_lora
 from image_io.padding import MULTIPLE
 
-OnStep = Callable[[int, int], None]
-"""Called after each step with the number of steps that are done, and of all."""
+OnStep = Callable[[int, int, int], None]
+"""Called after each step: index of the pipeline's call, steps that are done, and all steps."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TokenMap:
 
     Attributes:
         weights: `(rows, columns, E)`.
-        image: mode RGB, what the pipeline was called with.
+        image: mode RGB, what the pipeline was called with: the padded image, or a crop of it.
         mask: mode L, of the image's size; white = remove.
     """
 
@@ -68,6 +68,7 @@ class ObservedPipeline:
         self._sigma: list[float] = []
         self._decided: list[Tensor] = []
         self._call: dict[str, Any] = {}
+        self._calls = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipe, name)
@@ -75,6 +76,7 @@ class ObservedPipeline:
     def __call__(self, **arguments: Any) -> Any:
         """Call the pipeline; of several calls the last is recorded."""
         self._sigma, self._decided, self._call = [], [], arguments
+        self._calls += 1
         return self._pipe(**arguments, callback_on_step_end=self._note)
 
     def _note(
@@ -85,7 +87,7 @@ class ObservedPipeline:
             decision = moe_lora.current_routing(pipe.transformer)
             if decision is not None:
                 self._decided.append(decision.weights[0].detach().float().cpu())
-        self._on_step(step + 1, pipe.num_timesteps)
+        self._on_step(self._calls - 1, step + 1, pipe.num_timesteps)
         return {}
 
     def trace(

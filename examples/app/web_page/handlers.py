@@ -17,7 +17,7 @@ from image_session.removal_session import ExportFormat, RemovalSession, RemovalS
 from image_session.visit import Visit
 from sample_photos import SamplePhoto
 from web_page.errors import told
-from web_page.parts import BY_ITSELF, PREVIOUS, SOURCE, EditorPart, ResultPart, RoutingPart
+from web_page.parts import BY_ITSELF, CROP, PREVIOUS, SOURCE, EditorPart, ResultPart, RoutingPart
 
 Updates = dict[Any, Any]
 Editor = dict[str, Any] | None
@@ -110,6 +110,7 @@ class Handlers:
         seed: float,
         count: float,
         outside: str,
+        area: str,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it here
     ) -> Updates:
         """Remove what is painted."""
@@ -118,6 +119,7 @@ class Handlers:
             seed=int(seed),
             count=int(count),
             outside=outside,
+            crop=area == CROP,
             task_hint=None if hint in (None, BY_ITSELF) else hint,
         )
         since = time.monotonic()

@@ -102,7 +102,8 @@ def connect_editor(
         *(result.slider, result.told, result.beside, result.gallery),
         *(result.download, result.download_mask, result.difference, result.mask),
     ]
-    private: Any = {"api_visibility": "private", "show_progress_on": part.editor}
+    # An editor that loads its new image misses that the request is done, and shows it for ever.
+    private: Any = {"api_visibility": "private", "show_progress_on": part.told}
     page.load(handlers.open_first, state, opened, **private)
     part.samples.select(handlers.open_sample, state, opened, **private)
     part.upload.upload(handlers.open_photo, [state, part.upload], opened, **private)

@@ -24,6 +24,9 @@ MOST_GROWTH = 512
 BY_ITSELF = ""
 """Choice of a removal without a hint."""
 
+WHOLE, CROP = "the whole image", "a crop around the mask"
+"""What the model runs on."""
+
 SOURCE, PREVIOUS = "source", "previous result"
 """What a result is compared with."""
 
@@ -115,12 +118,13 @@ class SettingsPart:
     seed: gr.Number
     count: gr.Slider
     outside: gr.Dropdown
+    area: gr.Dropdown
     run: gr.Button
 
     @property
     def values(self) -> list[gr.components.Component]:
         """The settings in the order of `Handlers.remove`."""
-        return [self.hint, self.steps, self.seed, self.count, self.outside]
+        return [self.hint, self.steps, self.seed, self.count, self.outside, self.area]
 
 
 def hint_choices(hints: Sequence[str]) -> list[tuple[str, str]]:
@@ -154,8 +158,9 @@ def settings_part(hints: Sequence[str], *, steps: int) -> SettingsPart:
         outside = gr.Dropdown(
             list(OUTSIDE), value="keep", label="Outside the mask", min_width=140, elem_id="outside"
         )
+    area = gr.Dropdown([WHOLE, CROP], value=WHOLE, label="Run the model on", elem_id="area")
     run = gr.Button("Remove", variant="primary", size="lg", elem_id="run")
-    return SettingsPart(hint, step_slider, seed, count, outside, run)
+    return SettingsPart(hint, step_slider, seed, count, outside, area, run)
 
 
 @dataclass(frozen=True)

@@ -104,11 +104,13 @@ def jpeg(server: Server, tmp_path: Path) -> Path:
     return path
 
 
-def removed_by_command(server: Server, photo: Path, mask: Path, output: Path) -> Image.Image:
+def removed_by_command(
+    server: Server, photo: Path, mask: Path, output: Path, *, crop: bool = False
+) -> Image.Image:
     flags = {"image": photo, "mask": mask, "output": output, "checkpoint": server.checkpoint}
     words = [word for name, path in flags.items() for word in (f"--{name}", str(path))]
-    # The app runs the model at the size of the image.
-    words += ["--resolution", str(max(Image.open(photo).size))]
+    # Without crops, the app runs the model at the size of the image.
+    words += [] if crop else ["--resolution", str(max(Image.open(photo).size))]
     remove.main([*words, "--flux_fill_id", server.flux_fill_id, "--steps", str(STEPS)])
     return Image.open(output)
 
@@ -228,6 +230,26 @@ def test_the_routing_is_seen_and_overridden(
     assert np.array_equal(np.array(found), np.array(expected))
 
 
+def test_a_removal_on_a_crop_has_its_map(visitor: Visitor, server: Server, tmp_path: Path) -> None:
+    photo, mask = Image.new("RGB", (300, 200), "gray"), Image.new("L", (300, 200))
+    photo.paste(Image.open(server.samples[2].photo).convert("RGB").resize((60, 60)), (200, 90))
+    mask.paste(255, (215, 110, 235, 130))
+    photo.save(tmp_path / "large.png")
+    mask.save(tmp_path / "mask.png")
+    visitor.upload("Load a photograph", tmp_path / "large.png")
+    visitor.upload("Load a mask", tmp_path / "mask.png")
+    visitor.page.click("#area input")
+    visitor.page.get_by_role("option", name="a crop around the mask").click()
+    visitor.remove()
+    found = Image.open(visitor.download("#download", tmp_path))
+    files = [tmp_path / name for name in ("large.png", "mask.png", "expected.png")]
+    expected = removed_by_command(server, *files, crop=True)
+    assert np.array_equal(np.array(found), np.array(expected))
+    assert not np.array_equal(np.array(found), np.array(photo))
+    visitor.tab("Tokens")
+    assert visitor.page.locator("#maps button.thumbnail-item").count() == (0 if CHECKPOINT else 3)
+
+
 def test_the_mixture_is_exported(visitor: Visitor, tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -291,6 +313,8 @@ def test_files_that_are_no_photographs_are_refused(visitor: Visitor, tmp_path: P
     Image.new("RGB", (2000, 1000)).save(tmp_path / "wide.png")
     visitor.upload("Load a photograph", tmp_path / "wide.png")
     assert "at most 1 megapixels" in visitor.message()
+    for _ in range(2):  # the editor takes part in further requests
+        visitor.act("#invert")
     assert "steps" in visitor.remove()  # the first sample is still there
 
 
@@ -303,6 +327,7 @@ def test_a_phone_shows_all_of_it(server: Server, browser: Any) -> None:
         for selector in ("#upload", "#editor", "#run", "#result", "#download", "#bars"):
             box = visitor.box(visitor.page.locator(selector))
             assert 0 <= box["x"] < box["x"] + box["width"] <= size["width"], selector
+        assert visitor.box(visitor.page.locator("#samples"))["height"] < 90  # one row, no gap
         visitor.screenshot("app_phone")
 
 

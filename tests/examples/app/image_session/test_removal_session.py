@@ -25,7 +25,10 @@ def same(first: Image.Image, second: Image.Image) -> bool:
     return np.array_equal(np.array(first), np.array(second))
 
 
-@pytest.mark.parametrize("outside", ["keep", "paste", "prediction"])
+@pytest.mark.parametrize(
+    ("outside", "crop"),
+    [("keep", False), ("paste", False), ("prediction", False), ("keep", True)],
+)
 def test_a_removal_is_that_of_remove(
     session: RemovalSession,
     random_flux_fill: Path,
@@ -34,15 +37,17 @@ def test_a_removal_is_that_of_remove(
     mask: Image.Image,
     tmp_path: Path,
     outside: str,
+    crop: bool,
 ) -> None:
-    settings = RemovalSettings(steps=2, seed=3, outside=outside)
+    settings = RemovalSettings(steps=2, seed=3, outside=outside, crop=crop)
     found = session.remove(image, mask, settings)
     image.save(tmp_path / "image.png")
     mask.save(tmp_path / "mask.png")
     flags = {"image": "image.png", "mask": "mask.png", "output": "out.png"}
     words = [w for name, file in flags.items() for w in (f"--{name}", str(tmp_path / file))]
     words += ["--checkpoint", str(checkpoint), "--flux_fill_id", str(random_flux_fill)]
-    words += ["--resolution", "90"]  # the app runs the model at the size of the image
+    # Without crops, the app runs the model at the size of the image.
+    words += [] if crop else ["--resolution", "90"]
     remove.main([*words, "--steps", "2", "--seed", "3", "--outside", outside])
     assert same(found[0].image, Image.open(tmp_path / "out.png"))
     assert not same(found[0].image, image)
@@ -164,6 +169,36 @@ def test_progress_reaches_the_end(
     session.remove(image, mask, settings, lambda share, text: seen.append((share, text)))
     assert [share for share, _ in seen] == [0, 0.25, 0.5, 0.5, 0.75, 1]
     assert seen[-1][1] == "Image 2 of 2: step 2 of 2"
+
+
+def test_progress_counts_crops(session: RemovalSession) -> None:
+    seen: list[tuple[float, str]] = []
+    image, mask = Image.new("RGB", (400, 100), "gray"), Image.new("L", (400, 100))
+    for left in (20, 350):
+        mask.paste(255, (left, 40, left + 12, 52))
+    settings = RemovalSettings(steps=2, crop=True)
+    session.remove(image, mask, settings, lambda share, text: seen.append((share, text)))
+    assert [share for share, _ in seen] == [0, 0.25, 0.5, 0.75, 1]
+    assert seen[-1][1] == "Image 1 of 1, crop 2 of 2: step 2 of 2"
+
+
+def test_the_map_of_a_crop_lies_on_the_crop(
+    checkpoint_of: Callable[[str], Path], random_flux_fill: Path
+) -> None:
+    rows, columns = np.indices((160, 240), dtype=np.uint8)  # a pixel's color tells its place
+    pixels = np.stack([rows, columns, np.zeros_like(rows)], axis=2)
+    mask = Image.new("L", (240, 160))
+    mask.paste(255, (180, 30, 190, 40))
+    session = RemovalSession(str(random_flux_fill), checkpoint_of("token_removal"))
+    settings = RemovalSettings(steps=2, crop=True)
+    trace = session.remove(Image.fromarray(pixels), mask, settings)[0].trace
+    assert trace is not None
+    assert trace.tokens is not None
+    crop, where = np.array(trace.tokens.image), np.array(trace.tokens.mask) > 127
+    assert crop.shape == (64, 64, 3)  # the size of the VAE
+    assert crop[..., 1].min() > 100  # not the left of the image
+    assert np.abs(crop[where][:, :2].mean(0) - (34.5, 184.5)).max() < 0.6
+    assert trace.tokens.weights.shape == (4, 4, 3)
 
 
 def test_token_weights_become_a_map(
