@@ -31,19 +31,18 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "flux_removal"))
 
 from kinds_report import write_report
-from kinds_scenes import Scenes, draw_folder, draw_split, kept
+from kinds_scenes import Scenes, kept
 from kinds_training import Judge, accuracy, fit, fit_router, weights_by_kind
 
 import moe_lora
+import train
 from moe_lora import MoELoraConfig
 from moe_lora.routing import SurroundingsRouter
 from moe_lora.routing.routers.gating import RoutingStrategy
-from options.mixture_options import ATTENTION_AND_FEED_FORWARD
-from options.train_options import BUNDLED_MODEL
-from reporting.contact_sheet import contact_sheet, show_mask
 
 KINDS = ("shadow", "glow", "reflection")
-TARGETS = list(ATTENTION_AND_FEED_FORWARD)
+DEFAULTS = train.parse_options(["--train_data_dir", "unused"])
+TARGETS = list(DEFAULTS.target_modules)
 MERGES = (
     *("linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd"),
     *("dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"),
@@ -68,39 +67,35 @@ class Bench:
         self.folder = args.out / f"seed-{seed}"
         self.judge = Judge(args.flux_fill_id, steps=args.denoising_steps)
 
-    def scenes(self, name: str, draw: Callable[[], Any]) -> Scenes:
-        return kept(
-            self.args.out / "scenes" / f"{name}.safetensors", draw, self.judge.pipe.vae, KINDS
-        )
+    def scenes(self, name: str, count: int, *flags: str) -> Scenes:
+        """Return scenes of the kinds by their name, drawn once for all seeds."""
+        path = self.args.out / "scenes" / f"{name}.safetensors"
+        given = ["--count", str(count), "--kinds", *KINDS, "--seed", str(SEEDS[name]), *flags]
+        return kept(path, self.judge.pipe.vae, given)
 
     @cached_property
     def train(self) -> Scenes:
-        count = self.args.train_scenes
-        return self.scenes("train", lambda: draw_split("train", count, KINDS, SEEDS["train"]))
+        """Return the scenes to train on."""
+        return self.scenes("train", self.args.train_scenes, "--split", "train")
 
     @cached_property
     def router_scenes(self) -> dict[str, Scenes]:
         """Return the scenes that routers learn from, by name."""
-        found = {"": self.train, ", 60 scenes": self.train.first(60)}
-        if self.args.router_photographs:
-            folder, count = self.args.router_photographs, self.args.router_scenes
+        args, found = self.args, {"": self.train, ", 60 scenes": self.train.first(60)}
+        if args.router_photographs:
+            folder = str(args.router_photographs)
             found[", many photographs"] = self.scenes(
-                "router", lambda: draw_folder(folder, count, KINDS, SEEDS["router"])
+                "router", args.router_scenes, "--photographs", folder
             )
         return found
 
     @cached_property
     def tests(self) -> dict[str, Scenes]:
         """Return the scenes to measure on, by name."""
-        count = self.args.scenes
-        found = {
-            "test": self.scenes("test", lambda: draw_split("test", count, KINDS, SEEDS["test"]))
-        }
-        if self.args.others:
-            folder, count = self.args.others, self.args.other_scenes
-            found["others"] = self.scenes(
-                "others", lambda: draw_folder(folder, count, KINDS, SEEDS["others"])
-            )
+        args, found = self.args, {"test": self.scenes("test", self.args.scenes, "--split", "test")}
+        if args.others:
+            folder = str(args.others)
+            found["others"] = self.scenes("others", args.other_scenes, "--photographs", folder)
         return found
 
     def plain(
@@ -263,7 +258,6 @@ class Bench:
             lambda: self.plain(r, name="plain_small", scenes=self.train, parts=every),
         )
         self.growth()
-        self.draw()
 
     def merged(self, how: str, weight: float) -> PeftModel:
         """Return one of PEFT's merges of the LoRAs of all kinds."""
@@ -288,29 +282,6 @@ class Bench:
             entry = json.loads((self.folder / "rows" / f"{name}.json").read_text(encoding="utf-8"))
             found.append(entry["psnr"]["test"]["mean"]["effect"])
         self.record("best merge", partial(self.merged, *every[found.index(max(found))]))
-
-    def draw(self) -> None:
-        """Draw a scene of each kind: each expert alone, and the weights of the learned router."""
-        path = self.folder / "experts.jpg"
-        if path.exists():
-            return
-        tests = self.tests["test"].first(2 * len(KINDS))
-        scenes = Scenes(**{name: value[len(KINDS) :] for name, value in vars(tests).items()})
-        columns = {"source": scenes.source / 255}
-        composed = self.composed()
-        for kind in KINDS:
-            columns[f"{kind} expert"] = self.judge.images(
-                composed, scenes, names=[kind] * len(KINDS)
-            )
-        learned = self.learned(list(self.router_scenes.values())[-1])
-        columns["learned router"] = self.judge.images(learned, scenes)
-        columns["target"] = scenes.result / 255
-        rows = [
-            {"mask": show_mask(scenes.source[i] / 255, scenes.mask[i].float())}
-            | {title: images[i] for title, images in columns.items()}
-            for i in range(len(KINDS))
-        ]
-        contact_sheet(rows, path, scale=1, labels=KINDS)
 
     def growth(self) -> None:
         """Let an adapter for shadows learn the other kinds, one after the other."""
@@ -354,7 +325,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--router_scenes", type=int, default=3000, help="scenes on these photographs")
     add("--router_steps", type=int, default=900)
     add("--denoising_steps", type=int, default=4)
-    add("--flux_fill_id", type=Path, default=BUNDLED_MODEL, help="folder of the base model")
+    add(
+        "--flux_fill_id",
+        type=Path,
+        default=Path(DEFAULTS.flux_fill_id),
+        help="folder of the base model",
+    )
     add("--out", type=Path, default=Path("outputs") / "kinds")
     add("--threads", type=int, help="of torch")
     add("--report", action="store_true", help="train nothing; write the report of what is done")

@@ -12,7 +12,7 @@ import removal_kinds
 import torch
 from diffusers import FluxFillPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from kinds_scenes import Scenes, draw_split, encode
+from kinds_scenes import Scenes, kept
 from kinds_training import Judge, accuracy, fit_router, measure, prompts
 from PIL import Image
 from reference_tables import written_into
@@ -31,10 +31,14 @@ def judge() -> Judge:
 
 
 @pytest.fixture(scope="module")
-def scenes(judge: Judge) -> Scenes:
-    return encode(
-        draw_split("test", 6, removal_kinds.KINDS, 12), judge.pipe.vae, removal_kinds.KINDS
-    )
+def scenes(judge: Judge, tmp_path_factory: pytest.TempPathFactory) -> Scenes:
+    path = tmp_path_factory.mktemp("scenes") / "test.safetensors"
+    flags = ["--count", "6", "--split", "test", "--kinds", *removal_kinds.KINDS]
+    drawn = kept(path, judge.pipe.vae, flags)
+    again = kept(path, judge.pipe.vae, ["--no_such_flag"])
+    for name, value in vars(drawn).items():
+        assert torch.equal(value, getattr(again, name))
+    return drawn
 
 
 @pytest.mark.slow
@@ -106,7 +110,6 @@ def test_a_small_run_goes_on_and_has_a_report(
         hinted = kinds_report.values(found, "composed, hinted", "test", "effect", kind)
         assert hinted["1"] == pytest.approx(alone["1"], abs=0.002)
     capsys.readouterr()
-    assert (tmp_path / "seed-1" / "experts.jpg").is_file()
     tables = kinds_report.tables(found)
     assert "| best merge | " in tables["regions"]
     merges = [

@@ -139,7 +139,9 @@ def parse(namespace: dict[str, Any], words: list[str]) -> None:
     """Parse the arguments of a script, without running it."""
     for name in ("parse_options", "parse", "parse_args"):
         if name in namespace:
-            namespace[name](words)
+            # A plan asks for neither a GPU nor the package of a base precision.
+            plan = ["--plan"] if name == "parse_options" and "--base_precision" in words else []
+            namespace[name]([*words, *plan])
             return
     namespace["build_parser"]().parse_args(words)
 

@@ -200,7 +200,7 @@ def test_the_gradient_is_near_that_of_the_whole_image() -> None:
         assert (windowed - images).abs().max() < 1e-5
         expected, found = (window.of(t.grad).flatten() for t in (whole, part))
         assert F.cosine_similarity(expected, found, dim=0) > 0.995
-        assert 0.98 < found.norm() / expected.norm() < 1.02
+        assert 0.97 < found.norm() / expected.norm() < 1.03
 
 
 def test_less_is_held_than_the_share_of_the_window() -> None:
