@@ -24,20 +24,25 @@ MAIN = (
     *("composed, learned", "composed, learned, top-1", LEARNED),
     *("composed, learned, top-1, many photographs", HINTED, "joint, hinted"),
 )
+LAST = "composed, learned, 2 kinds"
+"""The row that ends a seed."""
+
 REGIONS = ("effect", "inside", "outside")
 
 Results = dict[str, Any]
 
 
 def collect(out: Path) -> Results:
-    """Return all finished rows of a folder, and where and when they were measured.
+    """Return the rows of all finished seeds of a folder, and where and when they were measured.
 
     Raises:
-        FileNotFoundError: when no row is finished.
+        FileNotFoundError: when no seed is finished.
     """
-    entries = [json.loads(p.read_text(encoding="utf-8")) for p in out.glob("seed-*/rows/*.json")]
+    finished = [file.parent for file in out.glob(f"seed-*/rows/{LAST}.json")]
+    files = [file for folder in finished for file in folder.glob("*.json")]
+    entries = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     if not entries:
-        raise FileNotFoundError(f"Expected finished rows in {out}, but there are none.")
+        raise FileNotFoundError(f"Expected a finished seed in {out}, but there is none.")
     rows: dict[str, dict[str, Any]] = {}
     for entry in sorted(entries, key=lambda entry: (entry["row"], entry["seed"])):
         kept = {

@@ -139,9 +139,9 @@ def parse(namespace: dict[str, Any], words: list[str]) -> None:
     """Parse the arguments of a script, without running it."""
     for name in ("parse_options", "parse", "parse_args"):
         if name in namespace:
-            # A plan asks for neither a GPU nor the package of a base precision.
-            plan = ["--plan"] if name == "parse_options" and "--base_precision" in words else []
-            namespace[name]([*words, *plan])
+            # A plan asks neither for a GPU nor for packages of base precisions and optimizers.
+            needy = name == "parse_options" and {"--base_precision", "bnb.AdamW8bit"} & {*words}
+            namespace[name]([*words, *(["--plan"] if needy else [])])
             return
     namespace["build_parser"]().parse_args(words)
 
