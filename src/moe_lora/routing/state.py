@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -17,6 +12,7 @@ from torch import Tensor, nn
 from moe_lora.routing.decision import routing_from_decisions, run_router
 from moe_lora.routing.inputs import GivenInputs
 from moe_lora.routing.model_call import MaskCache, ModelCall
+from moe_lora.routing.open_contexts import OpenContexts
 from moe_lora.routing.routers.base import Router
 from moe_lora.routing.routers.gating import check_task_hint, task_hints
 from moe_lora.routing.statistics import RoutingStats
@@ -28,20 +24,6 @@ from moe_lora.routing.weights.fitting import fit_to_call
 from moe_lora.routing.weights.routing import Routing
 
 RoutingMode = Literal["routed", "uniform"]
-
-
-_STEERINGS: ContextVar[Mapping[RoutingState, Steering]] = ContextVar(
-    "_STEERINGS", default=MappingProxyType({})
-)
-_OPEN_CONTEXTS_LOCK = threading.Lock()
-_OpenContext = tuple[
-    Steering, bool
-]  # the effect of a context, and whether an asyncio task opened it
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _steering_in_context(state: RoutingState) -> Steering:
-    return _STEERINGS.get().get(state, NO_STEERING)
 
 
 class RoutingState(RoutingContext):
@@ -68,8 +50,7 @@ class RoutingState(RoutingContext):
         self.layer_names: dict[str, tuple[str, ...]] = {}
         self.stats: dict[str, RoutingStats] = {}
         self._threads = PerThread()
-        self._open: list[_OpenContext] = []  # in any thread
-        self._is_open = self._is_open_in_task = False
+        self._contexts = OpenContexts(self._threads)
 
     def add_adapter(
         self, adapter_name: str, expert_names: tuple[str, ...], layer_names: tuple[str, ...] = ()
@@ -99,7 +80,7 @@ class RoutingState(RoutingContext):
     @property
     def has_open_contexts(self) -> bool:
         """Return whether a context, such as `route`, is open in any thread."""
-        return bool(self._open)
+        return self._contexts.is_open
 
     def update_routed_adapters(self) -> None:
         """Update the adapters that must not be mixed uniformly outside of a pass."""
@@ -133,7 +114,11 @@ class RoutingState(RoutingContext):
         thread_state.has_run = True
         if original is None:  # a recomputed pass keeps the decisions of the original
             thread_state.decisions = {}
-        if getattr(model, "_is_replica", False) and self._open and steering is NO_STEERING:
+        if (
+            getattr(model, "_is_replica", False)
+            and self.has_open_contexts
+            and steering is NO_STEERING
+        ):
             raise RuntimeError(
                 "Expected no moe_lora.route, teach_experts or ablate_expert around DataParallel, "
                 "since contexts do not reach its threads. Use DistributedDataParallel, or open the "
@@ -151,7 +136,7 @@ class RoutingState(RoutingContext):
         routing = self._apply_steering(routing, steering, names)
         return routing if original is None else match_recomputed(routing, original)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
     def _run_routers(
         self,
         names: list[str],
@@ -213,15 +198,7 @@ class RoutingState(RoutingContext):
     @property
     def steering(self) -> Steering:
         """Return the combined effect of the open contexts of this thread or asyncio task."""
-        if not torch.compiler.is_compiling():
-            return _STEERINGS.get().get(self, NO_STEERING)
-        # Reading a context variable breaks a compiled graph, so it is read only when needed: in a
-        # thread with a copied context, and for interleaved asyncio tasks.
-        if not self._is_open:
-            return NO_STEERING
-        opened = self.thread_state.steering
-        must_read = opened is NO_STEERING or self._is_open_in_task
-        return _steering_in_context(self) if must_read else opened
+        return self._contexts.steering
 
     @contextmanager
     def steer(self, **changes: Any) -> Iterator[None]:
@@ -233,41 +210,13 @@ class RoutingState(RoutingContext):
             changes: fields of `Steering`.
         """
         change = Steering(**changes)
-        running, before = self.current(), self.steering
-        opened = (change, asyncio._get_running_loop() is not None)
-        self._update_open_contexts(self._open.append, opened)
-        self._set_contexts((*before.contexts, change))
-        try:
+        running = self.current()
+        with self._contexts.opened(change, self._routing_outside_pass):
             if running is None:
                 yield
             else:
                 with self.use(self._steer_running_pass(running, change)):
                     yield
-        finally:
-            self._update_open_contexts(self._open.remove, opened)
-            # Contexts may close in another order than they were opened.
-            self._set_contexts(tuple(c for c in self.steering.contexts if c is not change))
-
-    def _update_open_contexts(
-        self, add_or_remove: Callable[[_OpenContext], None], opened: _OpenContext
-    ) -> None:
-        with _OPEN_CONTEXTS_LOCK:
-            add_or_remove(opened)
-            self._is_open = bool(self._open)
-            self._is_open_in_task = any(in_task for _, in_task in self._open)
-
-    def _set_contexts(self, contexts: tuple[Steering, ...]) -> None:
-        """Set the open contexts of this thread or asyncio task."""
-        steering = NO_STEERING
-        for change in contexts:
-            steering = steering.combined_with(change)
-        if contexts:
-            steering = replace(
-                steering, outside_pass=self._routing_outside_pass(steering), contexts=contexts
-            )
-        others = {state: value for state, value in _STEERINGS.get().items() if state is not self}
-        _STEERINGS.set({**others, self: steering} if contexts else others)
-        self.thread_state.steering = steering
 
     def routing_outside_pass(self) -> Routing | None:
         steering = self.steering
@@ -372,6 +321,3 @@ class RoutingState(RoutingContext):
                 f"Expected `{name}` to have the shape (..., E), for the experts of the active "
                 f"adapters E in {experts}, but got {tuple(tensor.shape)}."
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": [], "_is_open": False, "_is_open_in_task": False}
