@@ -6,16 +6,17 @@ import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from measuring import processor
+
 SETS = {"test": "3 test photographs", "others": "31 other photographs"}
 PACKAGES = ("torch", "peft", "diffusers")
 MERGE = "best merge"
-HINTED, TOLD, PLAIN = "composed, hinted", "plain, told the kind", "plain"
+HINTED, TOLD, PLAIN = "composed, hinted", "plain, kind in the prompt", "plain"
 LEARNED = "composed, learned, many photographs"
 MAIN = (
     *("base", MERGE),
@@ -54,7 +55,7 @@ def collect(out: Path) -> Results:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, float32",
+        "machine": f"{processor()}, {os.cpu_count()} cores, 1 thread per seed, float32",
         "versions": versions,
         "rows": rows,
     }
@@ -222,13 +223,13 @@ def goal_table(results: Results) -> str:
             2.0,
         ),
         (
-            "hinted composition over the plain LoRA that is told the kind, dB",
+            "hinted composition over the plain LoRA with the kind in the prompt, dB",
             ">= -0.2",
             difference(results, HINTED, TOLD),
             -0.2,
         ),
         (
-            f"learned router over the best adapter that is not told the kind ({singles}), dB",
+            f"learned router over the best adapter without the kind ({singles}), dB",
             ">= 0.5",
             difference(results, LEARNED, singles),
             0.5,
@@ -240,7 +241,7 @@ def goal_table(results: Results) -> str:
             0.7,
         ),
         (
-            "shadows after a second kind was added, hinted, dB",
+            "shadows after two further kinds were added, hinted, dB",
             ">= -0.05",
             [
                 b - a

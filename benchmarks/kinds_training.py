@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,9 +59,18 @@ def call(model: nn.Module, x_t: Tensor, condition: Tensor, sigma: Tensor, prompt
     return velocity
 
 
-def hints_of(kinds: Tensor, names: Sequence[str]) -> list[str]:
-    """Return the task hint of each sample's kind."""
-    return [f"{names[index]}_only" for index in kinds.tolist()]
+def hinted(model: nn.Module, kinds: Tensor, names: Sequence[str]) -> AbstractContextManager[None]:
+    """Return a context in which task hints name the expert of each sample's kind.
+
+    Args:
+        model: the adapted transformer.
+        kinds: `(B,)`, indices of kinds.
+        names: experts by kind; without them there are no hints.
+    """
+    if not names:
+        return nullcontext()
+    hints = [f"{names[index]}_only" for index in kinds.tolist()]
+    return moe_lora.router_inputs(model, task_hint=hints)
 
 
 def fit(
@@ -101,12 +110,7 @@ def fit(
         sigma = torch.rand(len(rows), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
         x_t = flow.interpolate(x0, noise, sigma)
-        hinted = (
-            moe_lora.router_inputs(model, task_hint=hints_of(kinds, names))
-            if names
-            else nullcontext()
-        )
-        with hinted:
+        with hinted(model, kinds, names):
             found = call(model, x_t, scenes.condition[rows], sigma, prompts(kinds, told))
         loss = (found - flow.velocity(x0, noise)).square().mean()
         if supervision:
@@ -221,12 +225,7 @@ class Judge:
             ]
             planes = torch.cat(noise)
             x_t = FluxFillPipeline._pack_latents(planes, *planes.shape)
-            hinted = (
-                moe_lora.router_inputs(model, task_hint=hints_of(scenes.kind[rows], names))
-                if names
-                else nullcontext()
-            )
-            with hinted:
+            with hinted(model, scenes.kind[rows], names):
                 for sigma, after in pairwise(sigmas):
                     level = torch.full((len(rows),), sigma)
                     velocity = call(model, x_t, scenes.condition[rows], level, prompt)
@@ -242,7 +241,12 @@ class Judge:
         """Leave out one expert at a time, and see what each kind loses in the effect region."""
 
         def evaluate(model: nn.Module, scenes: Scenes) -> dict[str, Tensor]:
-            return effect_psnr(self.images(model, scenes), scenes, kinds)
+            found = psnr_by_kind(self.images(model, scenes), scenes, kinds)
+            effect = {kind: regions["effect"] for kind, regions in found.items()}
+            return {
+                kind: torch.tensor([math.nan if value is None else value for value in values])
+                for kind, values in effect.items()
+            }
 
         pairs = {kind: kind for kind in kinds}
         return specialization(model, [scenes], evaluate, higher_is_better=kinds, pairs=pairs)
@@ -261,29 +265,30 @@ class Judge:
         return measure(images, scenes, kinds)
 
 
-def effect_psnr(images: Tensor, scenes: Scenes, kinds: Sequence[str]) -> dict[str, Tensor]:
-    """Return the PSNR in dB in the effect region of each scene by kind; NaN for no region."""
+def psnr_by_kind(
+    images: Tensor, scenes: Scenes, kinds: Sequence[str]
+) -> dict[str, dict[str, list[float | None]]]:
+    """Return the PSNR in dB of each prediction by kind and region; None for too small a region."""
     found = metrics.measure(images, scenes.result / 255, scenes.mask.float(), scenes.source / 255)
-    values = found["psnr/effect"].tolist(SMALLEST_REGION)
-    effect = torch.tensor([math.nan if value is None else value for value in values])
-    return {kind: effect[scenes.kind == index] for index, kind in enumerate(kinds)}
+    values = {region: found[f"psnr/{region}"].tolist(SMALLEST_REGION) for region in REGIONS}
+    indices = {kind: (scenes.kind == i).nonzero()[:, 0].tolist() for i, kind in enumerate(kinds)}
+    return {
+        kind: {region: [values[region][i] for i in indices[kind]] for region in REGIONS}
+        for kind in kinds
+    }
 
 
 def measure(images: Tensor, scenes: Scenes, kinds: Sequence[str]) -> Means:
     """Return the mean PSNR in dB of predictions by kind and region, and over kinds as `mean`."""
-    found = metrics.measure(images, scenes.result / 255, scenes.mask.float(), scenes.source / 255)
-    means: Means = {}
-    for index, kind in enumerate(kinds):
-        of_kind = (scenes.kind == index).tolist()
-        if not any(of_kind):
-            continue
-        means[kind] = {}
-        for region in REGIONS:
-            values = found[f"psnr/{region}"].tolist(SMALLEST_REGION)
-            there = [v for v, ours in zip(values, of_kind, strict=True) if ours and v is not None]
-            means[kind][region] = round(statistics.fmean(there), 3)
+    means: Means = {
+        kind: {
+            region: round(statistics.fmean(v for v in values if v is not None), 3)
+            for region, values in regions.items()
+        }
+        for kind, regions in psnr_by_kind(images, scenes, kinds).items()
+    }
     means["mean"] = {
-        region: round(statistics.fmean(means[kind][region] for kind in means), 3)
+        region: round(statistics.fmean(means[kind][region] for kind in kinds), 3)
         for region in REGIONS
     }
     return means

@@ -244,7 +244,7 @@ class Bench:
             "plain", lambda: self.plain(r * every, name="plain", scenes=self.train, parts=every)
         )
         self.record(
-            "plain, told the kind",
+            "plain, kind in the prompt",
             lambda: self.plain(r * every, name="told", scenes=self.train, parts=every, told=True),
             told=True,
         )

@@ -17,17 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from kinds import KINDS, compose_kind, random_kind_scene
+from own_scenes import list_images, load_photograph
 from photographs import Array, random_crop, resize
 from scenes import MASK_KINDS, Scene, compose, cover
 
 SHORT_SIDE = 420
-"""Photographs of a folder are made as small."""
-
-PHOTOGRAPHS = (".jpg", ".jpeg", ".png")
+"""Photographs of a folder are reduced to this short side."""
 
 
 def read_photographs(folder: Path) -> list[Array]:
@@ -37,14 +35,11 @@ def read_photographs(folder: Path) -> list[Array]:
         FileNotFoundError: when there are none.
     """
     found = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTOGRAPHS):
-        with Image.open(path) as file:
-            image = np.asarray(file.convert("RGB"), dtype=np.float32) / np.float32(255)
+    for path in list_images(folder):
+        image = load_photograph(path)
         scale = SHORT_SIDE / min(image.shape[:2])
         height, width = (round(side * scale) for side in image.shape[:2])
         found.append(resize(image, height, width) if scale < 1 else image)
-    if not found:
-        raise FileNotFoundError(f"Expected photographs in {folder}, but found none.")
     return found
 
 

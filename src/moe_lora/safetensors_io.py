@@ -20,7 +20,7 @@ from torch import Tensor
 try:
     import fcntl
 except ImportError:  # Windows, where a folder cannot be locked
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 TEMPORARY = ".saving-moe_lora-"
 _THREADS = threading.RLock()

@@ -109,7 +109,7 @@ class FrozenForward:
         self.layer = layer
 
     def __call__(self, x: Tensor) -> Tensor:
-        product: Tensor = FrozenProduct.apply(x, self.layer)  # type: ignore[no-untyped-call]
+        product: Tensor = FrozenProduct.apply(x, self.layer)  # type: ignore[no-untyped-call]  # untyped in torch
         return product
 
 

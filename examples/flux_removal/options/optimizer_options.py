@@ -99,6 +99,7 @@ def _check_arguments(options: TrainOptions, known: dict[str, str]) -> None:
     arguments = {"lr": options.learning_rate} | options.optimizer_arguments
     try:
         optimizer_class(options.optimizer)([nn.Parameter(torch.zeros(2, 2))], **arguments)
+    # The kinds of errors by which optimizers of torch and others refuse arguments.
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"Expected `optimizer_kwargs` that {options.optimizer} accepts, but got "

@@ -80,7 +80,7 @@ def upload_result(run: Run, folder: Path) -> None:
             allow_patterns=list(UPLOADED),
             commit_message=f"Upload {folder.name}",
         )
-    except Exception:
+    except Exception:  # of any library on the way; it is raised again
         included = " ".join(f'--include "{pattern}"' for pattern in UPLOADED)
         command = f"hf upload {repository} {folder} . {included}"
         reporter.say(f"The upload failed. Repeat it: {command}", logging.ERROR)

@@ -44,9 +44,9 @@ def is_schedule_free(optimizer: Optimizer) -> bool:
 
 def use_training_weights(optimizer: Any) -> None:
     """Put the weights at which gradients are taken into the model."""
-    innermost(optimizer).train()  # type: ignore[attr-defined]
+    innermost(optimizer).train()  # type: ignore[attr-defined]  # a method of schedulefree
 
 
 def use_averaged_weights(optimizer: Any) -> None:
     """Put the average of the steps into the model."""
-    innermost(optimizer).eval()  # type: ignore[attr-defined]
+    innermost(optimizer).eval()  # type: ignore[attr-defined]  # a method of schedulefree

@@ -198,7 +198,7 @@ class _Solve(torch.autograd.Function):
 
 def _solve(loads: Tensor, grids: list[_Grid], tolerance: float) -> Tensor:
     """Solve the finest grid's equations, with gradient to `loads`."""
-    solution: Tensor = _Solve.apply(loads, grids, tolerance)  # type: ignore[no-untyped-call]
+    solution: Tensor = _Solve.apply(loads, grids, tolerance)  # type: ignore[no-untyped-call]  # untyped in torch
     return solution
 
 

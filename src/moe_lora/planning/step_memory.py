@@ -87,7 +87,7 @@ class LiveMemory(TorchDispatchMode):
     """
 
     def __init__(self, known: list[Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.bytes = self.peak = 0
         self._sizes = {t.untyped_storage()._cdata: 0 for t in known if isinstance(t, Tensor)}
 

@@ -154,7 +154,7 @@ class MoELoraConvExperts(MoELoraExperts):
             applied = fn(tensor.flatten(0, 1))
             return applied.view(*tensor.shape[:2], *applied.shape[1:])
 
-        super()._apply(apply_to_4d, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._apply(apply_to_4d, *args, **kwargs)  # type: ignore[no-untyped-call]  # untyped in torch
         return self
 
     def forward(  # type: ignore[override]

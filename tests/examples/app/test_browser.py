@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -390,9 +389,6 @@ def upload(server: Server, name: str, data: bytes) -> tuple[int, list[str]]:
 def test_uploads_are_bounded_and_stay_in_the_folder(server: Server) -> None:
     code, _ = upload(server, "too_large.png", bytes(int(2e6 * MEGABYTES)))
     assert code == 413
-    until = time.monotonic() + 20  # what was written of it is deleted after the answer
-    while list(server.folder.rglob("too_large.png")) and time.monotonic() < until:
-        time.sleep(0.1)
     assert list(server.folder.rglob("too_large.png")) == []
     for name in ("../../../escaped.png", "/tmp/escaped.png", "..%2f..%2fescaped.png"):
         code, paths = upload(server, name, b"data")

@@ -43,5 +43,5 @@ def test_photographs_of_a_folder_take_turns_and_are_made_small(tmp_path: Path) -
 
 
 def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="Expected photographs"):
+    with pytest.raises(FileNotFoundError, match="Expected images"):
         kind_scenes.read_photographs(tmp_path)

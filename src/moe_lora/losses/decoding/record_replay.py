@@ -195,7 +195,7 @@ class Replayer(_CallInterceptor):
         self.remaining = iter(recording.calls)
 
     def __exit__(self, exc_type: Any, *rest: Any) -> None:
-        super().__exit__(exc_type, *rest)  # type: ignore[no-untyped-call]
+        super().__exit__(exc_type, *rest)  # type: ignore[no-untyped-call]  # untyped in torch
         if exc_type is None and next(self.remaining, None) is not None:
             raise _unsupported("different layers for a window than for all latents")
 

@@ -256,7 +256,7 @@ class Router(nn.Module, ABC):
                 return tensor.to(moved.device)
             return moved
 
-        super()._apply(apply_without_rounding, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(apply_without_rounding, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         return self
 
 

@@ -131,7 +131,7 @@ def check_version_in_backward(x: Tensor, version: Tensor | None) -> Tensor:
     """Return `x` unchanged, in a graph that calls `check_version` in its backward pass."""
     if version is None:
         return x
-    versioned: Tensor = _VersionCheck.apply(x, version)  # type: ignore[no-untyped-call]
+    versioned: Tensor = _VersionCheck.apply(x, version)  # type: ignore[no-untyped-call]  # untyped in torch
     return versioned
 
 
