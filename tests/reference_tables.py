@@ -15,6 +15,7 @@ from typing import Any
 
 from moe_lora import MoELoraConfig
 from moe_lora.cli.main import parser
+from moe_lora.export.formats.tools import tool_table
 from options.loss_options import LossOptions
 from options.mixture_options import MixtureOptions
 from options.sharing_options import SharingOptions
@@ -65,6 +66,12 @@ def options_table(group: type) -> str:
         for field in sorted(dataclasses.fields(group), key=lambda field: field.name not in own)
     ]
     return _table(("option", "default", "meaning"), rows)
+
+
+def export_tools_table() -> str:
+    """Return one row per tool that loads exported LoRAs."""
+    rows = [(f"`{tool}`", *cells) for tool, *cells in tool_table()]
+    return _table(("`tool`", "name", '`"diffusers"`', '`"kohya"`', '`"peft"`'), rows)
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -135,6 +142,7 @@ PAGES: dict[Path, dict[str, str]] = {
             },
         )
     },
+    ROOT / "docs" / "how_to" / "export_and_import_loras.md": {"tools": export_tools_table()},
     FOLDER / "cli.md": {name: command_table(command) for name, command in commands().items()},
 }
 

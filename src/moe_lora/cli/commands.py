@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -26,14 +28,20 @@ def inspect(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """Write one plain LoRA of a fixed mixture."""
     table, _ = table_of_checkpoint(options.checkpoint)
-    report = write_mixture(
-        table,
-        weights_for_checkpoint(options.weights, table.config),
-        options.out,
-        format=options.format,
-        rank=options.rank,
-        dtype=None if options.dtype is None else getattr(torch, options.dtype),
-    )
+    weights = weights_for_checkpoint(options.weights, table.config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = write_mixture(
+            table,
+            weights,
+            options.out,
+            format=options.format,
+            rank=options.rank,
+            dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            tool=options.tool,
+        )
+    for warning in caught:
+        print(f"moe-lora: warning: {warning.message}", file=sys.stderr)
     if options.json:
         print(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}, indent=2))
     else:

@@ -11,6 +11,7 @@ from moe_lora.cli import commands
 from moe_lora.cli.example import EXAMPLES, ListExamples, example
 from moe_lora.cli.plan import add_plan_arguments, plan
 from moe_lora.export.formats import Format
+from moe_lora.export.formats.tools import TOOLS
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -54,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     _add_weights(export)
     export.add_argument(
         "--format", choices=get_args(Format), default="diffusers", help="Layout of the output."
+    )
+    export.add_argument(
+        "--tool", choices=tuple(TOOLS), help="Warn if this tool would not load the output."
     )
     export.add_argument("--rank", type=int, help="Maximum rank per layer; compresses by an SVD.")
     export.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from moe_lora.export.formats.diffusers import diffusers_file
 from moe_lora.export.formats.kohya import kohya_tensors
 from moe_lora.export.formats.metadata import header
 from moe_lora.export.formats.peft import peft_tensors, plain_config
+from moe_lora.export.formats.tools import TOOLS, Tool, refusal
 from moe_lora.export.listing import first_few
 from moe_lora.export.lora_factors import Factors, PlainLora
 from moe_lora.safetensors_io import replacing, write_tensors
@@ -71,6 +73,7 @@ def export_lora(
     rank: int | None = None,
     dtype: torch.dtype | None = None,
     inputs: Mapping[str, Any] | None = None,
+    tool: Tool | None = None,
 ) -> ExportReport:
     """Write one plain LoRA that equals the mixture under fixed weights.
 
@@ -91,6 +94,8 @@ def export_lora(
         dtype: what the file holds; the experts' dtype by default.
         inputs: with `weights="for"`, the arguments of `weights_for` by name: those of the model's
             own call, and `mask`, `image` and so on where the call does not carry them.
+        tool: "diffusers", "peft", "comfyui", "sd-scripts" or "invokeai"; warns if this tool would
+            not load the file, or would drop layers of it.
 
     Returns:
         What was written, with the relative error of the compression, which the file holds, too.
@@ -104,7 +109,7 @@ def export_lora(
     """
     table = table_of_model(model, adapter_name)
     chosen = weights_for_model(model, weights, adapter_name=adapter_name, inputs=inputs)
-    return write_mixture(table, chosen, path, format=format, rank=rank, dtype=dtype)
+    return write_mixture(table, chosen, path, format=format, rank=rank, dtype=dtype, tool=tool)
 
 
 def write_mixture(
@@ -115,6 +120,7 @@ def write_mixture(
     format: Format = "diffusers",
     rank: int | None = None,
     dtype: torch.dtype | None = None,
+    tool: Tool | None = None,
 ) -> ExportReport:
     """Write the mixture of a table of experts; see `export_lora`.
 
@@ -127,6 +133,8 @@ def write_mixture(
         raise ValueError(
             f"Expected `format` to be one of {list(get_args(Format))}, but got {format!r}."
         )
+    if tool is not None and tool not in TOOLS:
+        raise ValueError(f"Expected `tool` to be one of {list(TOOLS)}, but got {tool!r}.")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"Expected `dtype` to be a floating-point type, but got {dtype}.")
     lora, error = table.mixed(chosen.weights), 0.0
@@ -146,6 +154,9 @@ def write_mixture(
         layer_errors=layer_errors,
     )
     _write(lora, table, report)
+    refused = refusal(tool, format, lora, table.base_class) if tool else None
+    if refused:
+        warnings.warn(refused, stacklevel=3)
     return report
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -94,6 +94,19 @@ def flux_norm(key: str) -> str:
     block = "transformer_blocks" if kind == "double_blocks" else "single_transformer_blocks"
     added = "added_" if middle[0] == "txt_attn" else ""
     return f"{block}.{index}.attn.norm_{added}{name[0]}"
+
+
+def is_flux(paths: Collection[str], base_class: str | None) -> bool:
+    """Return whether the layers belong to a FLUX.1 transformer.
+
+    Args:
+        paths: of the adapted layers.
+        base_class: class name of the base model, if it is known.
+    """
+    if base_class is not None:
+        return base_class == "FluxTransformer2DModel"
+    # Other families share the names of the double blocks.
+    return any(path.startswith("single_transformer_blocks.") and flux_name(path) for path in paths)
 
 
 def fuse_flux(lora: PlainLora) -> tuple[dict[str, Factors], list[str]]:

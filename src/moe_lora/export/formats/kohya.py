@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
-from moe_lora.export.formats.flux_names import flux_name, fuse_flux
+from moe_lora.export.formats.flux_names import fuse_flux, is_flux
 from moe_lora.export.formats.peft import up_in_shape_of
 from moe_lora.export.formats.unet_names import flatten_unet, is_unet
 from moe_lora.export.listing import first_few
@@ -32,7 +30,7 @@ def kohya_tensors(lora: PlainLora, base_class: str | None = None) -> dict[str, T
     """
     if is_unet(lora, base_class):
         named, dropped = flatten_unet(lora)
-    elif _is_flux(lora, base_class):
+    elif is_flux(lora, base_class):
         named, dropped = fuse_flux(lora)
     else:
         raise ValueError(
@@ -53,10 +51,3 @@ def kohya_tensors(lora: PlainLora, base_class: str | None = None) -> dict[str, T
         tensors[f"{PREFIX}{name}.lora_up.weight"] = up_in_shape_of(factors.down, up)
         tensors[f"{PREFIX}{name}.alpha"] = torch.tensor(float(alpha))
     return tensors
-
-
-def _is_flux(paths: Collection[str], base_class: str | None) -> bool:
-    if base_class is not None:
-        return base_class == "FluxTransformer2DModel"
-    # Other families share the names of the double blocks.
-    return any(path.startswith("single_transformer_blocks.") and flux_name(path) for path in paths)
