@@ -36,6 +36,7 @@ SCENARIOS = [
     "fsdp-cold-experts",
     "fsdp-saving",
     "fsdp-mixed-precision",
+    "fsdp-shards",
 ]
 FROZEN = ["ddp-frozen-experts", "fsdp-frozen-experts"]
 
@@ -112,6 +113,13 @@ def test_two_processes_train_like_one_through_phases_that_ask_no_router(report_o
     assert report["none_in_one"] == []
     assert report["router_steps"] == 2
     assert report["parameter"] < 1e-3  # AdamW turns the noise of tiny gradients into steps
+
+
+@pytest.mark.parametrize("part", ["base", "adapter", "gradients", "optimizer"])
+def test_a_plan_counts_the_shard_of_a_process(report_of, part):
+    report = report_of("fsdp-shards")
+    assert report[part] == pytest.approx(report["plan"][part], rel=1e-6)
+    assert report["plan"]["gathered"] > 0
 
 
 def test_processes_whose_passes_differ_end_with_the_same_gradients(report_of):

@@ -9,7 +9,7 @@ import copy
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from training import (
     PHASES,
@@ -43,7 +44,8 @@ from training import (
     whole,
 )
 
-from moe_lora import Router
+from moe_lora import MoELoraConfig, Router
+from moe_lora.planning import plan_training
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -149,6 +151,33 @@ def saves_and_resumes(folder: Path, wrap: Wrap) -> Report:
     return {"resumed": apart, "keys": sorted(parameters)}
 
 
+def shards(folder: Path) -> Report:
+    """Count the bytes of a shard, as the mean over the processes, and plan them."""
+    case = Case(folder, "flux")
+    model = fsdp(case.model())
+    optimizer = optimizer_of(model)
+    loss_of(model, case.share()).backward()
+    optimizer.step()
+
+    def mean_bytes(tensors: Iterable[Tensor]) -> float:
+        local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        counted = torch.tensor(float(sum(t.numel() * t.element_size() for t in local)))
+        dist.all_reduce(counted)
+        return counted.item() / dist.get_world_size()
+
+    parameters = list(model.parameters())
+    states = [v for state in optimizer.state.values() for k, v in state.items() if k != "step"]
+    config = MoELoraConfig(**case.config)
+    plan = plan_training(case.base(), config, base_precision="fp32", shards=dist.get_world_size())
+    return {
+        "base": mean_bytes(p for p in parameters if not p.requires_grad),
+        "adapter": mean_bytes(p for p in parameters if p.requires_grad),
+        "gradients": mean_bytes(p.grad for p in parameters if p.grad is not None),
+        "optimizer": mean_bytes(states),
+        "plan": plan.as_dict(),
+    }
+
+
 def mixed_precision(folder: Path) -> Report:
     """Shard with bfloat16 parameters and see in which dtype the router works."""
     case = Case(folder, "flux")
@@ -231,6 +260,7 @@ SCENARIOS: dict[str, Callable[[Path], Report]] = {
     "fsdp-cold-experts": lambda folder: cold_experts(folder, fsdp),
     "fsdp-saving": lambda folder: saves_and_resumes(folder, fsdp),
     "fsdp-mixed-precision": mixed_precision,
+    "fsdp-shards": shards,
     "ddp-frozen-experts": lambda folder: train_and_resume(folder, ddp, "frozen_ddp"),
     "fsdp-frozen-experts": lambda folder: train_and_resume(folder, fsdp, "frozen_fsdp"),
     "deepspeed-2": lambda folder: deepspeed(folder, 2),

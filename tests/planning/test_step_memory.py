@@ -4,14 +4,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    UNet2DConditionModel,
+)
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import moe_lora
 from moe_lora import MoELoraConfig
-from moe_lora.planning import step_memory
+from moe_lora.planning import example_call, step_memory
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +63,42 @@ def unet() -> tuple[nn.Module, dict[str, Any]]:
     return model, inputs
 
 
+def flux2() -> tuple[nn.Module, dict[str, Any]]:
+    model = Flux2Transformer2DModel(
+        in_channels=32,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        axes_dims_rope=(8, 8, 8, 8),
+    )
+    return model, filled(model)
+
+
+def qwen() -> tuple[nn.Module, dict[str, Any]]:
+    model = QwenImageTransformer2DModel(
+        in_channels=32,
+        out_channels=8,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        axes_dims_rope=(8, 12, 12),
+    )
+    return model, filled(model)
+
+
+def filled(model: nn.Module) -> dict[str, Any]:
+    """Return the example call of a model, with values."""
+    call = example_call(model, 256, 256, batch_size=2, text_tokens=8)
+    assert call is not None
+    return {
+        name: torch.rand(value.shape) if isinstance(value, Tensor) else value
+        for name, value in call.items()
+    }
+
+
 def allocated(model: nn.Module, inputs: dict[str, Any], weights: Tensor) -> int:
     """Return the most bytes that PyTorch's allocator handed out in a training step."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -77,7 +118,7 @@ def allocated(model: nn.Module, inputs: dict[str, Any], weights: Tensor) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("build", [flux, unet])
+@pytest.mark.parametrize("build", [flux, unet, flux2, qwen])
 def test_the_peak_is_what_the_allocator_hands_out(build: Any, checkpointing: bool) -> None:
     torch.manual_seed(0)
     model, inputs = build()

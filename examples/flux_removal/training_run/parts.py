@@ -94,8 +94,12 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         ),
         log_with=None if options.report_to == "none" else options.report_to,
         project_config=ProjectConfiguration(options.output_dir, logging_dir=options.logging_dir),
-        # Uniform phases leave the router's parameters unused.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                find_unused_parameters=True,  # the router's, in uniform phases
+                gradient_as_bucket_view=True,  # no second copy of the gradients
+            )
+        ],
     )
     configure_sharding(accelerator, options)
     return accelerator

@@ -41,6 +41,9 @@ def add_plan_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Keep the linear layers of the base model's blocks in CPU memory.",
     )
+    command.add_argument(
+        "--shards", type=int, default=1, help="Processes that shard the training with FSDP2."
+    )
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -67,5 +70,6 @@ def plan(options: argparse.Namespace) -> None:
         optimizer=options.optimizer,
         checkpointing=not options.no_checkpointing,
         offload=options.offload,
+        shards=options.shards,
     )
     print(json.dumps(found.as_dict(), indent=2) if options.json else found)

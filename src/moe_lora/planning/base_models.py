@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KNOWN_CONFIGS = MappingProxyType(
+KNOWN_CONFIGS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
         # https://huggingface.co/black-forest-labs/FLUX.1-Fill-dev, transformer/config.json
         "FLUX.1-Fill-dev": {
@@ -20,6 +21,9 @@ KNOWN_CONFIGS = MappingProxyType(
             "guidance_embeds": True,
         },
         "FLUX.1-dev": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
+        # The defaults of their classes in diffusers 0.42.
+        "FLUX.2-dev": {"_class_name": "Flux2Transformer2DModel"},
+        "Qwen-Image": {"_class_name": "QwenImageTransformer2DModel"},
     }
 )
 """Configurations that need no download, by the last part of the model's name."""
@@ -51,7 +55,8 @@ def model_on_meta(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> nn.
         )
     with torch.device("meta"):
         model: nn.Module = cls.from_config(dict(config))
-    return model.to(dtype).requires_grad_(False)
+    # Without diffusers' own `to`, which warns of modules in float32 even where there are none.
+    return nn.Module.to(model, dtype).requires_grad_(False)
 
 
 def _is_model_class(cls: Any) -> bool:
@@ -80,7 +85,8 @@ def example_call(
     """Return arguments of a training call, in the sizes of an image.
 
     Args:
-        model: a `FluxTransformer2DModel`, `SD3Transformer2DModel` or `UNet2DConditionModel`.
+        model: a `FluxTransformer2DModel`, `Flux2Transformer2DModel`,
+            `QwenImageTransformer2DModel`, `SD3Transformer2DModel` or `UNet2DConditionModel`.
         height: of the image, in pixels.
         width: of the image, in pixels.
         batch_size: number of samples.
@@ -118,6 +124,30 @@ def _flux_call(model: Any, empty: Any, rows: int, columns: int, text: int) -> di
     return {**call, "guidance": empty()} if config.guidance_embeds else call
 
 
+def _flux2_call(model: Any, empty: Any, rows: int, columns: int, text: int) -> dict[str, Any]:
+    config, tokens = model.config, (rows // 2) * (columns // 2)
+    axes = len(config.axes_dims_rope)
+    call = {
+        "hidden_states": empty(tokens, config.in_channels),
+        "encoder_hidden_states": empty(text, config.joint_attention_dim),
+        "timestep": empty(),
+        "img_ids": torch.empty(tokens, axes, device="meta"),
+        "txt_ids": torch.empty(text, axes, device="meta"),
+    }
+    return {**call, "guidance": empty()} if config.guidance_embeds else call
+
+
+def _qwen_call(model: Any, empty: Any, rows: int, columns: int, text: int) -> dict[str, Any]:
+    config, grid = model.config, (rows // 2, columns // 2)
+    hidden = empty(grid[0] * grid[1], config.in_channels)
+    return {
+        "hidden_states": hidden,
+        "encoder_hidden_states": empty(text, config.joint_attention_dim),
+        "timestep": empty(),
+        "img_shapes": [[(1, *grid)]] * len(hidden),
+    }
+
+
 def _sd3_call(model: Any, empty: Any, rows: int, columns: int, text: int) -> dict[str, Any]:
     config = model.config
     return {
@@ -143,6 +173,8 @@ def _unet_call(model: Any, empty: Any, rows: int, columns: int, text: int) -> di
 
 _CALLS = {
     "FluxTransformer2DModel": _flux_call,
+    "Flux2Transformer2DModel": _flux2_call,
+    "QwenImageTransformer2DModel": _qwen_call,
     "SD3Transformer2DModel": _sd3_call,
     "UNet2DConditionModel": _unet_call,
 }

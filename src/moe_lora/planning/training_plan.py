@@ -12,6 +12,7 @@ import torch
 from peft import inject_adapter_in_model
 from torch import nn
 
+from moe_lora.planning.sharding import check_shards, gathered_bytes
 from moe_lora.planning.step_memory import step_memory
 from moe_lora.tuner.base_layer import RoutedLayer
 from moe_lora.tuner.config import MoELoraConfig
@@ -74,6 +75,7 @@ class TrainingPlan:
         activations: what lives beside the other parts at the peak of forward and backward pass;
             `None` where no call of the model is known.
         optimizer_temporaries: what a step of the optimizer allocates, after the backward pass.
+        gathered: weights and gradients that a process holds beside its shard; 0 without sharding.
         adapter_file: the saved adapter.
         checkpoint: the saved adapter and optimizer state, to resume from.
         fits: what fits a card, by its memory in GiB; see `Fit`.
@@ -87,6 +89,7 @@ class TrainingPlan:
     gradients: int
     activations: int | None
     optimizer_temporaries: int
+    gathered: int
     adapter_file: int
     checkpoint: int
     fits: Mapping[int, Fit | None]
@@ -95,7 +98,7 @@ class TrainingPlan:
     def total(self) -> int:
         """Return the peak of memory, without the activations where these are unknown."""
         constant = self.base + self.adapter + self.optimizer + self.gradients
-        return constant + max(self.activations or 0, self.optimizer_temporaries)
+        return constant + max((self.activations or 0) + self.gathered, self.optimizer_temporaries)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain numbers by name, for JSON."""
@@ -109,6 +112,7 @@ class TrainingPlan:
             "gradients": _gib(self.gradients),
             "activations": "unknown" if self.activations is None else _gib(self.activations),
             "optimizer step": _gib(self.optimizer_temporaries),
+            **({"gathered shards": _gib(self.gathered)} if self.gathered else {}),
             "memory at the peak": _gib(self.total),
             "adapter file": _gib(self.adapter_file),
             "checkpoint": _gib(self.checkpoint),
@@ -154,13 +158,14 @@ def plan_training(
     optimizer: str = "adamw",
     checkpointing: bool = True,
     offload: bool = False,
+    shards: int = 1,
     cards: tuple[int, ...] = (24, 48, 80),
 ) -> TrainingPlan:
     """Compute what a training needs, without memory for any weight.
 
     Experts, router, gradients and optimizer state are float32, as `cast_training_params` of
-    diffusers makes them. Counted is one process without sharding. Autoencoder, text encoders and
-    losses in pixel space are not counted.
+    diffusers makes them. Counted is one process. Autoencoder, text encoders and losses in pixel
+    space are not counted.
 
     Args:
         model: the base model, on any device (`model_on_meta`); it stays as it is.
@@ -172,32 +177,38 @@ def plan_training(
         checkpointing: whether the blocks' activations are computed again in the backward pass.
         offload: whether the linear layers of the base model's blocks, the modules in an
             `nn.ModuleList`, are in CPU memory, and copied one at a time.
+        shards: number of processes over which FSDP2 shards weights, gradients and optimizer state.
+            Each of the blocks and the rest of the model are gathered as one; at the peak these are
+            the rest and two blocks, with the gradients of two blocks.
         cards: memory of cards in GiB. For each, the best base precision and the highest rank that
             fit are named, with the activations of the given rank and 1 GiB left free. Offloading
             is tried after all precisions.
 
     Raises:
-        ValueError: for an unknown precision or optimizer, and as injection and `step_memory` raise.
+        ValueError: for an unknown precision or optimizer, for shards of a quantized or offloaded
+            base model or of 8-bit optimizers, and as injection and `step_memory` raise.
     """
     for name, known in ((base_precision, PRECISIONS), (optimizer, OPTIMIZERS)):
         if name not in known:
             raise ValueError(f"Expected one of {list(known)}, but got {name!r}.")
+    check_shards(shards, base_precision, optimizer, offload)
     adapted = _adapted_on_meta(model, config, checkpointing)
     step = None if call is None else step_memory(adapted, call, autocast=_autocast(model))
     layers = [module for module in adapted.modules() if isinstance(module, RoutedLayer)]
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
     def plan(parameters: int, precision: str, name: str, away: bool) -> TrainingPlan:
-        uses, gradients = OPTIMIZERS[name], 4 * parameters
+        uses = OPTIMIZERS[name]
         return TrainingPlan(
             trained_parameters=parameters,
             layers=len(layers),
-            base=base_bytes(model, precision, offload=away),
-            adapter=4 * parameters,
-            optimizer=int(uses.state * parameters),
-            gradients=gradients,
+            base=base_bytes(model, precision, offload=away) // shards,
+            adapter=4 * parameters // shards,
+            optimizer=int(uses.state * parameters / shards),
+            gradients=4 * parameters // shards,
             activations=None if step is None else max(step.peak - step.gradients, 0),
-            optimizer_temporaries=int(uses.temporary * parameters),
+            optimizer_temporaries=int(uses.temporary * parameters / shards),
+            gathered=gathered_bytes(adapted, parameters / trained) if shards > 1 else 0,
             adapter_file=4 * parameters,
             checkpoint=4 * parameters + int(uses.state * parameters),
             fits={},
@@ -206,7 +217,8 @@ def plan_training(
     per_rank = sum(len(config.experts) * (_width(m) + m.out_features) for m in layers)
     router = trained - sum(p.numel() for m in layers for p in m.moe_lora_experts.parameters())
     fits: dict[int, Fit | None] = dict.fromkeys(cards)
-    for r, (precision, away), name in _settings(config.r, optimizer):
+    settings = _settings(config.r, optimizer) if shards == 1 else _shardable(config.r, optimizer)
+    for r, (precision, away), name in settings:
         memory = plan(per_rank * r + router, precision, name, away).total
         for card in cards:
             if fits[card] is None and memory + HEADROOM <= card * GIB:
@@ -220,6 +232,14 @@ def _settings(r: int, optimizer: str) -> list[tuple[int, tuple[str, bool], str]]
     bases = [("bf16", False), ("int8", False), ("nf4", False), ("bf16", True)]
     optimizers = dict.fromkeys((optimizer, "adamw_8bit"))
     return [(k, base, o) for k in ranks for base in bases for o in optimizers]
+
+
+def _shardable(r: int, optimizer: str) -> list[tuple[int, tuple[str, bool], str]]:
+    return [
+        (rank, base, name)
+        for rank, base, name in _settings(r, optimizer)
+        if base == ("bf16", False) and name == optimizer
+    ]
 
 
 def _adapted_on_meta(model: nn.Module, config: MoELoraConfig, checkpointing: bool) -> nn.Module:
