@@ -25,6 +25,8 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"moe_lora {release}"
+html_static_path = ["_static"]
+html_css_files = ["print.css"]
 
 myst_heading_anchors = 3
 
