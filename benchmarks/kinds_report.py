@@ -18,12 +18,13 @@ PACKAGES = ("torch", "peft", "diffusers")
 MERGE = "best merge"
 HINTED, TOLD, PLAIN = "composed, hinted", "plain, kind in the prompt", "plain"
 LEARNED = "composed, learned, many photographs"
+TOP_1 = "composed, learned, top-1, many photographs"
 MAIN = (
     *("base", MERGE),
     *("plain, rank of one expert", PLAIN, TOLD),
     "joint, learned",
     *("composed, learned", "composed, learned, top-1", LEARNED),
-    *("composed, learned, top-1, many photographs", HINTED, "joint, hinted"),
+    *(TOP_1, HINTED, "joint, hinted"),
 )
 LAST = "composed, learned, 2 kinds"
 """The row that ends a seed."""
@@ -132,23 +133,22 @@ def merge_table(results: Results) -> str:
 
 def growth_table(results: Results) -> str:
     """Return the effect region of each kind after every addition."""
-    rows = []
+    rows, kinds = [], found_kinds(results)[:3]
     for row in (
-        "LoRA for shadow",
+        f"LoRA for {kinds[0]}",
         *(f"plain, {n} kinds one by one{r}" for r in ("", ", replay") for n in (2, 3)),
         "composed, hinted, 2 kinds",
         HINTED,
         "composed, learned, 2 kinds",
         LEARNED,
     ):
-        kinds = ("shadow", "glow", "reflection")
         known = 1 if row.startswith("LoRA") else 2 if "2 kinds" in row else 3
         cells = [
             spread(values(results, row, "test", "effect", kind).values()) if i < known else ""
             for i, kind in enumerate(kinds)
         ]
         rows.append([row, *cells])
-    return table(["row", "shadow", "glow", "reflection"], rows)
+    return table(["row", *kinds], rows)
 
 
 def accuracy_table(results: Results) -> str:
@@ -203,6 +203,20 @@ def difference(results: Results, row: str, other: str, scenes: str = "test") -> 
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
+def worst_difference(results: Results, row: str, other: str) -> list[float]:
+    """Return the least lead of a row over another on the test scenes, by seed.
+
+    The least over the kinds and the regions: effect, inside, outside.
+    """
+    by_seed: dict[str, list[float]] = {}
+    for kind in found_kinds(results):
+        for region in REGIONS:
+            ours, theirs = (values(results, name, "test", region, kind) for name in (row, other))
+            for seed in ours:
+                by_seed.setdefault(seed, []).append(ours[seed] - theirs[seed])
+    return [min(found) for found in by_seed.values()]
+
+
 def goal_table(results: Results) -> str:
     """Return what was hoped for, and what was found in each seed."""
     singles = max(
@@ -215,43 +229,41 @@ def goal_table(results: Results) -> str:
             difference(results, LEARNED, MERGE), difference(results, HINTED, MERGE), strict=True
         )
     ]
+    first = found_kinds(results)[0]
+    alone, grown = (
+        values(results, row, "test", "effect", first) for row in (f"LoRA for {first}", HINTED)
+    )
     checks = [
-        (
-            "hinted composition over the best merge, dB",
-            ">= 2.0",
-            difference(results, HINTED, MERGE),
-            2.0,
-        ),
+        ("hinted composition over the best merge, dB", 2.0, difference(results, HINTED, MERGE)),
         (
             "hinted composition over the plain LoRA with the kind in the prompt, dB",
-            ">= -0.2",
-            difference(results, HINTED, TOLD),
             -0.2,
+            difference(results, HINTED, TOLD),
         ),
         (
             f"learned router over the best adapter without the kind ({singles}), dB",
-            ">= 0.5",
-            difference(results, LEARNED, singles),
             0.5,
+            difference(results, LEARNED, singles),
         ),
         (
             "learned router's share of the gain from the best merge to the hinted composition",
-            ">= 0.70",
-            gains,
             0.7,
+            gains,
         ),
         (
-            "shadows after two further kinds were added, hinted, dB",
-            ">= -0.05",
-            [
-                b - a
-                for a, b in zip(
-                    values(results, "LoRA for shadow", "test", "effect", "shadow").values(),
-                    values(results, HINTED, "test", "effect", "shadow").values(),
-                    strict=True,
-                )
-            ],
+            f"{first}s after {len(found_kinds(results)) - 1} further kinds were added, hinted, dB",
             -0.05,
+            [grown[seed] - alone[seed] for seed in alone],
+        ),
+        (
+            "hinted composition over the plain LoRA, worst kind and region, dB",
+            -0.1,
+            worst_difference(results, HINTED, PLAIN),
+        ),
+        (
+            "learned router with top-1 over the plain LoRA, worst kind and region, dB",
+            -0.1,
+            worst_difference(results, TOP_1, PLAIN),
         ),
     ]
     return table(
@@ -259,11 +271,11 @@ def goal_table(results: Results) -> str:
         (
             [
                 text,
-                wanted,
+                f">= {least}",
                 ", ".join(f"{v:+.2f}" for v in found),
                 "yes" if found and all(v >= least for v in found) else "no",
             ]
-            for text, wanted, found, least in checks
+            for text, least, found in checks
         ),
     )
 

@@ -268,14 +268,22 @@ class Judge:
 def psnr_by_kind(
     images: Tensor, scenes: Scenes, kinds: Sequence[str]
 ) -> dict[str, dict[str, list[float | None]]]:
-    """Return the PSNR in dB of each prediction by kind and region; None for too small a region."""
+    """Return the PSNR in dB of each prediction by kind and region; None for too small a region.
+
+    For a kind without effects outside the mask, such as stains, which stay, the effect region is
+    the whole region outside.
+    """
     found = metrics.measure(images, scenes.result / 255, scenes.mask.float(), scenes.source / 255)
     values = {region: found[f"psnr/{region}"].tolist(SMALLEST_REGION) for region in REGIONS}
     indices = {kind: (scenes.kind == i).nonzero()[:, 0].tolist() for i, kind in enumerate(kinds)}
-    return {
+    by_kind = {
         kind: {region: [values[region][i] for i in indices[kind]] for region in REGIONS}
         for kind in kinds
     }
+    for regions in by_kind.values():
+        if all(value is None for value in regions["effect"]):
+            regions["effect"] = regions["outside"]
+    return by_kind
 
 
 def measure(images: Tensor, scenes: Scenes, kinds: Sequence[str]) -> Means:

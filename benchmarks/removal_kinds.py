@@ -1,9 +1,9 @@
 """Compare ways to serve several kinds of removal with one model.
 
-Three kinds (objects with a shadow, lamps with their light, objects with a reflection) need
-different changes outside the mask. Plain LoRAs are trained for each kind apart, merged, and
-composed as experts; adapters are trained for all kinds together; and adapters for one kind learn
-the next.
+The kinds (objects with a shadow, lamps with their light, objects with a reflection; with `--kinds`
+also text and stains) need different changes outside the mask. Plain LoRAs are trained for each kind
+apart, merged, and composed as experts; adapters are trained for all kinds together; and adapters
+for one kind learn the next.
 
 python benchmarks/removal_kinds.py --seeds 1 2 3 --others PHOTOGRAPHS --router_photographs MORE
 python benchmarks/removal_kinds.py --report               writes OUT/report.md and OUT/kinds.json
@@ -36,18 +36,19 @@ from kinds_training import Judge, accuracy, fit, fit_router, weights_by_kind
 
 import moe_lora
 import train
+from kinds import KINDS
 from moe_lora import MoELoraConfig
 from moe_lora.routing import SurroundingsRouter
 from moe_lora.routing.routers.gating import RoutingStrategy
 
-KINDS = ("shadow", "glow", "reflection")
 DEFAULTS = train.parse_options(["--train_data_dir", "unused"])
 TARGETS = list(DEFAULTS.target_modules)
 MERGES = (
     *("linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd"),
     *("dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"),
 )
-MERGE_WEIGHTS = (1 / 3, 0.6)
+LARGE_WEIGHT = 0.6
+"""Of each merged LoRA, beside one divided by their number."""
 SEEDS = {"train": 11, "test": 12, "others": 13, "router": 14}
 SUPERVISION = 0.1
 SPECIALISTS = ("composed, learned, many photographs", "joint, learned")
@@ -64,13 +65,14 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, seed: int) -> None:
         self.args, self.seed = args, seed
+        self.kinds: tuple[str, ...] = tuple(args.kinds)
         self.folder = args.out / f"seed-{seed}"
         self.judge = Judge(args.flux_fill_id, steps=args.denoising_steps)
 
     def scenes(self, name: str, count: int, *flags: str) -> Scenes:
         """Return scenes of the kinds by their name, drawn once for all seeds."""
         path = self.args.out / "scenes" / f"{name}.safetensors"
-        given = ["--count", str(count), "--kinds", *KINDS, "--seed", str(SEEDS[name]), *flags]
+        given = ["--count", str(count), "--kinds", *self.kinds, "--seed", str(SEEDS[name]), *flags]
         return kept(path, self.judge.pipe.vae, given)
 
     @cached_property
@@ -146,27 +148,29 @@ class Bench:
 
     def single(self, kind: str) -> PeftModel:
         """Return the LoRA that was trained for one kind."""
-        return self.plain(self.args.r, name=kind, scenes=self.train.of_kinds([KINDS.index(kind)]))
+        return self.plain(
+            self.args.r, name=kind, scenes=self.train.of_kinds([self.kinds.index(kind)])
+        )
 
-    def composed(self, count: int = len(KINDS), router: str = "uniform") -> nn.Module:
-        """Return a mixture of the LoRAs of the first kinds."""
-        for kind in KINDS[:count]:
+    def composed(self, count: int | None = None, router: str = "uniform") -> nn.Module:
+        """Return a mixture of the LoRAs of the first kinds, or of all."""
+        for kind in self.kinds[:count]:
             self.single(kind)
-        files = {kind: str(self.folder / "loras" / kind) for kind in KINDS[:count]}
+        files = {kind: str(self.folder / "loras" / kind) for kind in self.kinds[:count]}
         torch.manual_seed(self.seed)
         model = self.judge.transformer()
         moe_lora.from_loras(files, model, router=router)
         return model.eval()
 
     def learned(
-        self, scenes: Scenes, count: int = len(KINDS), strategy: RoutingStrategy = "soft"
+        self, scenes: Scenes, count: int | None = None, strategy: RoutingStrategy = "soft"
     ) -> nn.Module:
-        """Return a mixture of the LoRAs of the first kinds, with a router that learned them."""
+        """Return a mixture of the LoRAs of the first kinds, or of all, with a learned router."""
         model = self.composed(count, "surroundings")
-        known = scenes.of_kinds(list(range(count)))
+        known = scenes.of_kinds(list(range(count or len(self.kinds))))
         router = router_of(model)
         fit_router(router, known, steps=self.args.router_steps, seed=self.seed)
-        router.configure(KINDS[:count], strategy=strategy)
+        router.configure(self.kinds[:count], strategy=strategy)
         return model
 
     def joint(self, *, router: str, hinted: bool, supervision: float = 0.0) -> nn.Module:
@@ -176,12 +180,12 @@ class Bench:
             r=self.args.r,
             lora_alpha=self.args.r,
             target_modules=TARGETS,
-            expert_names=KINDS,
+            expert_names=self.kinds,
             router=router,
         )
         model = get_peft_model(self.judge.transformer(), config)
-        names = KINDS if hinted else ()
-        self.fit(model, self.train, len(KINDS), names=names, supervision=supervision)
+        names = self.kinds if hinted else ()
+        self.fit(model, self.train, len(self.kinds), names=names, supervision=supervision)
         return model
 
     def record(
@@ -190,7 +194,7 @@ class Bench:
         build: Callable[[], nn.Module],
         *,
         on: Sequence[str] = ("test", "others"),
-        kinds: int = len(KINDS),
+        kinds: int | None = None,
         **settings: Any,
     ) -> None:
         """Build and measure a row, unless that is done.
@@ -210,15 +214,15 @@ class Bench:
         entry: dict[str, Any] = {"row": name, "seed": self.seed, "psnr": {}}
         for label, scenes in self.tests.items():
             if label in on:
-                entry["psnr"][label] = self.judge.measure(model, scenes, KINDS, **settings)
+                entry["psnr"][label] = self.judge.measure(model, scenes, self.kinds, **settings)
                 if any(isinstance(module, SurroundingsRouter) for module in model.modules()):
-                    known = scenes.of_kinds(list(range(kinds)))
+                    known = scenes.of_kinds(list(range(kinds or len(self.kinds))))
                     right = accuracy(router_of(model), known)
                     entry.setdefault("accuracy", {})[label] = round(right, 4)
         if name in SPECIALISTS:
-            found = self.judge.specialization(model, self.tests["test"], KINDS)
+            found = self.judge.specialization(model, self.tests["test"], self.kinds)
             entry["specialization"] = found.as_dict()
-            entry["weights"] = weights_by_kind(router_of(model), self.tests["test"], KINDS)
+            entry["weights"] = weights_by_kind(router_of(model), self.tests["test"], self.kinds)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
         effect = {label: means["mean"]["effect"] for label, means in entry["psnr"].items()}
@@ -229,11 +233,11 @@ class Bench:
 
     def run(self) -> None:
         """Build and measure all rows."""
-        r, every = self.args.r, len(KINDS)
+        r, every = self.args.r, len(self.kinds)
         self.record("base", self.judge.transformer)
-        for kind in KINDS:
+        for kind in self.kinds:
             self.record(f"LoRA for {kind}", partial(self.single, kind), on=("test",))
-        self.record("composed, hinted", self.composed, names=KINDS)
+        self.record("composed, hinted", self.composed, names=self.kinds)
         for name, scenes in self.router_scenes.items():
             self.record(f"composed, learned{name}", partial(self.learned, scenes))
             self.record(
@@ -248,7 +252,9 @@ class Bench:
             lambda: self.plain(r * every, name="told", scenes=self.train, parts=every, told=True),
             told=True,
         )
-        self.record("joint, hinted", lambda: self.joint(router="uniform", hinted=True), names=KINDS)
+        self.record(
+            "joint, hinted", lambda: self.joint(router="uniform", hinted=True), names=self.kinds
+        )
         self.record(
             "joint, learned",
             lambda: self.joint(router="surroundings", hinted=True, supervision=SUPERVISION),
@@ -261,20 +267,21 @@ class Bench:
 
     def merged(self, how: str, weight: float) -> PeftModel:
         """Return one of PEFT's merges of the LoRAs of all kinds."""
-        model = self.single(KINDS[0])
-        for other in KINDS[1:]:
+        model = self.single(self.kinds[0])
+        for other in self.kinds[1:]:
             self.single(other)
             model.load_adapter(self.folder / "loras" / other, other)
         torch.manual_seed(self.seed)
         sparse = {} if how in ("linear", "cat", "svd") else {"density": 0.5}
-        names = ["default", *KINDS[1:]]
+        names = ["default", *self.kinds[1:]]
         model.add_weighted_adapter(names, [weight] * len(names), "merged", how, **sparse)
         model.set_adapter("merged")
         return model
 
     def merges(self) -> None:
         """Measure PEFT's merges on the test scenes, and the best of them on the others, too."""
-        every = [(how, weight) for how in MERGES for weight in MERGE_WEIGHTS]
+        weights = (1 / len(self.kinds), LARGE_WEIGHT)
+        every = [(how, weight) for how in MERGES for weight in weights]
         found = []
         for how, weight in every:
             name = f"merge {how}, {weight:.2f}"
@@ -286,9 +293,9 @@ class Bench:
     def growth(self) -> None:
         """Let an adapter for shadows learn the other kinds, one after the other."""
         r = self.args.r
-        self.single(KINDS[0])
+        self.single(self.kinds[0])
         for replay in (False, True):
-            before = KINDS[0]
+            before = self.kinds[0]
             for count in (2, 3):
                 name = f"plain, {count} kinds one by one" + (", replay" if replay else "")
                 known = list(range(count)) if replay else [count - 1]
@@ -297,7 +304,8 @@ class Bench:
                 self.record(name, grown)
                 before = name
         scenes = list(self.router_scenes.values())[-1]
-        names = (*KINDS[:2], KINDS[1])  # there is no expert for the third kind yet
+        # There are no experts for the other kinds yet.
+        names = (self.kinds[0], *[self.kinds[1]] * (len(self.kinds) - 1))
         self.record("composed, hinted, 2 kinds", lambda: self.composed(2), names=names)
         self.record("composed, learned, 2 kinds", lambda: self.learned(scenes, 2), kinds=2)
 
@@ -314,9 +322,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--kinds", nargs="+", choices=KINDS, default=["shadow", "glow", "reflection"])
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    add("--steps", type=int, default=300, help="of training for one kind; three times for all")
-    add("--r", type=int, default=16, help="rank of an expert; three times for the plain LoRA")
+    add("--steps", type=int, default=300, help="of training for one kind")
+    add("--r", type=int, default=16, help="rank of an expert; the plain LoRA has it for each kind")
     add("--learning_rate", type=float, default=5e-3)
     add("--train_scenes", type=int, default=480)
     add("--scenes", type=int, default=72, help="test scenes")

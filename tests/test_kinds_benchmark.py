@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import statistics
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import kinds_report
 import numpy as np
@@ -13,7 +17,7 @@ import torch
 from diffusers import FluxFillPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from kinds_scenes import Scenes, kept
-from kinds_training import Judge, accuracy, fit_router, measure, prompts
+from kinds_training import Judge, accuracy, fit_router, measure, prompts, psnr_by_kind
 from PIL import Image
 from reference_tables import written_into
 
@@ -23,6 +27,7 @@ from options.train_options import BUNDLED_MODEL
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kinds.json"
 PAGE = ROOT / "docs" / "reference" / "kinds_benchmark.md"
+KINDS = removal_kinds.build_parser().get_default("kinds")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def judge() -> Judge:
 @pytest.fixture(scope="module")
 def scenes(judge: Judge, tmp_path_factory: pytest.TempPathFactory) -> Scenes:
     path = tmp_path_factory.mktemp("scenes") / "test.safetensors"
-    flags = ["--count", "6", "--split", "test", "--kinds", *removal_kinds.KINDS]
+    flags = ["--count", "6", "--split", "test", "--kinds", *KINDS]
     drawn = kept(path, judge.pipe.vae, flags)
     again = kept(path, judge.pipe.vae, ["--no_such_flag"])
     for name, value in vars(drawn).items():
@@ -105,7 +110,7 @@ def test_a_small_run_goes_on_and_has_a_report(
 
     # With the expert named, the mixture is the LoRA of the kind.
     found = kinds_report.collect(tmp_path)
-    for kind in removal_kinds.KINDS:
+    for kind in KINDS:
         alone = kinds_report.values(found, f"LoRA for {kind}", "test", "effect", kind)
         hinted = kinds_report.values(found, "composed, hinted", "test", "effect", kind)
         assert hinted["1"] == pytest.approx(alone["1"], abs=0.002)
@@ -117,6 +122,26 @@ def test_a_small_run_goes_on_and_has_a_report(
     ]
     best = max(merge["1"]["psnr"]["test"]["mean"]["effect"] for merge in merges)
     assert kinds_report.values(found, "best merge", "test", "effect") == {"1": best}
+
+
+def test_the_worst_kind_and_region_decides() -> None:
+    def row(shadow: float, glow: float) -> dict[str, Any]:
+        regions = {"effect": shadow, "inside": 20.0, "outside": 30.0}
+        means = {"shadow": regions, "glow": {**regions, "inside": glow}}
+        return {"1": {"psnr": {"test": {**means, "mean": regions}}}}
+
+    results = {"rows": {"base": row(16, 20), "a": row(18, 19.5), "b": row(17, 20)}}
+    assert kinds_report.worst_difference(results, "a", "b") == [-0.5]
+    assert kinds_report.difference(results, "a", "b") == [1]
+
+
+def test_the_effect_of_a_kind_without_effects_is_outside(judge: Judge, scenes: Scenes) -> None:
+    images = judge.images(judge.transformer(), scenes)
+    before = psnr_by_kind(images, scenes, KINDS)
+    assert before["shadow"]["effect"] != before["shadow"]["outside"]
+    scenes = replace(scenes, source=scenes.result)
+    for regions in psnr_by_kind(images, scenes, KINDS).values():
+        assert regions["effect"] == regions["outside"]
 
 
 def test_the_page_has_the_numbers_of_the_file() -> None:
@@ -141,3 +166,16 @@ def test_means_are_over_samples_and_then_kinds() -> None:
     assert found["a"]["inside"] == pytest.approx(30, abs=0.01)
     assert found["b"]["whole"] == pytest.approx(20, abs=0.01)
     assert found["mean"]["outside"] == pytest.approx(25, abs=0.01)
+
+
+def test_the_readme_has_the_numbers_of_the_file() -> None:
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = (kinds_report.HINTED, kinds_report.TOP_1, kinds_report.MERGE, kinds_report.PLAIN)
+    means = [
+        statistics.fmean(kinds_report.values(results, row, "test", "effect").values())
+        for row in (*rows, kinds_report.TOLD)
+    ]
+    for page in ("README.md", "docs/explanation/mixture_or_lora.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        told = re.findall(r"(\d+\.\d) dB", text[text.index("contradict each other") :])[:5]
+        assert told == [f"{mean:.1f}" for mean in means], page
