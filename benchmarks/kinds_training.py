@@ -133,17 +133,14 @@ def router_inputs(scenes: Scenes) -> RouterInputs:
     )
 
 
-def fit_router(
-    router: SurroundingsRouter, scenes: Scenes, *, steps: int, seed: int, noise: float = 0.1
-) -> None:
+def fit_router(router: SurroundingsRouter, scenes: Scenes, *, steps: int, seed: int) -> None:
     """Train a router by the kinds of scenes, without the transformer.
 
     Args:
         router: of a model, whose experts are in the order of the kinds.
         scenes: with labels.
         steps: of training, with 64 scenes each.
-        seed: of the scenes' order, the noise and dropout.
-        noise: standard deviation of the noise on the frames, which are computed once.
+        seed: of the scenes' order, the augmentation and dropout.
     """
     optimizer = torch.optim.AdamW(router.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -153,8 +150,7 @@ def fit_router(
         torch.manual_seed(seed)
         for _ in range(steps):
             rows = torch.randint(len(scenes), (min(64, len(scenes)),))
-            seen = frames[rows] + noise * torch.randn_like(frames[rows])
-            logits = router.frame_logits(seen)
+            logits = router.frame_logits(frames[rows])
             loss = router_supervision_loss(logits, scenes.kind[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()

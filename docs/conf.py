@@ -20,7 +20,7 @@ author = "The moe_lora authors"
 copyright = author
 release = version = moe_lora.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
@@ -29,6 +29,7 @@ html_static_path = ["_static"]
 html_css_files = ["print.css"]
 
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are committed with their outputs
 
 # The docstrings write code in single backticks; what names a documented object becomes a link.
 default_role = "py:obj"

@@ -25,7 +25,7 @@ pytestmark = [
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(
     str(page.relative_to(DOCS).with_suffix(".html"))
-    for page in DOCS.rglob("*.md")
+    for page in (*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb"))
     if "_build" not in page.parts
 )
 TO_CLICK = [".mobile-header", ".skip-to-content", ".content-icon-container", ".toc-drawer"]

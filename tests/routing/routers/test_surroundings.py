@@ -8,7 +8,13 @@ from torch.nn import functional as F
 
 from moe_lora import MoELoraConfig, RouterInputs, masks
 from moe_lora.routing import SurroundingsRouter, router_supervision_loss
-from moe_lora.routing.routers.surroundings import frame_coordinates
+from moe_lora.routing.routers.surroundings import (
+    GAIN,
+    NOISE,
+    SHIFT,
+    augment_frames,
+    frame_coordinates,
+)
 
 
 def box(top: int, left: int, height: int, width: int, size: tuple[int, int] = (64, 96)):
@@ -166,6 +172,41 @@ def test_it_learns_what_lies_below_the_mask():
     assert (found == label[48:]).float().mean() >= 0.9
 
 
+def test_augmentation_has_the_spread_that_it_names():
+    torch.manual_seed(0)
+    frames = torch.full((4000, 3, 4, 4), 2.0)
+    found = augment_frames(frames, 2.0)[:, :1]
+    assert torch.equal(augment_frames(frames)[:, 1:], frames[:, 1:])  # mask and image area
+    of_samples = found.mean((2, 3)).var()
+    expected = (2 * 2 * GAIN) ** 2 + (2 * SHIFT) ** 2 + (2 * NOISE) ** 2 / 16
+    torch.testing.assert_close(of_samples, torch.tensor(expected), rtol=0.1, atol=0)
+    within = found.var((2, 3)).mean()
+    torch.testing.assert_close(within, torch.tensor((2 * NOISE) ** 2), rtol=0.05, atol=0)
+
+
+def test_half_of_the_frames_are_mirrored_with_their_masks():
+    torch.manual_seed(0)
+    frames = torch.arange(4.0).expand(1000, 3, 4, 4)
+    found = augment_frames(frames, 0.0)
+    mirrored = found[:, 0, 0, 0] == 3
+    assert 0.4 < mirrored.float().mean() < 0.6
+    assert torch.equal(found[mirrored], frames[mirrored].flip(3))
+    assert torch.equal(found[~mirrored], frames[~mirrored])
+
+
+def test_frames_are_augmented_in_training_only():
+    batch = inputs(box(10, 10, 20, 20), torch.randn(1, 4, 8, 12))
+    router = SurroundingsRouter(2, 4, dropout=0.0)
+    torch.nn.init.normal_(router.heads[0].weight)
+    trained = [router(batch).logits for _ in range(2)]
+    assert not torch.equal(*trained)
+    router.eval()
+    assert torch.equal(router(batch).logits, router(batch).logits)
+    plain = SurroundingsRouter(2, 4, dropout=0.0, augmentation=0.0)
+    plain.load_state_dict(router.state_dict())
+    assert torch.equal(plain.train()(batch).logits, router(batch).logits)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -174,6 +215,7 @@ def test_it_learns_what_lies_below_the_mask():
         ({"channels": [3, 3]}, "`channels`"),
         ({"patch_size": 3}, "`patch_size`"),
         ({"hidden_dim": 10}, "`hidden_dim`"),
+        ({"augmentation": -1.0}, "`augmentation`"),
     ],
 )
 def test_arguments_are_checked(kwargs, message):

@@ -25,6 +25,9 @@ MARGIN = 1.0
 SAMPLES = 2
 """Samples per side of a cell, of which a cell is the mean."""
 
+GAIN, SHIFT, NOISE = 0.2, 0.3, 0.1
+"""Standard deviations of the augmentation at strength 1, see `augment_frames`."""
+
 
 def frame_coordinates(mask: Tensor, cells: int = CELLS, margin: float = MARGIN) -> Tensor:
     """Compute a square grid around each mask, three times as large as the mask by default.
@@ -68,6 +71,27 @@ def frame_coordinates(mask: Tensor, cells: int = CELLS, margin: float = MARGIN) 
     return torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
 
 
+def augment_frames(frames: Tensor, strength: float = 1.0) -> Tensor:
+    """Change frames at random, as other images of the same kind would differ.
+
+    The visual channels are multiplied by `1 + 0.2 · strength · n`, one n per sample, shifted by
+    `0.3 · strength · n`, one n per sample and channel, and get noise of standard deviation
+    `0.1 · strength`; all n are standard normal. Half of the frames are mirrored.
+
+    Args:
+        frames: `(B, C + 2, 16, 16)`; the last two channels, mask and image area, keep their values.
+        strength: a factor of all changes of values.
+    """
+    seen, areas = frames[:, :-2], frames[:, -2:]
+    gain = torch.randn_like(seen[:, :1, :1, :1])
+    shift = torch.randn_like(seen[:, :, :1, :1])
+    noise = torch.randn_like(seen)
+    seen = seen * (1 + GAIN * strength * gain) + strength * (SHIFT * shift + NOISE * noise)
+    changed = torch.cat([seen, areas], dim=1)
+    mirrored = torch.rand_like(changed[:, :1, :1, :1]) < 0.5
+    return torch.where(mirrored, changed.flip(3), changed)
+
+
 @register_router("surroundings")
 class SurroundingsRouter(HeadedRouter):
     """Router between any number of experts, from the image around the mask.
@@ -81,7 +105,8 @@ class SurroundingsRouter(HeadedRouter):
     For models with the image to inpaint in their input, as FLUX Fill, the router reads this image
     only: its decision does not depend on noise, and is the same in all steps.
 
-    Train it with the kinds of samples as labels, see `router_supervision_loss`.
+    Train it with the kinds of samples as labels, see `router_supervision_loss`. In training mode,
+    the frames are mirrored, and their channels scaled, shifted and made noisy, at random.
 
     Args:
         num_experts: the number of experts; in `router_kwargs`, that of the config by default.
@@ -92,6 +117,7 @@ class SurroundingsRouter(HeadedRouter):
             `router_kwargs` 2 for FLUX Fill.
         hidden_dim: the width of the hidden layer, a multiple of 4.
         dropout: the dropout probability after each convolution, in training.
+        augmentation: the strength of the augmentation in training; 0 for none.
         num_layers: the number of adapted layers, for separate weights in each; "auto" in
             `router_kwargs`.
 
@@ -117,6 +143,7 @@ class SurroundingsRouter(HeadedRouter):
         patch_size: int = 1,
         hidden_dim: int = 96,
         dropout: float = 0.1,
+        augmentation: float = 1.0,
         num_layers: int | None = None,
     ) -> None:
         super().__init__(input_dim, hidden_dim=hidden_dim, num_layers=num_layers)
@@ -132,7 +159,10 @@ class SurroundingsRouter(HeadedRouter):
             )
         if hidden_dim < 4 or hidden_dim % 4:
             raise ValueError(f"Expected `hidden_dim` to be a multiple of 4, but got {hidden_dim}.")
+        if augmentation < 0:
+            raise ValueError(f"Expected `augmentation` to be at least 0, but got {augmentation}.")
         self.first, self.stop, self.patch_size = first, stop, patch_size
+        self.augmentation = augmentation
         widths = [(stop - first) // patch_size**2 + 2, 32, 64, hidden_dim]
         layers: list[nn.Module] = []
         for index, (before, after) in enumerate(itertools.pairwise(widths)):
@@ -207,5 +237,8 @@ class SurroundingsRouter(HeadedRouter):
         Args:
             frames: `(B, channels / patch_size² + 2, 16, 16)`, from `frames`.
         """
-        hidden = self.network(frames.to(next(self.network.parameters()).dtype))
+        frames = frames.to(next(self.network.parameters()).dtype)
+        if self.training and self.augmentation:
+            frames = augment_frames(frames, self.augmentation)
+        hidden = self.network(frames)
         return self.head_logits(hidden.mean((2, 3)))
