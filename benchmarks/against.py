@@ -178,7 +178,7 @@ def rows(found: Ratios) -> list[dict[str, Any]]:
 
 
 def report(result: list[dict[str, Any]]) -> None:
-    from measuring import machine, print_table
+    from measuring import machine, table
 
     print(machine() + "\n")
     cells = [
@@ -192,7 +192,7 @@ def report(result: list[dict[str, Any]]) -> None:
         ]
         for row in result
     ]
-    print_table(["variant", "base ms", "now ms", "ratio", "95 %", "fastest"], cells)
+    print(table(["variant", "base ms", "now ms", "ratio", "95 %", "fastest"], cells))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

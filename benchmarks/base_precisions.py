@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from flux_variants import EXPERTS, SIZES, TARGETS, Training, build, make_inputs
-from measuring import MIB, interleaved, machine, peak_bytes, print_table, tensors_of
+from measuring import MIB, interleaved, machine, peak_bytes, table, tensors_of
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -146,18 +146,26 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(found)
         gc.collect()
     columns = ["base", "peak", "planned"]
-    print_table(
-        ["base precision", "s", *(f"{name} MiB" for name in columns), "planned / peak", "off by"],
-        [
+    print(
+        table(
             [
-                r["precision"],
-                f"{r['seconds']:.3f}",
-                *(f"{r[name] / MIB:.1f}" for name in columns),
-                f"{r['planned'] / r['peak']:.3f}",
-                f"{r['off by']:.4f}",
-            ]
-            for r in rows
-        ],
+                "base precision",
+                "s",
+                *(f"{name} MiB" for name in columns),
+                "planned / peak",
+                "off by",
+            ],
+            [
+                [
+                    r["precision"],
+                    f"{r['seconds']:.3f}",
+                    *(f"{r[name] / MIB:.1f}" for name in columns),
+                    f"{r['planned'] / r['peak']:.3f}",
+                    f"{r['off by']:.4f}",
+                ]
+                for r in rows
+            ],
+        )
     )
     if args.json:
         result = {"machine": told, "options": vars(args), "rows": rows}

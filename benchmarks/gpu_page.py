@@ -22,7 +22,7 @@ def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
     for part in report["sections"]:
         if not part["name"].startswith("layer-") or part.get("figures") is None:
             continue
-        seconds = {name: row["seconds"] for name, row in part["figures"].items()}
+        seconds = {row["variant"]: row["seconds"] for row in part["figures"]["rows"]}
         ratios = {
             ("soft mixture faster than PEFT's LoRA", ">=", 1.25): seconds[LORA] / seconds[SOFT],
             ("E = 16 to E = 1", "<=", 1.05): seconds[DENSE] / seconds["E=1 per sample"],

@@ -23,6 +23,7 @@ MAIN = (
     *("base", MERGE),
     *("plain, rank of one expert", PLAIN, TOLD),
     "joint, learned",
+    "composed, learned, top-1, 60 scenes",
     *("composed, learned", "composed, learned, top-1", LEARNED),
     *(TOP_1, HINTED, "joint, hinted"),
 )
@@ -35,16 +36,19 @@ Results = dict[str, Any]
 
 
 def collect(out: Path) -> Results:
-    """Return the rows of all finished seeds of a folder, and where and when they were measured.
+    """Return the rows of a folder's seeds, and where and when they were measured.
+
+    If any seed is finished, only finished seeds count.
 
     Raises:
-        FileNotFoundError: when no seed is finished.
+        FileNotFoundError: when there is no row.
     """
     finished = [file.parent for file in out.glob(f"seed-*/rows/{LAST}.json")]
-    files = [file for folder in finished for file in folder.glob("*.json")]
+    folders = finished or list(out.glob("seed-*/rows"))
+    files = [file for folder in folders for file in folder.glob("*.json")]
     entries = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     if not entries:
-        raise FileNotFoundError(f"Expected a finished seed in {out}, but there is none.")
+        raise FileNotFoundError(f"Expected rows of a seed in {out}, but there are none.")
     rows: dict[str, dict[str, Any]] = {}
     for entry in sorted(entries, key=lambda entry: (entry["row"], entry["seed"])):
         kept = {
@@ -299,6 +303,31 @@ def tables(results: Results) -> dict[str, str]:
         "accuracy": accuracy_table(results),
         "specialists": specialist_table(results),
         "weights": weight_table(results),
+    }
+
+
+FIVE = ("base", MERGE, PLAIN, TOLD, "composed, learned", TOP_1, HINTED, "joint, hinted")
+
+
+def five_tables(results: Results) -> dict[str, str]:
+    """Return the tables of a run with five kinds: the effect region by kind, and the routers."""
+    kinds = found_kinds(results)
+    rows = [
+        [
+            row,
+            *(
+                spread(values(results, row, scenes, "effect", kind).values())
+                for scenes, columns in (("test", (*kinds, "mean")), ("others", ("mean",)))
+                for kind in columns
+            ),
+        ]
+        for row in FIVE
+    ]
+    heads = ["row", *(f"{kind}, test" for kind in (*kinds, "mean")), "mean, others"]
+    return {
+        "five": table(heads, rows),
+        "five_accuracy": accuracy_table(results),
+        "five_measured": measured(results),
     }
 
 

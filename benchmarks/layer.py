@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from measuring import (
@@ -25,8 +26,8 @@ from measuring import (
     interleaved,
     machine,
     peak_bytes,
-    print_table,
     saved_bytes,
+    table,
     tensors_of,
 )
 from peft import ArrowConfig, LoraConfig, PeftModel, XLoraConfig, get_peft_model
@@ -163,8 +164,9 @@ def main() -> None:
     steps = {name: step(forward) for name, forward in forwards.items()}
     times = interleaved(steps, args.rounds, device=args.device)
     own = [case.x, *tensors_of(case.base), *(t for m in case.models for t in tensors_of(m))]
-    figures = {
-        name: {
+    rows = [
+        {
+            "variant": name,
             "seconds": times.seconds(name),
             "to bare": times.ratio(name, "bare layer"),
             "to PEFT LoRA": times.ratio(name, "PEFT LoRA"),
@@ -172,19 +174,26 @@ def main() -> None:
             "peak MiB": peak_bytes(steps[name], args.device) / MIB,
         }
         for name in steps
-    }
-    print(machine(args.device))
+    ]
+    told = machine(args.device)
+    print(told)
     print(f"{vars(args)}\nFLOP limit, to bare: {1 + 3 * args.rank / args.width:.2f}\n")
+    print(table_of(rows))
+    if args.json:
+        result = {"machine": told, "options": vars(args), "rows": rows}
+        Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Return the figures as a Markdown table."""
     columns = ["to bare", "to PEFT LoRA", "saved MiB", "peak MiB"]
-    print_table(
+    return table(
         ["variant", "ms", *columns],
         [
-            [name, f"{f['seconds'] * 1e3:.2f}", *(f"{f[column]:.2f}" for column in columns)]
-            for name, f in figures.items()
+            [row["variant"], f"{row['seconds'] * 1e3:.2f}", *(f"{row[c]:.2f}" for c in columns)]
+            for row in rows
         ],
     )
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from measuring import (
     interleaved,
     machine,
     peak_bytes,
-    print_table,
+    table,
     tensors_of,
 )
 from pixel_losses import build_vae, pixel_rows
@@ -190,9 +190,10 @@ def shown(row: dict[str, Any], column: str) -> str:
     return str(value)
 
 
-def report(rows: list[dict[str, Any]]) -> None:
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Return figures as a Markdown table."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    print_table(columns, ([shown(row, column) for column in columns] for row in rows))
+    return table(columns, ([shown(row, column) for column in columns] for row in rows))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.tables:
         title, rows = TABLES[name](args)
         print(f"\n{title}; memory in MiB\n")
-        report(rows)
+        print(table_of(rows))
         result[name] = rows
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")

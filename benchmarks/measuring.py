@@ -144,15 +144,17 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a Markdown table whose columns are aligned in the terminal, too."""
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table whose columns are aligned in the terminal, too."""
     lines = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    written = []
     for index, line in enumerate(lines):
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        print("| " + " | ".join(cells) + " |")
+        written.append("| " + " | ".join(cells) + " |")
         if index == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+            written.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(written)
 
 
 def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:

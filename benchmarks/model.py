@@ -40,7 +40,7 @@ from measuring import (
     interleaved,
     machine,
     peak_bytes,
-    print_table,
+    table,
 )
 from torch import Tensor, nn
 
@@ -128,12 +128,16 @@ def shown(row: dict[str, Any], column: str) -> str:
     return str(value)
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Return the figures of one kind of step as a Markdown table."""
     columns = [column for column in rows[0] if column not in ("step", "mode")]
-    print(f"\n{rows[0]['step']}, {rows[0]['mode']}; memory in MiB\n")
-    print_table(columns, ([shown(row, column) for column in columns] for row in rows))
+    return table(columns, ([shown(row, column) for column in columns] for row in rows))
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    if rows:
+        print(f"\n{rows[0]['step']}, {rows[0]['mode']}; memory in MiB\n")
+        print(table_of(rows))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

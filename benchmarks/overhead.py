@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from measuring import Step, interleaved, machine, print_table
+from measuring import Step, interleaved, machine, table
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -123,17 +123,19 @@ def main(argv: list[str] | None = None) -> None:
         for name in times.rounds
     }
     print(f"{machine()}\n{vars(args)}\n")
-    print_table(
-        ["step", "ms", "us per layer", "to PEFT LoRA"],
-        [
+    print(
+        table(
+            ["step", "ms", "us per layer", "to PEFT LoRA"],
             [
-                name,
-                f"{f['seconds'] * 1e3:.2f}",
-                f"{f['seconds'] * 1e6 / args.layers:.1f}",
-                f"{f['to PEFT LoRA']:.2f}",
-            ]
-            for name, f in figures.items()
-        ],
+                [
+                    name,
+                    f"{f['seconds'] * 1e3:.2f}",
+                    f"{f['seconds'] * 1e6 / args.layers:.1f}",
+                    f"{f['to PEFT LoRA']:.2f}",
+                ]
+                for name, f in figures.items()
+            ],
+        )
     )
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2), encoding="utf-8")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -197,7 +198,7 @@ class Bench:
         kinds: int | None = None,
         **settings: Any,
     ) -> None:
-        """Build and measure a row, unless that is done.
+        """Build and measure a row, unless that is done or not asked for.
 
         Args:
             name: of the row.
@@ -207,7 +208,7 @@ class Bench:
             settings: of `Judge.measure`.
         """
         path = self.folder / "rows" / f"{name}.json"
-        if path.exists():
+        if path.exists() or not re.search(self.args.rows, name):
             return
         start = time.monotonic()
         model = build()
@@ -286,8 +287,12 @@ class Bench:
         for how, weight in every:
             name = f"merge {how}, {weight:.2f}"
             self.record(name, partial(self.merged, how, weight), on=("test",))
-            entry = json.loads((self.folder / "rows" / f"{name}.json").read_text(encoding="utf-8"))
-            found.append(entry["psnr"]["test"]["mean"]["effect"])
+            row = self.folder / "rows" / f"{name}.json"
+            if row.exists():
+                entry = json.loads(row.read_text(encoding="utf-8"))
+                found.append(entry["psnr"]["test"]["mean"]["effect"])
+        if len(found) < len(every):
+            return
         self.record("best merge", partial(self.merged, *every[found.index(max(found))]))
 
     def growth(self) -> None:
@@ -324,6 +329,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--kinds", nargs="+", choices=KINDS, default=["shadow", "glow", "reflection"])
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    add("--rows", default="", help="a regular expression: only rows whose names it finds")
     add("--steps", type=int, default=300, help="of training for one kind")
     add("--r", type=int, default=16, help="rank of an expert; the plain LoRA has it for each kind")
     add("--learning_rate", type=float, default=5e-3)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from measuring import machine
 from removal_rows import ROWS
 from removal_sheet import draw_sheet
 
@@ -124,6 +125,16 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def cells(text: str) -> dict[str, Any]:
+    """Return the columns and rows of a table in Markdown.
+
+    >>> cells(markdown(["row", "dB"], [["base", "20.1"]]))
+    {'columns': ['row', 'dB'], 'rows': [['base', '20.1']]}
+    """
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    return {"columns": lines[0], "rows": lines[2:]}
+
+
 def table_of_means(runs: Runs, base: dict[str, Any] | None) -> str:
     rows = [
         [title_of(variant), str(len(seeds))]
@@ -194,8 +205,20 @@ def by_count(runs: Runs, part: str) -> dict[int, list[str]]:
     return {number: list(titles) for number, titles in found.items()}
 
 
+def tables(runs: Runs, base: dict[str, Any] | None, baseline: str, losses: str) -> dict[str, str]:
+    """Return all tables by name."""
+    return {
+        "regions": table_of_means(runs, base),
+        "differences": table_of_differences(runs, baseline, losses),
+        "specialization": table_of_specialization(runs),
+        "groups_inside": table_of_groups(runs, "psnr/inside", 2),
+        "groups_effect": table_of_groups(runs, "psnr/effect", 2),
+    }
+
+
 def report(runs: Runs, base: dict[str, Any] | None, baseline: str, losses: str) -> str:
     """Return all tables as one page of Markdown."""
+    found = tables(runs, base, baseline, losses)
     compared = {"same": "trained by the same losses", "with": "trained by all losses"}.get(
         losses, "trained by the base loss"
     )
@@ -203,17 +226,17 @@ def report(runs: Runs, base: dict[str, Any] | None, baseline: str, losses: str) 
     parts = [
         f"{tell_parameters(runs)} {samples} test scenes; mean ± standard deviation over the seeds; "
         "PSNR in dB; less is better for the seam error only.",
-        table_of_means(runs, base),
+        found["regions"],
         f"Difference to {ROWS[baseline].title}, {compared}: mean, and in brackets seed by seed. "
         "✓: ahead in every seed; ✗: behind in every seed.",
-        table_of_differences(runs, baseline, losses),
+        found["differences"],
         "Specialization: leaving out one expert after the other, the share of a component's rises "
         "that is its own expert's; a third without specialization. The score is the mean.",
-        table_of_specialization(runs),
+        found["specialization"],
         "PSNR inside the mask by kind and size of the mask:",
-        table_of_groups(runs, "psnr/inside", 2),
+        found["groups_inside"],
         "PSNR in the effect region by kind and size of the mask:",
-        table_of_groups(runs, "psnr/effect", 2),
+        found["groups_effect"],
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -229,7 +252,10 @@ def image_folders(out: Path, runs: Runs) -> dict[str, Path]:
 
 
 def write_report(out: Path, baseline: str, losses: str) -> str:
-    """Write `report.md` and `contact_sheet.png` of the finished runs; return the former.
+    """Write `report.md`, `tables.json` and `contact_sheet.png` of the finished runs.
+
+    Returns:
+        The text of `report.md`.
 
     Raises:
         FileNotFoundError: when no run is finished.
@@ -237,5 +263,8 @@ def write_report(out: Path, baseline: str, losses: str) -> str:
     runs, base = read_runs(out)
     text = report(runs, base, baseline, losses)
     (out / "report.md").write_text(text, encoding="utf-8")
+    stored = {name: cells(table) for name, table in tables(runs, base, baseline, losses).items()}
+    result = {"machine": machine(packages=("torch", "peft", "diffusers")), "tables": stored}
+    (out / "tables.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw_sheet(out / "data" / "test", image_folders(out, runs), out / "contact_sheet.png")
     return text

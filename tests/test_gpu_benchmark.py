@@ -91,9 +91,9 @@ def test_targets_are_ratios_of_the_layers_medians() -> None:
         "E=16 per sample": 2.2,
         "E=16 top-2": 1.3,
     }
-    figures = {name: {"seconds": value} for name, value in seconds.items()}
+    rows = [{"variant": name, "seconds": value} for name, value in seconds.items()]
     entry = {"name": "layer-1024-bf16", "title": "a layer", "status": "done", "why": ""}
-    entry |= {"seconds": 3.0, "printed": "", "errors": "", "command": "", "figures": figures}
+    entry |= {"seconds": 3.0, "printed": "", "errors": "", "command": "", "figures": {"rows": rows}}
     whole = report() | {"sections": [entry]}
     found = module("gpu_page").targets(whole)
     assert [row["found"] for row in found] == [1.3, 1.1, 0.25]
