@@ -37,10 +37,12 @@ from kinds_training import Judge, accuracy, fit, fit_router, weights_by_kind
 
 import moe_lora
 import train
-from kinds import KINDS
 from moe_lora import MoELoraConfig
 from moe_lora.routing import SurroundingsRouter
 from moe_lora.routing.routers.gating import RoutingStrategy
+
+MASK_KINDS = ("blob", "stroke", "box")
+"""In the order of `kind_scenes.py`."""
 
 DEFAULTS = train.parse_options(["--train_data_dir", "unused"])
 TARGETS = list(DEFAULTS.target_modules)
@@ -66,14 +68,15 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, seed: int) -> None:
         self.args, self.seed = args, seed
-        self.kinds: tuple[str, ...] = tuple(args.kinds)
+        self.kinds: tuple[str, ...] = MASK_KINDS if args.by_mask else tuple(args.kinds)
         self.folder = args.out / f"seed-{seed}"
         self.judge = Judge(args.flux_fill_id, steps=args.denoising_steps)
 
     def scenes(self, name: str, count: int, *flags: str) -> Scenes:
         """Return scenes of the kinds by their name, drawn once for all seeds."""
         path = self.args.out / "scenes" / f"{name}.safetensors"
-        given = ["--count", str(count), "--kinds", *self.kinds, "--seed", str(SEEDS[name]), *flags]
+        drawn = ["shadow", "--label", "mask_kind"] if self.args.by_mask else self.kinds
+        given = ["--count", str(count), "--kinds", *drawn, "--seed", str(SEEDS[name]), *flags]
         return kept(path, self.judge.pipe.vae, given)
 
     @cached_property
@@ -327,7 +330,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--kinds", nargs="+", choices=KINDS, default=["shadow", "glow", "reflection"])
+    add("--kinds", nargs="+", default=["shadow", "glow", "reflection"])
+    add("--by_mask", action="store_true", help="shadows; the kinds are those of the masks")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
     add("--rows", default="", help="a regular expression: only rows whose names it finds")
     add("--steps", type=int, default=300, help="of training for one kind")

@@ -21,6 +21,7 @@ from kinds_training import Judge, accuracy, fit_router, measure, prompts, psnr_b
 from PIL import Image
 from reference_tables import written_into
 
+import kind_scenes
 from moe_lora.routing import SurroundingsRouter
 from options.train_options import BUNDLED_MODEL
 
@@ -122,6 +123,10 @@ def test_a_small_run_goes_on_and_has_a_report(
     ]
     best = max(merge["1"]["psnr"]["test"]["mean"]["effect"] for merge in merges)
     assert kinds_report.values(found, "best merge", "test", "effect") == {"1": best}
+
+
+def test_the_kinds_of_masks_are_those_that_scenes_are_labeled_with() -> None:
+    assert removal_kinds.MASK_KINDS == kind_scenes.MASK_KINDS
 
 
 def test_the_worst_kind_and_region_decides() -> None:

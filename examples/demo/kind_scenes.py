@@ -4,8 +4,8 @@ python kind_scenes.py --output scenes.safetensors --count 72 --kinds shadow glow
 python kind_scenes.py --output scenes.safetensors --count 186 --photographs DIR
 
 The file has `source` and `result` `(N, 3, S, S)` and `mask` `(N, 1, S, S)` in 0-255, and `kind`
-`(N,)`, the index of the kind. Kinds take turns, and after each turn of them the kinds of masks, and
-the photographs of the folder.
+`(N,)`, the index of the kind, or with `--label mask_kind` that of the kind of mask. Kinds take
+turns, and after each turn of them the kinds of masks, and the photographs of the folder.
 """
 
 from __future__ import annotations
@@ -79,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="a safetensors file")
     parser.add_argument("--count", type=int, required=True, help="number of scenes")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument(
+        "--label", choices=("kind", "mask_kind"), default="kind", help="what `kind` numbers"
+    )
     parser.add_argument("--split", choices=("train", "test"), default="train")
     parser.add_argument("--photographs", type=Path, help="a folder, in place of the bundled ones")
     parser.add_argument("--seed", type=int, default=0)
@@ -91,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return (stacked * 255).round().to(torch.uint8).contiguous()
 
     tensors = {"source": images("src"), "result": images("result"), "mask": images("mask")}
-    tensors["kind"] = torch.arange(args.count) % len(args.kinds)
+    names = args.kinds if args.label == "kind" else MASK_KINDS
+    labels = [names.index(getattr(scene, args.label)) for scene in scenes]
+    tensors["kind"] = torch.tensor(labels)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, args.output)
 

@@ -45,3 +45,9 @@ def test_photographs_of_a_folder_take_turns_and_are_made_small(tmp_path: Path) -
 def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="Expected images"):
         kind_scenes.read_photographs(tmp_path)
+
+
+def test_scenes_are_labeled_by_the_kind_of_their_mask(tmp_path: Path) -> None:
+    flags = ["--output", str(tmp_path / "scenes"), "--count", "4", "--kinds", "shadow"]
+    kind_scenes.main([*flags, "--label", "mask_kind"])
+    assert load_file(tmp_path / "scenes")["kind"].tolist() == [0, 1, 2, 0]
