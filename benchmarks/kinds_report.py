@@ -331,6 +331,29 @@ def five_tables(results: Results) -> dict[str, str]:
     }
 
 
+def mask_tables(results: Results) -> dict[str, str]:
+    """Return the tables of a run with `--by_mask`: regions by kind of mask, and the specialists."""
+    kinds, regions = found_kinds(results), ("inside", "effect")
+    rows = [
+        [
+            row,
+            *(
+                spread(values(results, row, "test", region, kind).values())
+                for region in regions
+                for kind in kinds
+            ),
+        ]
+        for row in ("base", PLAIN, "joint, learned", "joint, hinted")
+    ]
+    heads = ["row", *(f"{kind}, {region}" for region in regions for kind in kinds)]
+    return {
+        "by_mask": table(heads, rows),
+        "by_mask_accuracy": accuracy_table(results),
+        "by_mask_specialists": specialist_table(results),
+        "by_mask_measured": measured(results),
+    }
+
+
 def write_report(out: Path) -> str:
     """Write `kinds.json` and `report.md` into the folder, and return the report."""
     results = collect(out)

@@ -152,9 +152,10 @@ def test_the_effect_of_a_kind_without_effects_is_outside(judge: Judge, scenes: S
 def test_the_page_has_the_numbers_of_the_file() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     five = json.loads(RESULTS.with_name("five_kinds.json").read_text(encoding="utf-8"))
+    masks = json.loads(RESULTS.with_name("kinds_of_masks.json").read_text(encoding="utf-8"))
     text = PAGE.read_text(encoding="utf-8")
     tables = {**kinds_report.tables(results), **kinds_report.five_tables(five)}
-    assert written_into(text, tables) == text
+    assert written_into(text, {**tables, **kinds_report.mask_tables(masks)}) == text
     seeds = {seed for row in results["rows"].values() for seed in row}
     assert len(seeds) >= 1
     for name in (*results["versions"].values(), results["date"]):
